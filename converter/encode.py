@@ -1,0 +1,130 @@
+"""Encode one segment: count its pairs, choose the code, write header, table, tiles and stream, and prove it by decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import xxhash
+
+from df11.converter import kernels
+from df11.formats import errors, layout
+from df11.formats.record import Bytes, Place, Segment, SegmentPlace, Weights
+
+_HEADER_SIZE: Final = layout.SEGMENT_HEADER.size
+ENCODE_SLACK: Final = 8192
+"""Bytes that the encoder may write beyond the largest segment before it gives up."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSegment:
+    """A finished segment. ``data`` is a view of the caller's buffer."""
+
+    data: Bytes
+    elements: int
+    coded: bool
+    stored_checksum: int
+    decoded_checksum: int
+
+
+class SegmentEncoder:
+    """Scratch memory for encoding, about 2 MB. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._histogram = np.empty((2, 65536), np.uint32)
+        self._table = np.empty(65536, np.uint32)
+        self._used = np.empty(65536, np.int64)
+        self._counts = np.empty(65536, np.int64)
+        self._symbols = np.empty(layout.TILE_WEIGHTS // 2, np.uint16)
+        self._section = np.empty(256 + 256 * 256 // 2, np.uint8)
+
+    def encode(self, weights: Weights, out: Bytes, *, verify: bool) -> EncodedSegment:
+        """Encode ``weights`` (u16, 1 to 2**24) into ``out`` (u8, at least raw_segment_size + ENCODE_SLACK bytes).
+
+        With ``verify``, what was written is decoded from its bytes and compared; a DifferenceError then means a defect in df11 or
+        in the memory of the machine.
+        """
+        n = len(weights)
+        size = self._encode_coded(weights, out) or _encode_raw(weights, out)
+        data = out[:size]
+        coded = bool(data[0] == layout.ENCODING_CODED)
+        segment = EncodedSegment(data, n, coded, xxhash.xxh3_64_intdigest(data), xxhash.xxh3_64_intdigest(weights))
+        if verify:
+            place = SegmentPlace(0, size, n, segment.stored_checksum, segment.decoded_checksum, 0)
+            try:
+                Segment(data, place, Place()).compare(weights)
+            except errors.FormatError as error:
+                raise errors.DifferenceError(f"what was encoded does not decode: {error}") from None
+        return segment
+
+    def _encode_coded(self, weights: Weights, out: Bytes) -> int:
+        # Returns the size, or 0 if coding does not pay.
+        n = len(weights)
+        end = layout.raw_segment_size(n) - layout.RECORD_ALIGNMENT
+        if n < 2:
+            return 0
+        kernels.count_pairs(weights, self._histogram, self._symbols)
+        last_exponent = int(weights[-1] >> 7) & 0xFF if n % 2 else -1
+        pairs = kernels.collect_pairs(self._histogram, self._used, self._counts)
+        used, counts = self._used[:pairs], self._counts[:pairs]
+        order = np.argsort(-counts, kind="stable")
+        alphabet_size, section_size, bits, filler = kernels.build_code(used, counts, order, last_exponent, self._section, self._table)
+        for lane_bytes in (1, 2):
+            sections = layout.segment_sections(n, alphabet_size, lane_bytes)
+            if sections["stream_offset"] + bits // 8 + layout.STREAM_END > end:
+                return 0
+            size, exceptions = kernels.encode_tiles(
+                weights,
+                self._table,
+                filler,
+                lane_bytes,
+                out,
+                sections["tiles_offset"],
+                sections["lanes_offset"],
+                sections["sign_mantissa_offset"],
+                sections["stream_offset"],
+                end,
+                self._symbols,
+            )
+            if size != kernels.OVERFLOW:
+                break
+        if size < 0:
+            return 0
+        header = layout.SEGMENT_HEADER.pack(
+            encoding=layout.ENCODING_CODED,
+            lane_bytes=lane_bytes,
+            alphabet_size=alphabet_size,
+            element_count=n,
+            segment_size=size,
+            exception_count=exceptions,
+            **sections,
+        )
+        out[:_HEADER_SIZE] = np.frombuffer(header, np.uint8)
+        table_end = _HEADER_SIZE + section_size
+        out[_HEADER_SIZE:table_end] = self._section[:section_size]
+        out[table_end : sections["tiles_offset"]] = 0
+        out[sections["tiles_offset"] + layout.TILE_DESCRIPTOR.size * layout.tile_count(n) : sections["lanes_offset"]] = 0
+        out[sections["sign_mantissa_offset"] + n : sections["stream_offset"]] = 0
+        return int(size)
+
+
+def _encode_raw(weights: Weights, out: Bytes) -> int:
+    size = layout.raw_segment_size(len(weights))
+    header = layout.SEGMENT_HEADER.pack(
+        encoding=layout.ENCODING_RAW,
+        lane_bytes=0,
+        alphabet_size=0,
+        element_count=len(weights),
+        tiles_offset=0,
+        lanes_offset=0,
+        sign_mantissa_offset=0,
+        stream_offset=_HEADER_SIZE,
+        segment_size=size,
+        exception_count=0,
+    )
+    out[:_HEADER_SIZE] = np.frombuffer(header, np.uint8)
+    end = _HEADER_SIZE + 2 * len(weights)
+    out[_HEADER_SIZE:end] = weights.view(np.uint8)
+    out[end:size] = 0
+    return size

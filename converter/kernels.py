@@ -1,0 +1,427 @@
+"""Encoding kernels, compiled by Numba. They release the interpreter lock."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from df11.formats.kernels import kernel, load_u64, store_u64
+from df11.formats.layout import CHUNK_WEIGHTS, CODE_LIMIT, LANE_WEIGHTS, LANES, TILE_WEIGHTS
+
+U64 = np.uint64
+_LANES: Final = LANES
+_TILE: Final = TILE_WEIGHTS
+_TILE_PAIRS: Final = TILE_WEIGHTS // 2
+_LANE_PAIRS: Final = LANE_WEIGHTS // 2
+_CHUNK: Final = CHUNK_WEIGHTS
+_CHUNK_BYTES: Final = CHUNK_WEIGHTS  # A chunk has half as many pairs, of two bytes each.
+_LIMIT: Final = CODE_LIMIT
+_KRAFT: Final = 1 << CODE_LIMIT
+
+EXCEPTION_BITS: Final = 32
+FIRST_IS_EXCEPTION: Final = 0x40
+SECOND_IS_EXCEPTION: Final = 0x80
+
+OVERFLOW: Final = -1
+NOT_SMALLER: Final = -2
+
+
+@kernel
+def _pair_symbols(words: np.ndarray, symbols: np.ndarray) -> None:
+    # words: u32, two weights each -> symbols: u16, e1 << 8 | e0.
+    for i in range(len(words)):
+        w = words[i]
+        symbols[i] = ((w >> np.uint32(7)) & np.uint32(0xFF)) | ((w >> np.uint32(15)) & np.uint32(0xFF00))
+
+
+@kernel
+def _sign_mantissa(words: np.ndarray, out: np.ndarray) -> None:
+    # words: u32, two weights each -> out: u16, two sign/mantissa bytes each.
+    for i in range(len(words)):
+        w = words[i]
+        r = ((w >> np.uint32(8)) & np.uint32(0x00800080)) | (w & np.uint32(0x007F007F))
+        out[i] = r | (r >> np.uint32(8))
+
+
+@kernel
+def count_pairs(weights: np.ndarray, histogram: np.ndarray, symbols: np.ndarray) -> None:
+    """Count the pairs of a segment; a last weight without a partner is not counted.
+
+    ``weights`` u16; ``histogram`` u32[2, 65536], overwritten, its two rows to be added (two, so that equal neighbours do not
+    wait for each other); ``symbols`` u16[4096], scratch.
+    """
+    histogram[:] = 0
+    pairs = len(weights) // 2
+    words = weights[: 2 * pairs].view(np.uint32)
+    even = histogram[0]
+    odd = histogram[1]
+    for first in range(0, pairs, _TILE_PAIRS):
+        count = min(_TILE_PAIRS, pairs - first)
+        _pair_symbols(words[first : first + count], symbols)
+        for i in range(0, count & ~3, 4):
+            q = load_u64(symbols, U64(2 * i))
+            even[q & U64(0xFFFF)] += np.uint32(1)
+            odd[(q >> U64(16)) & U64(0xFFFF)] += np.uint32(1)
+            even[(q >> U64(32)) & U64(0xFFFF)] += np.uint32(1)
+            odd[q >> U64(48)] += np.uint32(1)
+        for i in range(count & ~3, count):
+            even[symbols[i]] += np.uint32(1)
+
+
+@kernel
+def collect_pairs(histogram: np.ndarray, used: np.ndarray, counts: np.ndarray) -> int:
+    """List the symbols that occur: ``used`` i64[65536] ascending, ``counts`` i64[65536]; returns how many there are."""
+    n = 0
+    for symbol in range(65536):
+        count = np.int64(histogram[0, symbol]) + np.int64(histogram[1, symbol])
+        if count:
+            used[n] = symbol
+            counts[n] = count
+            n += 1
+    return n
+
+
+@kernel
+def package_merge(counts: np.ndarray, lengths: np.ndarray) -> None:
+    """Optimal code lengths of at most 12 bits (Larmore and Hirschberg, 1990).
+
+    ``counts`` i64[m] ascending, 2 <= m <= 4096; ``lengths`` i64[m], overwritten: a complete code.
+    """
+    m = len(counts)
+    is_leaf = np.zeros((_LIMIT, 2 * m), np.bool_)
+    packages = np.empty(2 * m, np.int64)
+    merged = np.empty(2 * m, np.int64)
+    package_count = 0
+    for level in range(_LIMIT):
+        i = 0
+        j = 0
+        total = m + package_count
+        for k in range(total):
+            if j >= package_count or (i < m and counts[i] <= packages[j]):
+                merged[k] = counts[i]
+                is_leaf[level, k] = True
+                i += 1
+            else:
+                merged[k] = packages[j]
+                j += 1
+        package_count = total // 2
+        for k in range(package_count):
+            packages[k] = merged[2 * k] + merged[2 * k + 1]
+    lengths[:] = 0
+    need = 2 * m - 2
+    for level in range(_LIMIT - 1, -1, -1):
+        leaves = 0
+        for k in range(need):
+            if is_leaf[level, k]:
+                leaves += 1
+        for k in range(leaves):
+            lengths[k] += 1
+        need = 2 * (need - leaves)
+
+
+@kernel
+def _shortest(used: np.ndarray, grid: np.ndarray, by_first: np.ndarray, by_second: np.ndarray) -> int:
+    # used: i64[n], symbols, ascending; grid: u8[65536], code length of each of them or 0. For every first (second) exponent the symbol
+    # with the shortest code, or -1; returns the symbol with the shortest code of all. Ties go to the smaller symbol.
+    by_first[:] = -1
+    by_second[:] = -1
+    best = np.int64(-1)
+    for i in range(len(used)):
+        symbol = used[i]
+        length = grid[symbol]
+        if length:
+            first = symbol & 255
+            second = symbol >> 8
+            if by_first[first] < 0 or length < grid[by_first[first]]:
+                by_first[first] = symbol
+            if by_second[second] < 0 or length < grid[by_second[second]]:
+                by_second[second] = symbol
+            if best < 0 or length < grid[best]:
+                best = symbol
+    return best
+
+
+@kernel
+def _stand_in(symbol: int, best: int, grid: np.ndarray, by_first: np.ndarray, by_second: np.ndarray) -> tuple[int, int]:
+    # The coded symbol for one that has no code, and which of its weights are then exceptions.
+    a = by_first[symbol & 255]
+    b = by_second[symbol >> 8]
+    if a >= 0 and (b < 0 or grid[a] <= grid[b]):
+        return a, SECOND_IS_EXCEPTION
+    if b >= 0:
+        return b, FIRST_IS_EXCEPTION
+    return best, FIRST_IS_EXCEPTION | SECOND_IS_EXCEPTION
+
+
+@kernel
+def _alphabet(used: np.ndarray, grid: np.ndarray, index_of: np.ndarray) -> int:
+    # index_of: i64[256], place of each exponent that a coded pair has among them, or -1; returns how many there are.
+    index_of[:] = -1
+    for i in range(len(used)):
+        if grid[used[i]]:
+            index_of[used[i] & 255] = 0
+            index_of[used[i] >> 8] = 0
+    size = 0
+    for e in range(256):
+        if index_of[e] == 0:
+            index_of[e] = size
+            size += 1
+    return size
+
+
+@kernel
+def build_code(
+    used: np.ndarray, count_of: np.ndarray, order: np.ndarray, last_exponent: int, section: np.ndarray, encode_table: np.ndarray
+) -> tuple[int, int, int, int]:
+    """Choose which pairs get a code, and their lengths; make the code table section and the encoding table.
+
+    ``used`` i64[n], the symbols that occur, ascending; ``count_of`` i64[n], how often; ``order`` i64[n], places in ``used`` by falling count,
+    equal counts by symbol; ``last_exponent``: the exponent of a last weight without a partner, or -1; ``section`` u8[256 + 32768],
+    overwritten: the code table section (SPEC.md, section 6); ``encode_table`` u32[65536]: entries of all symbols that occur are set: code << 8 |
+    flags | length. Returns (alphabet size, bytes of the section, estimated bits of table, codes and exceptions, symbol for weights that do not exist).
+    """
+    n = len(used)
+    total = count_of.sum()
+    grid = np.zeros(65536, np.uint8)
+    best_grid = np.zeros(65536, np.uint8)
+    occurs = False
+    index_of = np.empty(256, np.int64)
+    by_first = np.empty(256, np.int64)
+    by_second = np.empty(256, np.int64)
+    best_bits = np.int64(-1)
+    previous = -1
+    # A pair that is rarer than about 2**-16 costs less as an exception than as a code of 12 bits, which takes 2**-12 of the code
+    # space from all others. Try a few limits around that.
+    for exponent in range(14, 18):
+        kept = 0
+        while kept < n and kept < _KRAFT and (count_of[order[kept]] << exponent) >= total:
+            kept += 1
+        kept = max(kept, 1)
+        if kept == previous:
+            continue
+        previous = kept
+        counts = np.empty(kept, np.int64)
+        lengths = np.ones(kept, np.int64)
+        for i in range(kept):
+            counts[i] = count_of[order[kept - 1 - i]]
+        if kept > 1:
+            package_merge(counts, lengths)
+        bits = np.int64(0)
+        for i in range(n):
+            grid[used[i]] = 0
+        for i in range(kept):
+            grid[used[order[kept - 1 - i]]] = lengths[i]
+            bits += counts[i] * lengths[i]
+        size = _alphabet(used, grid, index_of)
+        bits += 8 * size + 4 * size * size
+        best = _shortest(used, grid, by_first, by_second)
+        for i in range(kept, n):
+            symbol, flags = _stand_in(used[order[i]], best, grid, by_first, by_second)
+            weights = 2 if flags == (FIRST_IS_EXCEPTION | SECOND_IS_EXCEPTION) else 1
+            bits += count_of[order[i]] * (grid[symbol] + weights * EXCEPTION_BITS)
+        if best_bits < 0 or bits < best_bits:
+            best_bits = bits
+            best_grid[:] = grid
+    best = _shortest(used, best_grid, by_first, by_second)
+    alphabet_size = _alphabet(used, best_grid, index_of)
+    for e in range(256):
+        if index_of[e] >= 0:
+            section[index_of[e]] = e
+    size = alphabet_size + (alphabet_size * alphabet_size + 1) // 2
+    section[alphabet_size:size] = 0
+    length_counts = np.zeros(_LIMIT + 1, np.int64)
+    for i in range(n):
+        symbol = used[i]
+        length = best_grid[symbol]
+        if length:
+            length_counts[length] += 1
+            cell = index_of[symbol >> 8] * alphabet_size + index_of[symbol & 255]
+            section[alphabet_size + (cell >> 1)] |= length << ((cell & 1) * 4)
+    next_code = np.zeros(_LIMIT + 1, np.int64)
+    code = 0
+    for length in range(1, _LIMIT + 1):
+        code = (code + length_counts[length - 1]) << 1
+        next_code[length] = code
+    for i in range(n):
+        symbol = used[i]
+        length = np.int64(best_grid[symbol])
+        if length:
+            code = next_code[length]
+            next_code[length] += 1
+            reverse = 0
+            for bit in range(length):
+                reverse |= ((code >> bit) & 1) << (length - 1 - bit)
+            encode_table[symbol] = (reverse << 8) | length
+    for i in range(n):
+        if not best_grid[used[i]]:
+            symbol, flags = _stand_in(used[i], best, best_grid, by_first, by_second)
+            encode_table[used[i]] = encode_table[symbol] | flags
+    if last_exponent >= 0:
+        symbol = (best & 0xFF00) | last_exponent
+        for i in range(n):
+            occurs |= used[i] == symbol
+        if not occurs:
+            # Only the first weight exists: any partner will do, and only the first can be an exception.
+            a = by_first[last_exponent]
+            encode_table[symbol] = encode_table[a] if a >= 0 else encode_table[best] | np.uint32(FIRST_IS_EXCEPTION)
+    return alphabet_size, size, best_bits, best
+
+
+@kernel
+def _encode_lanes(
+    symbols: np.ndarray, table: np.ndarray, chunks: int, stream: np.ndarray, start: int, lane_bits: np.ndarray, marked: np.ndarray
+) -> tuple[int, int]:
+    # Append the codes of all lanes from byte start on. Four codes are joined first, so that only one step in eight weights waits for the
+    # one before it. marked: u16[1024], overwritten: the groups of four pairs with a pair that is coded as another, by the place of their
+    # first pair. Returns (bits written, groups marked).
+    at = U64(start)
+    pending = U64(0)
+    pending_bits = U64(0)
+    groups = 0
+    previous = U64(0)
+    for lane in range(_LANES):
+        offset = U64(8 * lane)
+        for _ in range(chunks):
+            q = load_u64(symbols, offset)
+            a = U64(table[q & U64(0xFFFF)])
+            b = U64(table[(q >> U64(16)) & U64(0xFFFF)])
+            c = U64(table[(q >> U64(32)) & U64(0xFFFF)])
+            d = U64(table[q >> U64(48)])
+            if (a | b | c | d) & U64(FIRST_IS_EXCEPTION | SECOND_IS_EXCEPTION):
+                marked[groups] = offset >> U64(1)
+                groups += 1
+            offset += U64(_CHUNK_BYTES)
+            # Lengths are the low six bits of entries and, as they stay below 64, of sums of four.
+            low = (a >> U64(8)) | ((b >> U64(8)) << (a & U64(63)))
+            high = (c >> U64(8)) | ((d >> U64(8)) << (c & U64(63)))
+            bits = (a + b + (c + d)) & U64(63)
+            pending |= (low | (high << ((a + b) & U64(63)))) << pending_bits
+            store_u64(stream, at, pending)
+            pending_bits += bits
+            at += pending_bits >> U64(3)
+            pending >>= pending_bits & U64(0x78)
+            pending_bits &= U64(7)
+        now = (at - U64(start)) * U64(8) + pending_bits
+        lane_bits[lane] = now - previous
+        previous = now
+    return np.int64(previous), groups
+
+
+@kernel
+def _list_exceptions(symbols: np.ndarray, table: np.ndarray, weights: np.ndarray, marked: np.ndarray, out: np.ndarray, at: int, end: int) -> int:
+    # The exceptions of the marked groups of a tile, from byte at on; returns how many, or -1 if they do not end before byte end.
+    count = 0
+    for group in range(len(marked)):
+        first = np.int64(marked[group])
+        for pair in range(first, first + 4):
+            flags = table[symbols[pair]]
+            for which in range(2):
+                position = 2 * pair + which
+                if flags & np.uint32(FIRST_IS_EXCEPTION << which) and position < len(weights):
+                    if at + 4 > end:
+                        return -1
+                    weight = weights[position]
+                    out[at] = position & 0xFF
+                    out[at + 1] = position >> 8
+                    out[at + 2] = weight & np.uint16(0xFF)
+                    out[at + 3] = weight >> np.uint16(8)
+                    at += 4
+                    count += 1
+    return count
+
+
+@kernel
+def encode_tiles(
+    weights: np.ndarray,
+    table: np.ndarray,
+    filler: int,
+    lane_bytes: int,
+    out: np.ndarray,
+    tiles_offset: int,
+    lanes_offset: int,
+    sign_mantissa_offset: int,
+    stream_offset: int,
+    end: int,
+    symbols: np.ndarray,
+) -> tuple[int, int]:
+    """Encode all tiles of a segment into ``out``, from the tile descriptors on.
+
+    ``weights`` u16; ``table`` u32[65536] of :func:`build_code`; ``filler``: the symbol for weights that do not exist; ``out`` u8, at
+    least ``end`` + 8192 bytes; ``end``: the size that the segment must stay below; ``symbols`` u16[4096], scratch. Returns (size of
+    the segment, exceptions); the size is OVERFLOW if the lanes of a tile differ by more than lane_bytes can say, NOT_SMALLER if ``end`` is reached.
+    """
+    elements = len(weights)
+    lane_bits = np.empty(_LANES, np.uint64)
+    marked = np.empty(_TILE_PAIRS // 4, np.uint16)
+    padded = np.empty(_TILE, np.uint16)
+    at = stream_offset
+    exceptions = 0
+    tile = 0
+    for first in range(0, elements, _TILE):
+        count = min(_TILE, elements - first)
+        chunks = (count + _CHUNK - 1) // _CHUNK
+        source = weights[first : first + count]
+        if count < _TILE:
+            for i in range(count):
+                padded[i] = source[i]
+            for i in range(count, _TILE, 1):
+                padded[i] = ((filler >> (8 * (i & 1))) & 0xFF) << 7
+            words = padded.view(np.uint32)
+        else:
+            words = source.view(np.uint32)
+        _pair_symbols(words, symbols)
+        target = sign_mantissa_offset + first
+        _sign_mantissa(words[: count // 2], out[target : target + (count & ~1)].view(np.uint16))
+        if count & 1:
+            w = source[count - 1]
+            out[target + count - 1] = ((w >> np.uint16(8)) & np.uint16(0x80)) | (w & np.uint16(0x7F))
+        bits, groups = _encode_lanes(symbols, table, chunks, out, at, lane_bits, marked)
+        shortest = lane_bits[0]
+        longest = lane_bits[0]
+        for lane in range(_LANES):
+            shortest = min(shortest, lane_bits[lane])
+            longest = max(longest, lane_bits[lane])
+        if lane_bytes == 1 and longest - shortest > U64(255):
+            return OVERFLOW, 0
+        for lane in range(_LANES):
+            excess = lane_bits[lane] - shortest
+            if lane_bytes == 1:
+                out[lanes_offset + tile * _LANES + lane] = excess
+            else:
+                store = lanes_offset + (tile * _LANES + lane) * 2
+                out[store] = excess & U64(0xFF)
+                out[store + 1] = excess >> U64(8)
+        codes_end = at + (bits + 7) // 8
+        here = at + ((bits + 31) // 32) * 4
+        for i in range(codes_end, here):
+            out[i] = 0
+        tile_exceptions = _list_exceptions(symbols, table, source, marked[:groups], out, here, end)
+        if tile_exceptions < 0:
+            return NOT_SMALLER, 0
+        here += 4 * tile_exceptions
+        exceptions += tile_exceptions
+        position = U64((at - stream_offset) >> 4)
+        store_u64(out, U64(tiles_offset + 8 * tile), position | (shortest << U64(32)) | (U64(tile_exceptions) << U64(48)))
+        at = ((here + 15) >> 4) << 4
+        for i in range(here, at):
+            out[i] = 0
+        if at + 16 > end:
+            return NOT_SMALLER, 0
+        tile += 1
+    for i in range(at, at + 16):
+        out[i] = 0
+    return at + 16, exceptions
+
+
+@kernel
+def cast_f32(source: np.ndarray, out: np.ndarray) -> int:
+    """Round F32 bits (u32) to BF16 bits (u16) as SPEC.md, section 3; returns 1 if every value is exact, else 0."""
+    lost = np.uint32(0)
+    for i in range(len(source)):
+        u = source[i]
+        rounded = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        value = np.uint32(0xFFFF) if (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else np.uint32(rounded)
+        out[i] = value
+        lost |= u ^ (value << np.uint32(16))
+    return 1 if lost == np.uint32(0) else 0

@@ -1,0 +1,208 @@
+"""Convert one file: one thread reads, one hashes, several encode, and the caller's thread writes, in the order of the source.
+
+Memory is a fixed number of slots, whatever the size of the file and of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import xxhash
+
+from df11.converter import kernels
+from df11.converter.encode import EncodedSegment, SegmentEncoder
+from df11.converter.output import ContainerOutput
+from df11.converter.plan import Batch, Cast, Fate, Piece, TensorPlan, plan_batches, plan_tensors, split_tensor
+from df11.converter.source import Progress, Source
+from df11.formats import errors, framing
+from df11.formats.record import Bytes, Weights
+from df11.formats.writer import AtomicWriter
+
+BASE_MEMORY: Final = 184 << 20
+"""Bytes that the interpreter, NumPy and Numba take before any weight is read; measured."""
+MIN_SLOTS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Options of a conversion. ``jobs``: encoding threads; ``max_memory``: bytes, of the whole process."""
+
+    jobs: int
+    max_memory: int
+    cast: Cast
+    verify: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What came of one file."""
+
+    source_bytes: int
+    output_bytes: int
+    source_sha256: str
+    tensors: int
+    inexact: tuple[str, ...]
+    """Tensors that the cast has changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    # The memory of one batch on its way from the reader to the writer.
+    input: Bytes
+    output: Bytes
+    weights: Weights
+    encoder: SegmentEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    # Of one piece: its bytes in the source and their checksum; its segment, or None if it is verbatim; whether its cast was exact.
+    source: Bytes
+    checksum: int
+    segment: EncodedSegment | None
+    exact: bool
+
+
+def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progress: Progress) -> Converted:
+    """Convert one source into one container, ready to be committed. Raises a Df11Error; the caller drops the writer then."""
+    plans = plan_tensors(source.header, settings.cast)
+    batches = plan_batches(plans)
+    slots = _make_slots(batches, source, settings)
+    output = ContainerOutput(writer, source, plans, settings.cast)
+    deferred = [plan for plan in plans if plan.fate is Fate.DEFER]
+    inexact: dict[str, None] = {}
+    checksums: dict[str, list[int]] = {}
+    digest = source.start_sha256()
+    for batch, outcomes in _process_batches(batches, slots, source, digest, settings):
+        for piece, outcome in zip(batch.pieces, outcomes, strict=True):
+            plan = piece.tensor
+            checksums.setdefault(plan.entry.name, []).append(outcome.checksum)
+            if not outcome.exact:
+                inexact[plan.entry.name] = None
+            if outcome.segment is not None:
+                output.write_segment(plan, outcome.segment)
+                if piece.last and output.end_record(plan, exact=plan.entry.name not in inexact):
+                    del checksums[plan.entry.name]
+                elif piece.last:
+                    deferred.append(plan)
+            elif plan.fate is Fate.COPY:
+                output.write_verbatim(plan, outcome.source, last=piece.last)
+        progress(batch.size)
+    deferred.sort(key=lambda plan: (-framing.DTYPE_BITS[plan.target_dtype], plan.entry.start))
+    for plan in deferred:
+        _copy_deferred(plan, source, output, checksums.get(plan.entry.name, []), exact=plan.entry.name not in inexact)
+    source.check_unchanged()
+    sha256 = digest.hexdigest()
+    output.finish(sha256)
+    return Converted(source.size, writer.position, sha256, len(plans), tuple(inexact))
+
+
+def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> list[_Slot]:
+    pieces = [(piece, batch) for batch in batches for piece in batch.pieces]
+    read = max((batch.size for batch in batches), default=0)
+    write = max((batch.output_size for batch in batches), default=0)
+    # A cast needs a place to put its weights; so does a tensor that does not start where its weights can be read.
+    weights = max((p.weights for p, b in pieces if p.tensor.fate is Fate.CODE and (p.tensor.cast or (p.start - b.start) % 2)), default=0)
+    # Pages that are never written to take no memory, and weights that do not compress are rare: count what is usual.
+    each = read + write * 3 // 4 + 2 * weights + (2 << 20)
+    count = (settings.max_memory - BASE_MEMORY) // each
+    if count < MIN_SLOTS:
+        raise errors.BudgetError(
+            "--max-memory is too small for this file",
+            file=source.path,
+            expected=f"at least {_mebibytes(BASE_MEMORY + MIN_SLOTS * each)}",
+            found=_mebibytes(settings.max_memory),
+        )
+    count = min(count, settings.jobs + 2, max(len(batches), 1))
+    return [_Slot(np.empty(read, np.uint8), np.empty(write, np.uint8), np.empty(weights, np.uint16), SegmentEncoder()) for _ in range(count)]
+
+
+def _mebibytes(size: int) -> str:
+    return f"{-(-size >> 20)}MiB"
+
+
+def _process_batches(
+    batches: list[Batch], free: list[_Slot], source: Source, digest: Any, settings: Settings
+) -> Iterator[tuple[Batch, list[_Outcome]]]:
+    # Batches and their outcomes in order. An outcome is valid until the next one is asked for.
+    waiting: deque[tuple[Batch, _Slot, Future[tuple[Future[None], Future[list[_Outcome]]]]]] = deque()
+    ahead = iter(batches)
+    with ExitStack() as stack:
+
+        def pool(threads: int, name: str) -> ThreadPoolExecutor:
+            executor = ThreadPoolExecutor(threads, name)
+            stack.callback(executor.shutdown, cancel_futures=True)
+            return executor
+
+        workers = pool(min(settings.jobs, len(free)), "df11-encode")
+        hasher = pool(1, "df11-hash")
+        reader = pool(1, "df11-read")
+
+        def read(batch: Batch, slot: _Slot) -> tuple[Future[None], Future[list[_Outcome]]]:
+            data = slot.input[: batch.size]
+            source.read(batch.start, data)
+            return hasher.submit(digest.update, data), workers.submit(_process, batch, slot, verify=settings.verify)
+
+        while True:
+            while free and (following := next(ahead, None)) is not None:
+                slot = free.pop()
+                waiting.append((following, slot, reader.submit(read, following, slot)))
+            if not waiting:
+                break
+            batch, slot, reading = waiting.popleft()
+            hashing, processing = reading.result()
+            yield batch, processing.result()
+            hashing.result()
+            free.append(slot)
+
+
+def _process(batch: Batch, slot: _Slot, *, verify: bool) -> list[_Outcome]:
+    outcomes = []
+    used = 0
+    for piece in batch.pieces:
+        start = piece.start - batch.start
+        source = slot.input[start : start + piece.size]
+        checksum = xxhash.xxh3_64_intdigest(source)
+        if piece.tensor.fate is not Fate.CODE:
+            outcomes.append(_Outcome(source, checksum, None, True))
+            continue
+        weights, exact = _weights(source, slot.weights, cast=piece.tensor.cast)
+        segment = slot.encoder.encode(weights, slot.output[used:], verify=verify)
+        used += len(segment.data)
+        outcomes.append(_Outcome(source, checksum, segment, exact))
+    return outcomes
+
+
+def _weights(source: Bytes, scratch: Weights, *, cast: bool) -> tuple[Weights, bool]:
+    # The BF16 weights of a piece, and whether they are all that it holds.
+    if cast:
+        bits = source.view(np.uint32)
+        if not bits.flags.aligned:
+            bits = bits.copy()
+        out = scratch[: len(bits)]
+        return out, bool(kernels.cast_f32(bits, out))
+    weights = source.view(np.uint16)
+    if not weights.flags.aligned:
+        scratch[: len(weights)] = weights
+        weights = scratch[: len(weights)]
+    return weights, True
+
+
+def _copy_deferred(plan: TensorPlan, source: Source, output: ContainerOutput, checksums: list[int], *, exact: bool) -> None:
+    # Read a tensor once more; its bytes must be those that were hashed.
+    if not plan.entry.size:
+        output.write_verbatim(plan, np.empty(0, np.uint8), last=True, exact=exact)
+    for piece, checksum in zip(split_tensor(plan), checksums, strict=True):
+        data = np.empty(piece.size, np.uint8)
+        source.read(piece.start, data)
+        if xxhash.xxh3_64_intdigest(data) != checksum:
+            raise source.changed(plan.entry.name)
+        if plan.cast:
+            data = _weights(data, np.empty(piece.weights, np.uint16), cast=True)[0].view(np.uint8)
+        output.write_verbatim(plan, data, last=piece.last, exact=exact)

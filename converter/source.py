@@ -1,0 +1,87 @@
+"""Read a safetensors source, and notice if it changes meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import IO, Any, Self
+
+import numpy as np
+
+from df11.formats import errors, framing
+from df11.formats.record import Bytes
+
+Progress = Callable[[int], None]
+"""Called with the bytes of source that have been dealt with since the last call."""
+
+
+class Source:
+    """An open safetensors file whose header has been checked. A context manager."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        try:
+            self._file: IO[bytes] = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        except OSError as error:
+            raise errors.from_os_error(error, file=path) from None
+        try:
+            self._state = self._stat()
+            self.size = self._state[0]
+            self.header = framing.read_header(self._file, path)
+        except OSError as error:
+            self._file.close()
+            raise errors.from_os_error(error, file=path) from None
+        except BaseException:
+            self._file.close()
+            raise
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def changed(self, tensor: str | None = None) -> errors.ConflictError:
+        """The error for a source that is not what it was."""
+        return errors.ConflictError("the source has changed while it was read", file=self.path, tensor=tensor, hint="run the same command again")
+
+    def check_unchanged(self) -> None:
+        """Raise a ConflictError if the file is not the one that was opened."""
+        if self._stat() != self._state:
+            raise self.changed()
+
+    def read(self, start: int, out: Bytes) -> None:
+        """Fill ``out`` with the data from byte ``start`` of the data on."""
+        view, position = memoryview(out), self.header.data_start + start
+        while view:
+            try:
+                count = os.preadv(self._file.fileno(), [view], position)
+            except OSError as error:
+                raise errors.from_os_error(error, file=self.path) from None
+            if not count:
+                raise self.changed()
+            view, position = view[count:], position + count
+
+    def sha256(self, progress: Progress) -> str:
+        """SHA-256 of the whole file, in hexadecimal."""
+        digest = self.start_sha256()
+        buffer = np.empty(4 << 20, np.uint8)
+        size = self.size - self.header.data_start
+        for start in range(0, size, len(buffer)):
+            chunk = buffer[: min(len(buffer), size - start)]
+            self.read(start, chunk)
+            digest.update(chunk)
+            progress(len(chunk))
+        self.check_unchanged()
+        return digest.hexdigest()
+
+    def start_sha256(self) -> Any:
+        """A SHA-256 that has seen the header: the data are to follow."""
+        return hashlib.sha256(len(self.header.raw).to_bytes(8, "little") + self.header.raw)

@@ -1,0 +1,310 @@
+"""Read a `.df11` file: list its tensors, decode one or some rows of it, check everything that is read (SPEC.md, sections 2 and 3)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import json
+import math
+import os
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+import zstandard
+
+from df11.formats import errors, framing, layout
+from df11.formats.record import Bytes, Place, Record, open_record
+
+NUMPY_DTYPES: Final[Mapping[str, str]] = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "F16": "<f2",
+    "I32": "<i4",
+    "U32": "<u4",
+    "F32": "<f4",
+    "C64": "<c8",
+    "F64": "<f8",
+    "I64": "<i8",
+    "U64": "<u8",
+    "BF16": "<u2",
+    "F8_E5M2": "u1",
+    "F8_E4M3": "u1",
+    "F8_E8M0": "u1",
+    "F8_E4M3FNUZ": "u1",
+    "F8_E5M2FNUZ": "u1",
+}
+"""safetensors dtype -> NumPy dtype. NumPy has no BF16 and no F8: their bits come as unsigned integers. F4 and F6 come as packed bytes."""
+
+CHUNK_BYTES: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What the container says of a tensor. ``dtype`` and ``shape`` are those of the decoded tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    encoding: Literal["df11", "verbatim"]
+    stored_bytes: int
+    exact: bool | None
+    """Of a tensor cast from F32: whether every value was a BF16 value. None if it was not cast."""
+
+    @property
+    def elements(self) -> int:
+        """Elements of the decoded tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Stored bits per element; None for an empty tensor."""
+        return 8 * self.stored_bytes / self.elements if self.elements else None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceInfo:
+    """The safetensors file that the container was made from."""
+
+    bytes: int
+    sha256: str
+    header_bytes: int
+    cast: str | None
+
+
+class Container:
+    """An open `.df11` file. A context manager; safe to read from several threads."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open and check the header. Raises a :class:`~df11.formats.errors.Df11Error` that says what is wrong."""
+        self.path = os.fspath(path)
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise errors.from_os_error(error, file=path) from None
+        try:
+            self._open()
+        except OSError as error:
+            self._file.close()
+            raise errors.from_os_error(error, file=path) from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self) -> None:
+        self._header = framing.read_header(self._file, self.path)
+        self.size = self._header.data_start + (self._header.entries[-1].end if self._header.entries else 0)
+        metadata = self._header.metadata
+        if layout.METADATA_VERSION not in metadata:
+            raise errors.NotDf11Error("not a df11 container: it has no df11 metadata", file=self.path)
+        version = metadata[layout.METADATA_VERSION]
+        if version != str(layout.VERSION):
+            raise errors.VersionError("container version", file=self.path, expected=layout.VERSION, found=version, hint="install a newer df11")
+        for key in layout.METADATA_KEYS:
+            if key not in metadata:
+                raise errors.MetadataError(f"the metadata lack {key}", file=self.path)
+        requires = self._json(layout.METADATA_REQUIRES)
+        if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
+            raise errors.MetadataError("df11.requires must be a list of names", file=self.path)
+        unknown = sorted(set(requires) - layout.KNOWN_FEATURES)
+        if unknown:
+            raise errors.FeatureError(f"the file requires features that this df11 does not know: {', '.join(unknown)}", file=self.path, hint="install a newer df11")
+        if self._header.data_start % layout.DATA_ALIGNMENT:
+            raise errors.EntryError(f"the data must start at a multiple of {layout.DATA_ALIGNMENT}", file=self.path, found=self._header.data_start)
+        self.writer = metadata[layout.METADATA_WRITER]
+        self.source = self._parse_source(self._json(layout.METADATA_SOURCE))
+        self._entries = {entry.name: entry for entry in self._header.entries}
+        self._infos: dict[str, TensorInfo] = {}
+        self._checksums: dict[str, int] = {}
+        tensors = self._json(layout.METADATA_TENSORS)
+        if not isinstance(tensors, dict) or tensors.keys() != self._entries.keys():
+            raise errors.MetadataError("df11.tensors does not name the same tensors as the file", file=self.path)
+        for entry in self._header.entries:
+            self._infos[entry.name] = self._parse_tensor(entry, tensors[entry.name])
+
+    def _json(self, key: str) -> Any:
+        try:
+            return json.loads(self._header.metadata[key])
+        except (ValueError, RecursionError):
+            raise errors.MetadataError(f"{key} is not JSON", file=self.path) from None
+
+    def _parse_source(self, value: Any) -> SourceInfo:
+        try:
+            info = SourceInfo(value["bytes"], value["sha256"], value["header_bytes"], value["cast"])
+        except (TypeError, KeyError):
+            raise errors.MetadataError("df11.source lacks a member", file=self.path) from None
+        if (
+            type(info.bytes) is not int
+            or type(info.header_bytes) is not int
+            or not 0 <= info.header_bytes <= layout.MAX_JSON_HEADER
+            or not info.header_bytes + 8 <= info.bytes < 1 << 63
+            or not _is_hexadecimal(info.sha256, 64)
+            or info.cast not in (None, "bf16")
+        ):
+            raise errors.MetadataError("df11.source has a member that is not as specified", file=self.path)
+        return info
+
+    def _parse_tensor(self, entry: framing.Entry, value: Any) -> TensorInfo:
+        where: dict[str, Any] = {"file": self.path, "tensor": entry.name}
+        if not isinstance(value, dict):
+            raise errors.MetadataError("df11.tensors must hold objects", **where)
+        encoding, dtype, shape, exact = value.get("encoding"), value.get("dtype"), value.get("shape"), value.get("exact")
+        if encoding not in ("df11", "verbatim"):
+            raise errors.MetadataError("unknown encoding", **where, found=repr(encoding)[:80])
+        if dtype not in framing.DTYPE_BITS or not isinstance(shape, list) or len(shape) > layout.MAX_DIMENSIONS:
+            raise errors.MetadataError("dtype or shape is not as specified", **where)
+        if not all(type(size) is int and 0 <= size < 1 << 63 for size in shape) or exact not in (None, True, False):
+            raise errors.MetadataError("shape or exact is not as specified", **where)
+        if exact is not None and (self.source.cast is None or dtype != "BF16"):
+            raise errors.MetadataError("exact is only for tensors that were cast", **where)
+        info = TensorInfo(entry.name, dtype, tuple(shape), encoding, entry.size, exact)
+        if encoding == "df11":
+            if entry.dtype != "U8" or entry.shape != (entry.size,) or dtype != "BF16":
+                raise errors.EntryError("a record must be a one-dimensional U8 tensor that decodes to BF16", **where, found=f"{entry.dtype} {entry.shape}, {dtype}")
+            if entry.start % layout.RECORD_ALIGNMENT:
+                raise errors.EntryError("a record must start at a multiple of 16", **where, offset=entry.start)
+        else:
+            if (entry.dtype, entry.shape) != (dtype, tuple(shape)):
+                raise errors.EntryError("a verbatim entry must have the dtype and shape of its tensor", **where, expected=(dtype, shape), found=(entry.dtype, entry.shape))
+            if not _is_hexadecimal(value.get("xxh3"), 16):
+                raise errors.MetadataError("xxh3 of a verbatim tensor", **where, found=repr(value.get("xxh3"))[:80])
+            self._checksums[entry.name] = int(value["xxh3"], 16)
+        return info
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, in the order of their data in this file."""
+        return list(self._infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """dtype, shape and encoding of a tensor."""
+        if name not in self._infos:
+            raise errors.MissingError("no such tensor", file=self.path, tensor=name)
+        return self._infos[name]
+
+    def read(self, offset: int, size: int) -> Bytes:
+        """``size`` bytes of the data from ``offset``, u8."""
+        data = np.empty(size, np.uint8)
+        view, position = memoryview(data), self._header.data_start + offset
+        while view:
+            try:
+                count = os.preadv(self._file.fileno(), [view], position)
+            except OSError as error:
+                raise errors.from_os_error(error, file=self.path) from None
+            if not count:
+                raise errors.TruncatedFileError("the file has become shorter while it was read", file=self.path, offset=position)
+            view, position = view[count:], position + count
+        return data
+
+    def record(self, name: str) -> Record:
+        """The record of a tensor with encoding ``df11``, its header and directory checked."""
+        info, entry = self.info(name), self._entries[name]
+        if info.encoding != "df11":
+            raise errors.UsageError("this tensor is stored verbatim", file=self.path, tensor=name)
+        place = Place(self.path, name, self._header.data_start + entry.start)
+        record = open_record(lambda offset, size: self.read(entry.start + offset, size), entry.size, place)
+        if record.element_count != info.elements:
+            raise errors.EntryError("the record has another number of weights than its shape", file=self.path, tensor=name, expected=info.elements, found=record.element_count)
+        return record
+
+    def verbatim_chunks(self, name: str) -> Iterator[Bytes]:
+        """The bytes of a verbatim tensor, a few MiB at a time; raises ChecksumError after the last if they are damaged."""
+        self.info(name)
+        entry, checksum = self._entries[name], xxhash.xxh3_64()
+        for start in range(entry.start, entry.end, CHUNK_BYTES):
+            chunk = self.read(start, min(CHUNK_BYTES, entry.end - start))
+            checksum.update(chunk)
+            yield chunk
+        expected = self._checksums[name]
+        if checksum.intdigest() != expected:
+            raise errors.ChecksumError(
+                "the stored bytes are damaged", file=self.path, tensor=name, expected=f"{expected:016x}", found=checksum.hexdigest()
+            )
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """A tensor, decoded and checked. BF16 and F8 come as unsigned integers that hold their bits, F4 and F6 as packed bytes (one dimension)."""
+        info = self.info(name)
+        if info.encoding == "df11":
+            return self.record(name).decode().reshape(info.shape)
+        data = np.empty(info.stored_bytes, np.uint8)
+        position = 0
+        for chunk in self.verbatim_chunks(name):
+            data[position : position + len(chunk)] = chunk
+            position += len(chunk)
+        return data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape) if info.dtype in NUMPY_DTYPES else data
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows ``start`` to ``stop`` (exclusive) of the first dimension, without reading the rest. Like ``tensor(name)[start:stop]``.
+
+        Rows of a record are checked by its segments' stored checksums; rows of a verbatim tensor cannot be checked.
+        """
+        info = self.info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise errors.UsageError("no such rows", file=self.path, tensor=name, expected=f"within {info.shape}", found=(start, stop))
+        if info.dtype not in NUMPY_DTYPES:
+            raise errors.UsageError("rows of a tensor of this dtype cannot be addressed", file=self.path, tensor=name, found=info.dtype)
+        row = math.prod(info.shape[1:])
+        shape = (stop - start, *info.shape[1:])
+        if info.encoding == "df11":
+            return self.record(name).decode(start * row, stop * row).reshape(shape)
+        dtype = np.dtype(NUMPY_DTYPES[info.dtype])
+        data = self.read(self._entries[name].start + start * row * dtype.itemsize, (stop - start) * row * dtype.itemsize)
+        return data.view(dtype).reshape(shape)
+
+    @functools.cached_property
+    def source_header(self) -> framing.Header:
+        """The header of the source file, checked against the tensors of this container."""
+        where: dict[str, Any] = {"file": self.path}
+        try:
+            frame = base64.b64decode(self._header.metadata[layout.METADATA_SOURCE_HEADER], validate=True)
+            if zstandard.frame_content_size(frame) not in (self.source.header_bytes, -1):
+                raise errors.SourceHeaderError("the stored source header has another size", **where, expected=self.source.header_bytes)
+            raw = zstandard.ZstdDecompressor().decompress(frame, max_output_size=self.source.header_bytes)
+        except (binascii.Error, ValueError, zstandard.ZstdError) as error:
+            raise errors.SourceHeaderError(f"the stored source header cannot be read ({error})", **where) from None
+        if len(raw) != self.source.header_bytes:
+            raise errors.SourceHeaderError("the stored source header has another size", **where, expected=self.source.header_bytes, found=len(raw))
+        header = framing.parse_header(raw, self.source.bytes - 8 - len(raw), self.path)
+        if {entry.name for entry in header.entries} != self._infos.keys():
+            raise errors.SourceHeaderError("the source header names other tensors", **where)
+        for entry in header.entries:
+            info = self._infos[entry.name]
+            dtype = info.dtype if info.exact is None else "F32"
+            if (entry.dtype, entry.shape) != (dtype, info.shape):
+                raise errors.SourceHeaderError("the source header gives another dtype or shape", **where, tensor=entry.name, expected=(dtype, info.shape), found=(entry.dtype, entry.shape))
+        return header
+
+
+def _is_hexadecimal(value: object, length: int) -> bool:
+    return isinstance(value, str) and len(value) == length and set(value) <= set(string.digits + "abcdef")
+
+
+def open_container(path: str | os.PathLike[str]) -> Container:
+    """Open a `.df11` file; see :class:`Container`."""
+    return Container(path)
+
+

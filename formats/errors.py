@@ -1,0 +1,215 @@
+"""Errors of the whole package: one class a kind of violation, each with the exit code that the command line gives it.
+
+An error says in one line what is wrong, where (file, tensor, offset), what was expected and found, and what to do next.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+
+class Df11Error(Exception):
+    """Base of every error that df11 raises on purpose.
+
+    ``what`` says what is wrong; the keywords say where, and what to do next. All are kept as attributes.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        offset: int | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.file = None if file is None else os.fspath(file)
+        self.tensor = tensor
+        self.offset = offset
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = [] if self.file is None else [self.file]
+        if self.tensor is not None:
+            where.append(f"tensor {self.tensor!r}")
+        if self.offset is not None:
+            where.append(f"offset {self.offset}")
+        text = f"{', '.join(where)}: {self.what}" if where else self.what
+        if self.expected is not None or self.found is not None:
+            text += f" (expected {self.expected}, found {self.found})"
+        if self.hint is not None:
+            text += f"; {self.hint}"
+        return " ".join(text.split())
+
+
+# What the caller asked for.
+
+
+class UsageError(Df11Error):
+    """The call or its options do not make sense."""
+
+
+class MissingExtraError(Df11Error):
+    """An optional dependency is not installed."""
+
+
+class NotAllowedError(Df11Error):
+    """The operating system or the Hub refuses access."""
+
+    exit_code = 3
+
+
+class MissingError(Df11Error):
+    """A file, folder, tensor or repository does not exist."""
+
+    exit_code = 4
+
+
+class RetryLaterError(Df11Error):
+    """Network or server trouble that may pass."""
+
+    exit_code = 5
+
+
+class BudgetError(Df11Error):
+    """A memory or disk budget cannot be kept."""
+
+    exit_code = 6
+
+
+class ConflictError(Df11Error):
+    """Somebody else changed, or is writing, the same file."""
+
+    exit_code = 7
+
+
+class DifferenceError(Df11Error):
+    """Decoded data differ from what they are compared with."""
+
+    exit_code = 1
+
+
+# safetensors framing, of sources and containers alike.
+
+
+class SafetensorsError(Df11Error):
+    """A file is not a valid safetensors file."""
+
+
+class TruncatedFileError(SafetensorsError):
+    """The file ends before its header or its data do."""
+
+
+class HeaderTooLargeError(SafetensorsError):
+    """The header size is beyond the limit, or beyond the file."""
+
+
+class HeaderJsonError(SafetensorsError):
+    """The header is not the JSON that safetensors prescribes."""
+
+
+class DtypeError(SafetensorsError):
+    """The header names a dtype that safetensors does not have."""
+
+
+class TensorSizeError(SafetensorsError):
+    """A tensor's byte range does not fit its dtype and shape."""
+
+
+class TensorRangeError(SafetensorsError):
+    """Byte ranges overlap, leave a hole, or reach past the end of the file."""
+
+
+# The container, formats/SPEC.md sections 2 and 3.
+
+
+class FormatError(Df11Error):
+    """A file breaks a rule of formats/SPEC.md."""
+
+
+class NotDf11Error(FormatError):
+    """A safetensors file without df11 metadata."""
+
+
+class VersionError(FormatError):
+    """A container or record of a version that this program does not know."""
+
+
+class FeatureError(FormatError):
+    """The container requires a feature that this program does not know."""
+
+
+class MetadataError(FormatError):
+    """A `df11.` key is missing, or its value is not as specified."""
+
+
+class EntryError(FormatError):
+    """An entry does not match its tensor object, or is misaligned."""
+
+
+class LimitError(FormatError):
+    """A number is beyond the limits of the specification."""
+
+
+class SourceHeaderError(FormatError):
+    """The stored header of the source does not decompress, or does not match the tensors."""
+
+
+# The record, sections 4 to 8.
+
+
+class RecordHeaderError(FormatError):
+    """The record's magic, sizes, counts or reserved bytes are wrong."""
+
+
+class DirectoryError(FormatError):
+    """A segment's place, size or weight count is wrong."""
+
+
+class SegmentHeaderError(FormatError):
+    """A segment's encoding, counts or section offsets are wrong."""
+
+
+class CodeTableError(FormatError):
+    """The alphabet does not ascend, or the code is not complete."""
+
+
+class TileError(FormatError):
+    """A tile's position, lane lengths or exceptions do not fit its section."""
+
+
+class LaneError(FormatError):
+    """A lane's codes do not end where its length says."""
+
+
+class ChecksumError(FormatError):
+    """Stored or decoded bytes do not have the checksum that the file gives for them."""
+
+
+def missing_extra(module: str, extra: str) -> MissingExtraError:
+    """The one line for a dependency that is not installed."""
+    return MissingExtraError(f"the package {module!r} is not installed", hint=f"run: pip install 'df11[{extra}]'")
+
+
+def from_os_error(error: OSError, *, file: str | os.PathLike[str] | None = None) -> Df11Error:
+    """The Df11Error that stands for an error of the operating system."""
+    import errno
+
+    path = file if file is not None else error.filename
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BudgetError(reason, file=path, hint="free some disk space and run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return NotAllowedError(reason, file=path, hint="check the permissions of this path")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return MissingError(reason, file=path, hint="check the path")
+    return UsageError(reason, file=path)

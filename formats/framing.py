@@ -1,0 +1,193 @@
+"""safetensors framing: parse and check the JSON header of a source or of a container, write the header of a container."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, Final
+
+from df11.formats import errors, layout
+
+DTYPE_BITS: Final[Mapping[str, int]] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Bits of an element, for every dtype of safetensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a header. ``start`` and ``end`` are bytes from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.start
+
+    @property
+    def elements(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header: entries in the order of their data, metadata, and the JSON as it was read."""
+
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+    raw: bytes = field(repr=False)
+
+    @property
+    def data_start(self) -> int:
+        """Where the data start in the file, in bytes."""
+        return 8 + len(self.raw)
+
+
+def read_header(file: IO[bytes], path: str | os.PathLike[str]) -> Header:
+    """Read and check the header of an open safetensors file.
+
+    Raises a :class:`~df11.formats.errors.SafetensorsError` at the first violation; nothing is allocated before its size is checked.
+    """
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise errors.TruncatedFileError(
+            "not a safetensors file: it is too short to hold a header", file=path, expected="at least 8 bytes", found=f"{size} bytes"
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > layout.MAX_JSON_HEADER:
+        raise errors.HeaderTooLargeError(
+            "not a safetensors file, or a damaged one: its header size is beyond the limit",
+            file=path,
+            offset=0,
+            expected=f"at most {layout.MAX_JSON_HEADER}",
+            found=length,
+        )
+    if length > size - 8:
+        raise errors.TruncatedFileError(
+            "the file ends inside its header", file=path, offset=0, expected=f"{length + 8} bytes", found=f"{size} bytes", hint="download it again"
+        )
+    raw = file.read(length)
+    if len(raw) != length:
+        raise errors.TruncatedFileError("the file ends inside its header", file=path, expected=f"{length} bytes", found=len(raw))
+    return parse_header(raw, size - 8 - length, path)
+
+
+def parse_header(raw: bytes, data_size: int, path: str | os.PathLike[str]) -> Header:
+    """Check the JSON header ``raw`` against ``data_size``, the bytes that follow it in the file."""
+    document = _parse_json(raw, path)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise errors.HeaderJsonError("__metadata__ must map strings to strings", file=path)
+    if len(document) > layout.MAX_TENSORS:
+        raise errors.LimitError("too many tensors", file=path, expected=f"at most {layout.MAX_TENSORS}", found=len(document))
+    entries = sorted((_parse_entry(name, value, path) for name, value in document.items()), key=lambda e: (e.start, e.end))
+    _check_ranges(entries, data_size, path)
+    return Header(tuple(entries), metadata, raw)
+
+
+def _parse_json(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise errors.HeaderJsonError("the header names the same thing twice", file=path)
+        return result
+
+    if not raw.startswith(b"{"):
+        raise errors.HeaderJsonError("not a safetensors file: its header does not start with '{'", file=path, offset=8, found=repr(raw[:1]))
+    try:
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise errors.HeaderJsonError(f"not a safetensors file: its header is not JSON ({error})", file=path, offset=8) from None
+    if not isinstance(document, dict):
+        raise errors.HeaderJsonError("the header is not a JSON object", file=path, offset=8)
+    try:
+        for name in document:
+            name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise errors.HeaderJsonError("a tensor name is not valid Unicode", file=path, offset=8) from None
+    return document
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _parse_entry(name: str, value: object, path: str | os.PathLike[str]) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise errors.HeaderJsonError("a tensor must have exactly dtype, shape and data_offsets", file=path, tensor=name)
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise errors.DtypeError("unknown dtype", file=path, tensor=name, found=repr(dtype))
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise errors.HeaderJsonError("shape must be a list of sizes", file=path, tensor=name, found=repr(shape)[:80])
+    if len(shape) > layout.MAX_DIMENSIONS:
+        raise errors.LimitError("too many dimensions", file=path, tensor=name, expected=f"at most {layout.MAX_DIMENSIONS}", found=len(shape))
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise errors.HeaderJsonError("data_offsets must be two sizes", file=path, tensor=name, found=repr(offsets)[:80])
+    entry = Entry(name, dtype, tuple(shape), *offsets)
+    bits = entry.elements * DTYPE_BITS[dtype]
+    if bits % 8 or entry.size != bits // 8:
+        raise errors.TensorSizeError(
+            "data_offsets do not fit dtype and shape", file=path, tensor=name, offset=entry.start, expected=f"{bits / 8:g} bytes", found=entry.size
+        )
+    return entry
+
+
+def _check_ranges(entries: Sequence[Entry], data_size: int, path: str | os.PathLike[str]) -> None:
+    position = 0
+    for entry in entries:
+        if entry.start != position:
+            what = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
+            raise errors.TensorRangeError(what, file=path, tensor=entry.name, offset=entry.start, expected=position, found=entry.start)
+        position = entry.end
+    if position > data_size:
+        name = entries[-1].name
+        raise errors.TruncatedFileError(
+            "the file ends before its data do", file=path, tensor=name, expected=f"{position} bytes of data", found=data_size, hint="download it again"
+        )
+    if position < data_size:
+        raise errors.TensorRangeError("bytes after the last tensor", file=path, offset=position, expected=position, found=data_size)
+
+
+def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    """The JSON of a container's header, without the 8 bytes of its size and without padding."""
+    document: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for entry in entries:
+        document[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.end]}
+    return compact_json(document)
+
+
+def compact_json(value: object) -> bytes:
+    """JSON without white space, in UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")

@@ -1,0 +1,265 @@
+"""Decoding kernels for the CPU, compiled by Numba. They release the interpreter lock.
+
+A kernel trusts the sizes that its caller has checked (``record.py``), and nothing that it reads from the segment itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from df11.formats.layout import CHUNK_WEIGHTS, CODE_LIMIT, LANES, STREAM_END, TILE_WEIGHTS
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kernel(function: Function) -> Function:
+    """Compile with Numba, keep the result on disk, release the interpreter lock."""
+    compiled: Function = njit(nogil=True, cache=True, error_model="numpy")(function)
+    return compiled
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, bits: int) -> Any:
+    data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
+    data = builder.bitcast(data, ir.IntType(8).as_pointer())
+    return builder.bitcast(builder.gep(data, [offset]), ir.IntType(bits).as_pointer())
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_u64(typing_context: Any, array: Any, offset: Any) -> Any:
+    """The u64 at byte ``offset`` of an array's memory, at any alignment."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], 64)
+        return builder.load(pointer, align=1)
+
+    return types.uint64(array, types.uint64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_u64(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
+    """Store a u64 at byte ``offset`` of an array's memory, at any alignment."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], arguments[0], arguments[1], 64)
+        builder.store(arguments[2], pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64, types.uint64), generate
+
+
+U64 = np.uint64
+_LANES: Final = LANES
+_TILE: Final = TILE_WEIGHTS
+_TILE_PAIRS: Final = TILE_WEIGHTS // 2
+_CHUNK: Final = CHUNK_WEIGHTS
+_LIMIT: Final = CODE_LIMIT
+_TABLE: Final = 1 << CODE_LIMIT
+_WINDOW: Final = U64(_TABLE - 1)
+_STREAM_END: Final = STREAM_END
+
+OK: Final = 0
+BAD_TILE: Final = 1
+BAD_LANE: Final = 2
+BAD_EXCEPTION: Final = 3
+DIFFERENT: Final = 4
+BAD_ALPHABET: Final = 5
+BAD_LENGTH: Final = 6
+INCOMPLETE_CODE: Final = 7
+
+
+@kernel
+def build_decode_table(section: np.ndarray, alphabet_size: int, table: np.ndarray) -> int:
+    """Expand a code table section (SPEC.md, section 6) into the 4096-entry decoding table.
+
+    ``section`` u8, ``table`` u32[4096]. Entry = e1 << 23 | e0 << 7 | length, indexed by the next 12 bits of a lane: the
+    exponents stand where two BF16 values in a u32 have them. Returns ``OK`` or what is wrong.
+    """
+    counts = np.zeros(_LIMIT + 1, np.int64)
+    for i in range(1, alphabet_size):
+        if section[i] <= section[i - 1]:
+            return BAD_ALPHABET
+    cells = alphabet_size * alphabet_size
+    codes = 0
+    kraft = 0
+    for cell in range(cells):
+        length = (section[alphabet_size + (cell >> 1)] >> ((cell & 1) * 4)) & 15
+        if length > _LIMIT:
+            return BAD_LENGTH
+        if length:
+            counts[length] += 1
+            codes += 1
+            kraft += _TABLE >> length
+    if (cells & 1) and section[alphabet_size + (cells >> 1)] >> 4:
+        return BAD_LENGTH
+    single = codes == 1 and counts[1] == 1
+    if kraft != _TABLE and not single:
+        return INCOMPLETE_CODE
+    next_code = np.zeros(_LIMIT + 1, np.int64)
+    code = 0
+    for length in range(1, _LIMIT + 1):
+        code = (code + counts[length - 1]) << 1
+        next_code[length] = code
+    for cell in range(cells):
+        length = np.int64((section[alphabet_size + (cell >> 1)] >> ((cell & 1) * 4)) & 15)
+        if length:
+            code = next_code[length]
+            next_code[length] += 1
+            reverse = 0
+            for bit in range(length):
+                reverse |= ((code >> bit) & 1) << (length - 1 - bit)
+            e0 = np.uint32(section[cell % alphabet_size])
+            e1 = np.uint32(section[cell // alphabet_size])
+            entry = np.uint32((e1 << np.uint32(23)) | (e0 << np.uint32(7)) | np.uint32(length))
+            step = 1 if single else 1 << length
+            for slot in range(0 if single else reverse, _TABLE, step):
+                table[slot] = entry
+    return OK
+
+
+@kernel
+def _assemble(pairs: np.ndarray, sign_mantissa: np.ndarray, out: np.ndarray) -> None:
+    # pairs: u32, decoding table entries; sign_mantissa: u16, the two bytes of two weights -> out: u32, two weights.
+    for i in range(len(sign_mantissa)):
+        s = np.uint32(sign_mantissa[i])
+        low = (s & np.uint32(0x7F)) | ((s & np.uint32(0x80)) << np.uint32(8))
+        high = ((s & np.uint32(0x7F00)) << np.uint32(8)) | ((s & np.uint32(0x8000)) << np.uint32(16))
+        out[i] = (pairs[i] & np.uint32(0x7F807F80)) | low | high
+
+
+@kernel
+def _decode_lanes(segment: np.ndarray, table: np.ndarray, position: np.ndarray, limit: U64, chunks: int, pairs: np.ndarray) -> None:
+    # All lanes take turns, chunk by chunk: 32 independent chains of look-ups, and sequential stores.
+    # position: u64[32], bits from the start of the segment; limit: last bit where an 8-byte load is inside.
+    target = U64(0)
+    for _ in range(chunks):
+        for lane in range(_LANES):
+            bit = position[U64(lane)]
+            window = load_u64(segment, bit >> U64(3)) >> (bit & U64(7))
+            a = U64(table[window & _WINDOW])
+            window >>= a & U64(63)
+            b = U64(table[window & _WINDOW])
+            window >>= b & U64(63)
+            c = U64(table[window & _WINDOW])
+            window >>= c & U64(63)
+            d = U64(table[window & _WINDOW])
+            position[U64(lane)] = min(bit + ((a + b + c + d) & U64(63)), limit)
+            store_u64(pairs, target, a | (b << U64(32)))
+            store_u64(pairs, target + U64(8), c | (d << U64(32)))
+            target += U64(16)
+
+
+@kernel
+def _decode_tile(
+    segment: np.ndarray,
+    table: np.ndarray,
+    tile: int,
+    weights: int,
+    lane_bytes: int,
+    tiles_offset: int,
+    lanes_offset: int,
+    stream_offset: int,
+    stream_end: int,
+    start: np.ndarray,
+    position: np.ndarray,
+    pairs: np.ndarray,
+) -> int:
+    # Decode the exponents of one tile into pairs (u32[4096]); start is left with the lanes' first bits and, at 32, the end.
+    chunks = (weights + _CHUNK - 1) // _CHUNK
+    word = load_u64(segment, U64(tiles_offset + 8 * tile))
+    shortest = (word >> U64(32)) & U64(0xFFFF)
+    exceptions = word >> U64(48)
+    bit = (U64(stream_offset) + ((word & U64(0xFFFFFFFF)) << U64(4))) << U64(3)
+    longest = U64(chunks * 4 * _LIMIT)
+    for lane in range(_LANES):
+        start[lane] = bit
+        position[lane] = bit
+        at = lanes_offset + (tile * _LANES + lane) * lane_bytes
+        length = shortest + U64(segment[at])
+        if lane_bytes == 2:
+            length += U64(segment[at + 1]) << U64(8)
+        if length < U64(chunks * 4) or length > longest:
+            return BAD_TILE
+        bit += length
+    start[_LANES] = bit
+    end = ((bit + U64(31)) >> U64(5)) * U64(4) + U64(4) * exceptions
+    if exceptions > U64(weights) or end > U64(stream_end - _STREAM_END):
+        return BAD_TILE
+    _decode_lanes(segment, table, position, U64(stream_end - 8) << U64(3), chunks, pairs)
+    for lane in range(_LANES):
+        if position[lane] != start[lane + 1]:
+            return BAD_LANE
+    return OK
+
+
+@kernel
+def _apply_exceptions(segment: np.ndarray, descriptor: int, end_bit: U64, weights: int, out: np.ndarray) -> int:
+    # out: u16, the weights of the tile. end_bit: the bit after the last lane.
+    count = np.int64(load_u64(segment, U64(descriptor)) >> U64(48))
+    at = np.int64((end_bit + U64(31)) >> U64(5)) * 4
+    for i in range(count):
+        position = np.int64(segment[at + 4 * i]) | (np.int64(segment[at + 4 * i + 1]) << 8)
+        if position >= weights:
+            return BAD_EXCEPTION
+        out[position] = np.uint16(segment[at + 4 * i + 2]) | (np.uint16(segment[at + 4 * i + 3]) << np.uint16(8))
+    return OK
+
+
+@kernel
+def decode_tiles(
+    segment: np.ndarray,
+    table: np.ndarray,
+    elements: int,
+    lane_bytes: int,
+    tiles_offset: int,
+    lanes_offset: int,
+    sign_mantissa_offset: int,
+    stream_offset: int,
+    first: int,
+    last: int,
+    out: np.ndarray,
+    compare: bool,
+) -> tuple[int, int]:
+    """Decode the tiles ``first`` to ``last`` (exclusive) of a coded segment.
+
+    ``segment`` u8, the whole segment; ``table`` u32[4096]; ``out`` u16, the weights of these tiles. With ``compare`` nothing is
+    written: the decoded weights are compared with ``out``. Returns (``OK`` or what is wrong, tile).
+    """
+    start = np.empty(_LANES + 1, np.uint64)
+    position = np.empty(_LANES, np.uint64)
+    pairs = np.empty(_TILE_PAIRS, np.uint32)
+    halves = pairs.view(np.uint16)
+    scratch = np.empty(_TILE, np.uint16)
+    stream_end = len(segment)
+    for tile in range(first, last):
+        weights = min(_TILE, elements - tile * _TILE)
+        status = _decode_tile(
+            segment, table, tile, weights, lane_bytes, tiles_offset, lanes_offset, stream_offset, stream_end, start, position, pairs
+        )
+        if status != OK:
+            return status, tile
+        target = out[(tile - first) * _TILE : (tile - first) * _TILE + weights]
+        decoded = scratch[:weights] if compare else target
+        even = weights & ~1
+        at = sign_mantissa_offset + tile * _TILE
+        if even:
+            _assemble(pairs, segment[at : at + even].view(np.uint16), decoded[:even].view(np.uint32))
+        if weights & 1:
+            s = np.uint16(segment[at + even])
+            decoded[even] = (halves[even] & np.uint16(0x7F80)) | (s & np.uint16(0x7F)) | ((s & np.uint16(0x80)) << np.uint16(8))
+        status = _apply_exceptions(segment, tiles_offset + 8 * tile, start[_LANES], weights, decoded)
+        if status != OK:
+            return status, tile
+        if compare:
+            different = np.uint16(0)
+            for i in range(weights):
+                different |= decoded[i] ^ target[i]
+            if different:
+                return DIFFERENT, tile
+    return OK, last

@@ -1,0 +1,157 @@
+"""Every structure, constant and limit of the container, declared once. tests/test_spec.py holds SPEC.md against them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Final
+
+VERSION: Final = 1
+KNOWN_FEATURES: Final[frozenset[str]] = frozenset()
+
+LANES: Final = 32
+"""Lanes of a tile: the threads of a warp."""
+LANE_WEIGHTS: Final = 256
+TILE_WEIGHTS: Final = LANES * LANE_WEIGHTS
+CHUNK_LANE_WEIGHTS: Final = 8
+"""Consecutive weights of one lane in a chunk: one 16-byte store."""
+CHUNK_WEIGHTS: Final = LANES * CHUNK_LANE_WEIGHTS
+CODE_LIMIT: Final = 12
+"""Longest code in bits: the decoding table has 2**12 entries."""
+DEFAULT_SEGMENT_WEIGHTS: Final = 1 << 21
+
+RECORD_ALIGNMENT: Final = 16
+DATA_ALIGNMENT: Final = 64
+STREAM_UNIT: Final = 16
+"""Unit of a tile's stream position, in bytes."""
+STREAM_END: Final = 16
+"""Zero bytes after the last tile, so that 8-byte loads stay inside."""
+
+MAX_JSON_HEADER: Final = 100_000_000
+MAX_TENSORS: Final = 1_000_000
+MAX_DIMENSIONS: Final = 64
+MAX_RECORD_WEIGHTS: Final = 1 << 40
+MAX_SEGMENT_WEIGHTS: Final = 1 << 24
+
+MAGIC: Final = b"DF11"
+DTYPE_BF16: Final = 1
+ENCODING_RAW: Final = 0
+ENCODING_CODED: Final = 1
+
+METADATA_VERSION: Final = "df11.version"
+METADATA_REQUIRES: Final = "df11.requires"
+METADATA_WRITER: Final = "df11.writer"
+METADATA_SOURCE: Final = "df11.source"
+METADATA_SOURCE_HEADER: Final = "df11.source_header"
+METADATA_TENSORS: Final = "df11.tensors"
+METADATA_KEYS: Final = (
+    METADATA_VERSION,
+    METADATA_REQUIRES,
+    METADATA_WRITER,
+    METADATA_SOURCE,
+    METADATA_SOURCE_HEADER,
+    METADATA_TENSORS,
+)
+
+
+class Structure:
+    """A little-endian structure without gaps: field name -> `struct` format character(s)."""
+
+    def __init__(self, name: str, fields: Mapping[str, str]) -> None:
+        self.name = name
+        self.fields = dict(fields)
+        self._struct = struct.Struct("<" + "".join(fields.values()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the structure."""
+        return self._struct.size
+
+    def table(self) -> list[tuple[int, int, str]]:
+        """(offset, size, field) of each field, in bytes."""
+        rows, offset = [], 0
+        for field, code in self.fields.items():
+            size = struct.calcsize("<" + code)
+            rows.append((offset, size, field))
+            offset += size
+        return rows
+
+    def pack(self, **values: int | bytes) -> bytes:
+        """The bytes of the structure; every field must be given."""
+        return self._struct.pack(*(values[field] for field in self.fields))
+
+    def unpack(self, data: bytes | memoryview, offset: int = 0) -> dict[str, int]:
+        """Field values of the structure that starts at ``offset``; a bytes field is returned as a little-endian integer."""
+        values = self._struct.unpack_from(data, offset)
+        return {
+            field: int.from_bytes(value, "little") if isinstance(value, bytes) else value
+            for field, value in zip(self.fields, values, strict=True)
+        }
+
+
+RECORD_HEADER: Final = Structure(
+    "Record header",
+    {
+        "magic": "4s",
+        "version": "B",
+        "dtype": "B",
+        "reserved_0": "H",
+        "element_count": "Q",
+        "record_size": "Q",
+        "segment_count": "I",
+        "segment_elements": "I",
+        "header_checksum": "Q",
+        "reserved_1": "Q",
+    },
+)
+DIRECTORY_ENTRY: Final = Structure(
+    "Directory entry",
+    {"segment_offset": "Q", "segment_size": "I", "element_count": "I", "stored_checksum": "Q", "decoded_checksum": "Q"},
+)
+SEGMENT_HEADER: Final = Structure(
+    "Segment header",
+    {
+        "encoding": "B",
+        "lane_bytes": "B",
+        "alphabet_size": "H",
+        "element_count": "I",
+        "tiles_offset": "I",
+        "lanes_offset": "I",
+        "sign_mantissa_offset": "I",
+        "stream_offset": "I",
+        "segment_size": "I",
+        "exception_count": "I",
+    },
+)
+TILE_DESCRIPTOR: Final = Structure("Tile descriptor", {"stream_position": "I", "shortest_lane": "H", "exception_count": "H"})
+EXCEPTION: Final = Structure("Exception", {"position": "H", "weight": "H"})
+STRUCTURES: Final = (RECORD_HEADER, DIRECTORY_ENTRY, SEGMENT_HEADER, TILE_DESCRIPTOR, EXCEPTION)
+
+
+def align(value: int, alignment: int = RECORD_ALIGNMENT) -> int:
+    """``value`` rounded up to a multiple of ``alignment``."""
+    return -(-value // alignment) * alignment
+
+
+def tile_count(weights: int) -> int:
+    """Tiles that cover this many weights."""
+    return -(-weights // TILE_WEIGHTS)
+
+
+def raw_segment_size(weights: int) -> int:
+    """Bytes of a raw segment of this many weights."""
+    return align(SEGMENT_HEADER.size + 2 * weights)
+
+
+def segment_sections(weights: int, alphabet_size: int, lane_bytes: int) -> dict[str, int]:
+    """The four section offsets of a coded segment, in bytes from its start (SPEC.md, section 5)."""
+    tiles = tile_count(weights)
+    tiles_offset = align(SEGMENT_HEADER.size + alphabet_size + (alphabet_size * alphabet_size + 1) // 2)
+    lanes_offset = align(tiles_offset + TILE_DESCRIPTOR.size * tiles)
+    sign_mantissa_offset = lanes_offset + LANES * lane_bytes * tiles
+    return {
+        "tiles_offset": tiles_offset,
+        "lanes_offset": lanes_offset,
+        "sign_mantissa_offset": sign_mantissa_offset,
+        "stream_offset": align(sign_mantissa_offset + weights),
+    }

@@ -1,0 +1,310 @@
+"""A record: check its header and directory, check and decode its segments (SPEC.md, sections 4 to 9)."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from df11.formats import errors, layout
+
+Bytes = npt.NDArray[np.uint8]
+Weights = npt.NDArray[np.uint16]
+
+_HEADER: Final = layout.RECORD_HEADER
+_ENTRY: Final = layout.DIRECTORY_ENTRY
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """The compiled kernels, imported when first used: Numba takes most of the start-up time."""
+    try:
+        from df11.formats import kernels as module
+    except ModuleNotFoundError as error:
+        if error.name in ("numba", "llvmlite"):
+            raise errors.missing_extra("numba", "convert") from None
+        raise
+    return module
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record lies, for error messages: file, tensor name, offset of the record in the file."""
+
+    file: str | os.PathLike[str] | None = None
+    tensor: str | None = None
+    offset: int = 0
+
+    def at(self, offset: int) -> dict[str, Any]:
+        """Keywords of a Df11Error for byte ``offset`` of the record."""
+        return {"file": self.file, "tensor": self.tensor, "offset": self.offset + offset}
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlace:
+    """A directory entry, and the first weight of its segment."""
+
+    offset: int
+    size: int
+    elements: int
+    stored_checksum: int
+    decoded_checksum: int
+    first_element: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record whose header and directory have been checked. ``read(offset, size)`` returns bytes of the record."""
+
+    element_count: int
+    segment_elements: int
+    size: int
+    segments: tuple[SegmentPlace, ...]
+    read: Callable[[int, int], Bytes]
+    place: Place
+
+    def read_segment(self, index: int) -> Segment:
+        """Read one segment, check its stored checksum, its header and its tiles."""
+        entry = self.segments[index]
+        return Segment(self.read(entry.offset, entry.size), entry, self.place)
+
+    def decode(self, first: int = 0, last: int | None = None) -> Weights:
+        """The weights ``first`` to ``last`` (exclusive) of the record, u16. Reads only the segments that hold them.
+
+        Every segment read is checked against its stored checksum, and against its decoded checksum where all of it is decoded.
+        """
+        last = self.element_count if last is None else last
+        if not 0 <= first <= last <= self.element_count:
+            raise errors.UsageError("range of weights", file=self.place.file, tensor=self.place.tensor, found=(first, last))
+        out = np.empty(last - first, np.uint16)
+        if first == last:
+            return out
+        for index in range(first // self.segment_elements, (last - 1) // self.segment_elements + 1):
+            entry = self.segments[index]
+            begin = max(first - entry.first_element, 0)
+            end = min(last - entry.first_element, entry.elements)
+            target = out[entry.first_element + begin - first : entry.first_element + end - first]
+            segment = self.read_segment(index)
+            if begin == 0 and end == entry.elements:
+                segment.decode(target)
+            else:
+                segment.decode_range(begin, end, target)
+        return out
+
+
+def open_record(read: Callable[[int, int], Bytes], size: int, place: Place) -> Record:
+    """Check the header and the directory of a record of ``size`` bytes.
+
+    Raises RecordHeaderError, VersionError, LimitError, DirectoryError or ChecksumError.
+    """
+    if size < _HEADER.size + _ENTRY.size or size % layout.RECORD_ALIGNMENT:
+        raise errors.RecordHeaderError("a record cannot have this size", **place.at(0), found=size)
+    header_bytes = read(0, _HEADER.size).tobytes()
+    header = _HEADER.unpack(header_bytes)
+
+    def require(field: str, expected: object, correct: bool, error: type[errors.Df11Error] = errors.RecordHeaderError) -> None:
+        if not correct:
+            offset = next(row[0] for row in _HEADER.table() if row[2] == field)
+            raise error(f"record header: {field}", **place.at(offset), expected=expected, found=header[field])
+
+    magic = int.from_bytes(layout.MAGIC, "little")
+    require("magic", magic, header["magic"] == magic)
+    require("version", layout.VERSION, header["version"] == layout.VERSION, errors.VersionError)
+    require("dtype", layout.DTYPE_BF16, header["dtype"] == layout.DTYPE_BF16)
+    require("reserved_0", 0, header["reserved_0"] == 0)
+    require("reserved_1", 0, header["reserved_1"] == 0)
+    elements, per_segment, count = header["element_count"], header["segment_elements"], header["segment_count"]
+    require("element_count", f"1 to {layout.MAX_RECORD_WEIGHTS}", 1 <= elements <= layout.MAX_RECORD_WEIGHTS, errors.LimitError)
+    require("record_size", size, header["record_size"] == size)
+    require(
+        "segment_elements",
+        f"a multiple of {layout.TILE_WEIGHTS} up to {layout.MAX_SEGMENT_WEIGHTS}",
+        0 < per_segment <= layout.MAX_SEGMENT_WEIGHTS and per_segment % layout.TILE_WEIGHTS == 0,
+        errors.LimitError,
+    )
+    require("segment_count", -(-elements // per_segment), count == -(-elements // per_segment))
+    directory_size = _ENTRY.size * count
+    require("segment_count", "a directory inside the record", _HEADER.size + directory_size <= size)
+    directory = read(_HEADER.size, directory_size).tobytes()
+    checksum = header_checksum(header_bytes, directory)
+    require("header_checksum", checksum, header["header_checksum"] == checksum, errors.ChecksumError)
+    return Record(elements, per_segment, size, tuple(_check_directory(header, directory, place)), read, place)
+
+
+def header_checksum(header: bytes, directory: bytes) -> int:
+    """XXH3 of a record header with its checksum as zero, and the directory."""
+    offset = next(row[0] for row in _HEADER.table() if row[2] == "header_checksum")
+    return xxhash.xxh3_64_intdigest(header[:offset] + bytes(8) + header[offset + 8 :] + directory)
+
+
+def _check_directory(header: dict[str, int], directory: bytes, place: Place) -> list[SegmentPlace]:
+    segments = []
+    position = _HEADER.size + len(directory)
+    first = 0
+    for index in range(header["segment_count"]):
+        entry = _ENTRY.unpack(directory, _ENTRY.size * index)
+        at = place.at(_HEADER.size + _ENTRY.size * index)
+        elements = min(header["segment_elements"], header["element_count"] - first)
+        size = entry["segment_size"]
+        if entry["segment_offset"] != position:
+            raise errors.DirectoryError(f"segment {index}: offset", **at, expected=position, found=entry["segment_offset"])
+        if entry["element_count"] != elements:
+            raise errors.DirectoryError(f"segment {index}: element_count", **at, expected=elements, found=entry["element_count"])
+        largest = layout.raw_segment_size(elements)
+        if not layout.SEGMENT_HEADER.size < size <= largest or size % layout.RECORD_ALIGNMENT:
+            raise errors.DirectoryError(f"segment {index}: size", **at, expected=f"a multiple of 16 up to {largest}", found=size)
+        segments.append(SegmentPlace(position, size, elements, entry["stored_checksum"], entry["decoded_checksum"], first))
+        position += size
+        first += elements
+    if position != header["record_size"]:
+        raise errors.DirectoryError("the segments do not end with the record", **place.at(_HEADER.size), expected=header["record_size"], found=position)
+    return segments
+
+
+class Segment:
+    """One segment in memory, checked: stored checksum, header, code table, tiles."""
+
+    def __init__(self, data: Bytes, entry: SegmentPlace, place: Place) -> None:
+        self.data = data
+        self.entry = entry
+        self.place = place
+        stored = xxhash.xxh3_64_intdigest(data)
+        if stored != entry.stored_checksum:
+            raise errors.ChecksumError(
+                "the stored bytes are damaged", **place.at(entry.offset), expected=f"{entry.stored_checksum:016x}", found=f"{stored:016x}"
+            )
+        self.header = layout.SEGMENT_HEADER.unpack(data[: layout.SEGMENT_HEADER.size].tobytes())
+        self._check_header()
+        self.coded = self.header["encoding"] == layout.ENCODING_CODED
+        if self.coded:
+            self._check_tiles()
+            self.table = self._build_table()
+
+    def _check_header(self) -> None:
+        header, entry = self.header, self.entry
+        expected = {"element_count": entry.elements, "segment_size": entry.size}
+        if header["encoding"] == layout.ENCODING_CODED:
+            if not 1 <= header["alphabet_size"] <= 256:
+                raise errors.SegmentHeaderError("segment header: alphabet_size", **self._at(2), expected="1 to 256", found=header["alphabet_size"])
+            if header["lane_bytes"] not in (1, 2):
+                raise errors.SegmentHeaderError("segment header: lane_bytes", **self._at(1), expected="1 or 2", found=header["lane_bytes"])
+            expected |= layout.segment_sections(entry.elements, header["alphabet_size"], header["lane_bytes"])
+        elif header["encoding"] == layout.ENCODING_RAW:
+            names = ("lane_bytes", "alphabet_size", "tiles_offset", "lanes_offset", "sign_mantissa_offset", "exception_count")
+            expected |= dict.fromkeys(names, 0) | {
+                "stream_offset": layout.SEGMENT_HEADER.size,
+                "segment_size": layout.raw_segment_size(entry.elements),
+            }
+        else:
+            raise errors.SegmentHeaderError("segment header: encoding", **self._at(0), expected="0 or 1", found=header["encoding"])
+        for offset, _, field in layout.SEGMENT_HEADER.table():
+            if field in expected and header[field] != expected[field]:
+                raise errors.SegmentHeaderError(f"segment header: {field}", **self._at(offset), expected=expected[field], found=header[field])
+        if header["encoding"] == layout.ENCODING_CODED and header["stream_offset"] + layout.STREAM_END > entry.size:
+            raise errors.SegmentHeaderError("the sections do not fit the segment", **self._at(20), expected=entry.size, found=header["stream_offset"])
+
+    def _check_tiles(self) -> None:
+        header = self.header
+        tiles = layout.tile_count(self.entry.elements)
+        start = header["tiles_offset"]
+        words = self.data[start : start + 8 * tiles].view("<u8")
+        positions = (words & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        shortest = ((words >> np.uint64(32)) & np.uint64(0xFFFF)).astype(np.int64)
+        exceptions = (words >> np.uint64(48)).astype(np.int64)
+        start, size = header["lanes_offset"], layout.LANES * header["lane_bytes"] * tiles
+        lanes = self.data[start : start + size].view(f"<u{header['lane_bytes']}").reshape(tiles, layout.LANES)
+        bits = lanes.sum(axis=1, dtype=np.int64) + layout.LANES * shortest
+        units = -(-(-(-bits // 32) * 4 + 4 * exceptions) // layout.STREAM_UNIT)
+        ends = np.cumsum(units)
+        wrong = np.flatnonzero(positions != ends - units)
+        if wrong.size:
+            tile = int(wrong[0])
+            raise errors.TileError(
+                f"tile {tile}: stream_position",
+                **self._at(header["tiles_offset"] + 8 * tile),
+                expected=int(ends[tile] - units[tile]),
+                found=int(positions[tile]),
+            )
+        end = header["stream_offset"] + layout.STREAM_UNIT * int(ends[-1]) + layout.STREAM_END
+        if end != self.entry.size:
+            raise errors.TileError("the tiles do not fill the stream", **self._at(header["tiles_offset"]), expected=self.entry.size, found=end)
+        total = int(exceptions.sum())
+        if total != header["exception_count"]:
+            raise errors.TileError("exceptions of the tiles", **self._at(28), expected=header["exception_count"], found=total)
+
+    def _build_table(self) -> npt.NDArray[np.uint32]:
+        table = np.empty(1 << layout.CODE_LIMIT, np.uint32)
+        k = kernels()
+        status = k.build_decode_table(self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]], self.header["alphabet_size"], table)
+        if status != k.OK:
+            what = {k.BAD_ALPHABET: "the alphabet does not ascend", k.BAD_LENGTH: "a code length is beyond 12", k.INCOMPLETE_CODE: "the code is not complete"}
+            raise errors.CodeTableError(f"code table: {what[status]}", **self._at(layout.SEGMENT_HEADER.size))
+        return table
+
+    def _at(self, offset: int) -> dict[str, Any]:
+        return self.place.at(self.entry.offset + offset)
+
+    def decode(self, out: Weights) -> None:
+        """Decode all weights into ``out`` and check the decoded checksum."""
+        self._decode_tiles(0, layout.tile_count(self.entry.elements), out, compare=False)
+        decoded = xxhash.xxh3_64_intdigest(out)
+        if decoded != self.entry.decoded_checksum:
+            raise errors.ChecksumError(
+                "the decoded weights are not those that were encoded",
+                **self._at(0),
+                expected=f"{self.entry.decoded_checksum:016x}",
+                found=f"{decoded:016x}",
+            )
+
+    def decode_range(self, first: int, last: int, out: Weights) -> None:
+        """Decode the weights ``first`` to ``last`` (exclusive) of the segment into ``out``; only tiles that hold them are decoded."""
+        tile, end = first // layout.TILE_WEIGHTS, layout.tile_count(last)
+        whole = np.empty(min(end * layout.TILE_WEIGHTS, self.entry.elements) - tile * layout.TILE_WEIGHTS, np.uint16)
+        self._decode_tiles(tile, end, whole, compare=False)
+        out[:] = whole[first - tile * layout.TILE_WEIGHTS : last - tile * layout.TILE_WEIGHTS]
+
+    def compare(self, weights: Weights) -> None:
+        """Decode all weights and compare them with ``weights``; a DifferenceError names the tile that differs."""
+        self._decode_tiles(0, layout.tile_count(self.entry.elements), weights, compare=True)
+
+    def _decode_tiles(self, first: int, last: int, out: Weights, *, compare: bool) -> None:
+        header = self.header
+        if not self.coded:
+            begin = layout.SEGMENT_HEADER.size + 2 * layout.TILE_WEIGHTS * first
+            weights = self.data[begin : begin + 2 * len(out)].view("<u2")
+            if not compare:
+                out[:] = weights
+            elif not np.array_equal(out, weights):
+                raise errors.DifferenceError("decoded weights differ", **self._at(0))
+            return
+        k = kernels()
+        status, tile = k.decode_tiles(
+            self.data,
+            self.table,
+            self.entry.elements,
+            header["lane_bytes"],
+            header["tiles_offset"],
+            header["lanes_offset"],
+            header["sign_mantissa_offset"],
+            header["stream_offset"],
+            first,
+            last,
+            out,
+            compare,
+        )
+        if status == k.OK:
+            return
+        at = self._at(header["tiles_offset"] + 8 * tile)
+        if status == k.DIFFERENT:
+            raise errors.DifferenceError(f"tile {tile}: decoded weights differ", **at)
+        if status == k.BAD_LANE:
+            raise errors.LaneError(f"tile {tile}: a lane does not end where its length says", **at)
+        what = "lane lengths or exceptions do not fit" if status == k.BAD_TILE else "an exception lies outside the tile"
+        raise errors.TileError(f"tile {tile}: {what}", **at)
