@@ -1,0 +1,58 @@
+"""Say what is in a container."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from df11.formats import layout
+from df11.formats.container import Container
+
+
+def describe(container: Container) -> dict[str, Any]:
+    """Tensors, sizes and source of a container, as ``df11 inspect --json`` prints it."""
+    tensors = []
+    for name in container.keys():
+        info = container.info(name)
+        bits = info.bits_per_weight
+        value: dict[str, Any] = {
+            "name": name,
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "encoding": info.encoding,
+            "stored_bytes": info.stored_bytes,
+            "bits_per_weight": None if bits is None else round(bits, 4),
+        }
+        if info.exact is not None:
+            value["exact"] = info.exact
+        tensors.append(value)
+    return {
+        "path": container.path,
+        "format_version": layout.VERSION,
+        "writer": container.writer,
+        "bytes": container.size,
+        "source": {"sha256": container.source.sha256, "bytes": container.source.bytes, "cast": container.source.cast},
+        "tensors": tensors,
+    }
+
+
+def as_text(description: dict[str, Any]) -> str:
+    """The same for people: a table of the tensors, and a line of totals."""
+    rows = [("tensor", "dtype", "shape", "encoding", "bytes", "bits/weight")]
+    for tensor in description["tensors"]:
+        bits = tensor["bits_per_weight"]
+        shape = "x".join(map(str, tensor["shape"])) or "scalar"
+        note = "" if tensor.get("exact", True) else " (rounded)"
+        rows.append(
+            (tensor["name"], tensor["dtype"] + note, shape, tensor["encoding"], f"{tensor['stored_bytes']:,}", "-" if bits is None else f"{bits:.2f}")
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) if column < 4 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    source = description["source"]
+    ratio = description["bytes"] / source["bytes"]
+    cast = " cast to BF16" if source["cast"] else ""
+    lines.append(f"{description['path']}: {description['bytes']:,} bytes, {ratio:.4f} of {source['bytes']:,} bytes of source{cast}")
+    lines.append(f"source SHA-256 {source['sha256']}")
+    return "\n".join(lines)

@@ -1,0 +1,182 @@
+"""Which file of a tree becomes which: shards are converted, index files rewritten, all others copied."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from df11.formats import errors
+from df11.formats.writer import AtomicWriter, make_parents
+
+SAFETENSORS: Final = ".safetensors"
+DF11: Final = ".df11"
+INDEX: Final = ".index.json"
+SKIPPED_FOLDERS: Final = frozenset({".git", ".cache"})
+"""Bookkeeping of git and of the Hub's client, not part of a model."""
+
+_CHUNK: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileJob:
+    """One file of a tree. ``convert``: a shard, from or to df11."""
+
+    kind: Literal["convert", "index", "copy"]
+    source: Path
+    target: Path
+
+
+def plan_tree(source: Path, target: Path, old: str, new: str) -> list[FileJob]:
+    """Jobs for a file or a folder; ``old`` and ``new`` are the suffixes of shards in source and target.
+
+    Folders keep their shape and links are followed, as the Hub's cache makes them. Shards come first, then the index files.
+    """
+    if not source.exists():
+        raise errors.MissingError("no such file or folder", file=source, hint="check the path")
+    if source.is_file():
+        if target.is_dir():
+            raise errors.UsageError("the target is a folder, but the source is a file", file=target, hint="name a file")
+        if target.exists() and target.samefile(source):
+            raise errors.UsageError("source and target are the same file", file=target)
+        return [FileJob("convert", source, target)]
+    if target.exists() and not target.is_dir():
+        raise errors.UsageError("the target is a file, but the source is a folder", file=target, hint="name a folder")
+    inside, outside = target.resolve(), source.resolve()
+    if inside == outside or outside in inside.parents:
+        raise errors.UsageError("the target lies in the source", file=target, hint="choose another folder")
+    jobs = []
+    for path in walk(source):
+        relative = path.relative_to(source)
+        name = relative.name
+        if name.endswith(old):
+            jobs.append(FileJob("convert", path, target / relative.with_name(name.removesuffix(old) + new)))
+        elif name.endswith(old + INDEX):
+            jobs.append(FileJob("index", path, target / relative.with_name(name.removesuffix(old + INDEX) + new + INDEX)))
+        else:
+            jobs.append(FileJob("copy", path, target / relative))
+    if not any(job.kind == "convert" for job in jobs):
+        raise errors.SafetensorsError(f"no {old} file in this folder", file=source, hint="check the path")
+    by_target: dict[Path, FileJob] = {}
+    for job in jobs:
+        if job.target in by_target:
+            raise errors.UsageError(f"{by_target[job.target].source} and {job.source} would both be written here", file=job.target)
+        by_target[job.target] = job
+    order = ("convert", "copy", "index")
+    return sorted(jobs, key=lambda job: order.index(job.kind))
+
+
+def walk(folder: Path) -> list[Path]:
+    """All files of a folder and the folders in it, links followed, in the order of their paths."""
+    return sorted(_walk(folder, frozenset()))
+
+
+def list_containers(path: Path) -> list[Path]:
+    """The containers that ``path`` means: itself if it is a file, else all `.df11` files in the folder."""
+    if not path.exists():
+        raise errors.MissingError("no such file or folder", file=path, hint="check the path")
+    if path.is_file():
+        return [path]
+    files = [file for file in walk(path) if file.name.endswith(DF11)]
+    if not files:
+        raise errors.FormatError(f"no {DF11} file in this folder", file=path, hint="check the path")
+    return files
+
+
+def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:
+        raise errors.UsageError("a link leads back to a folder above it", file=folder)
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise errors.from_os_error(error, file=folder) from None
+    for entry in entries:
+        if entry.is_dir():
+            if entry.name not in SKIPPED_FOLDERS:
+                yield from _walk(folder / entry.name, above | {real})
+        elif entry.is_file():
+            if not (entry.name.startswith(".") and entry.name.endswith(".partial")):
+                yield folder / entry.name
+        else:
+            raise errors.MissingError("neither a file nor a folder, or a link that leads nowhere", file=entry.path)
+
+
+def rewrite_index(text: str, old: str, new: str, path: str | os.PathLike[str]) -> str:
+    """An index file with the shards' suffix ``old`` replaced by ``new``, and every other character as it was.
+
+    So the way back gives the same bytes again.
+    """
+    try:
+        index = json.loads(text)
+        names = {name for name in index["weight_map"].values() if name.endswith(old)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise errors.SafetensorsError("not an index of safetensors shards", file=path) from None
+    result = text
+    for name in names:
+        result = result.replace(json.dumps(name), json.dumps(name.removesuffix(old) + new))
+    expected = {tensor: _renamed(name, old, new) for tensor, name in index["weight_map"].items()}
+    if json.loads(result)["weight_map"] != expected:
+        raise errors.SafetensorsError("the index spells its shards in a way that cannot be rewritten", file=path)
+    return result
+
+
+def _renamed(name: str, old: str, new: str) -> str:
+    return name.removesuffix(old) + new if name.endswith(old) else name
+
+
+def write_index(job: FileJob, old: str, new: str, *, force: bool) -> None:
+    """Carry out an ``index`` job."""
+    try:
+        text = job.source.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise errors.from_os_error(error, file=job.source) from None
+    except UnicodeDecodeError:
+        raise errors.SafetensorsError("not an index of safetensors shards", file=job.source) from None
+    data = rewrite_index(text, old, new, job.source).encode("utf-8")
+    if _exists(job.target, force=force, same=lambda: job.target.read_bytes() == data):
+        return
+    make_parents(job.target)
+    with AtomicWriter(job.target) as writer:
+        writer.write(data)
+        writer.commit()
+
+
+def copy_file(job: FileJob, *, force: bool) -> None:
+    """Carry out a ``copy`` job."""
+    if _exists(job.target, force=force, same=lambda: _same_content(job.source, job.target)):
+        return
+    make_parents(job.target)
+    try:
+        with job.source.open("rb") as file, AtomicWriter(job.target) as writer:
+            while chunk := file.read(_CHUNK):
+                writer.write(chunk)
+            writer.commit()
+    except OSError as error:
+        raise errors.from_os_error(error, file=job.source) from None
+
+
+def _exists(target: Path, *, force: bool, same: Callable[[], bool]) -> bool:
+    if force or not target.exists():
+        return False
+    if not target.is_file() or not same():
+        raise already_there(target)
+    return True
+
+
+def already_there(target: Path) -> errors.UsageError:
+    """The error for a target that is something else than what would be written."""
+    return errors.UsageError("this file is already there, and it is not what would be written", file=target, hint="remove it or give --force")
+
+
+def _same_content(a: Path, b: Path) -> bool:
+    if a.stat().st_size != b.stat().st_size:
+        return False
+    with a.open("rb") as file_a, b.open("rb") as file_b:
+        while chunk := file_a.read(_CHUNK):
+            if chunk != file_b.read(len(chunk)):
+                return False
+    return True

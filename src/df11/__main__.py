@@ -1,0 +1,32 @@
+"""Entry points: ``df11``, ``df11-convert`` and ``python -m df11``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """``df11``: all commands."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def convert_main() -> None:
+    """``df11-convert``: the same as ``df11 convert``."""
+    sys.exit(_run(["convert", *sys.argv[1:]]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        from df11.converter.cli import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "tqdm"):
+            raise
+        from df11.formats.errors import missing_extra
+
+        print(f"df11: {missing_extra(error.name, 'convert')}", file=sys.stderr)  # noqa: T201
+        return 2
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    main()
