@@ -31,7 +31,9 @@ app = typer.Typer(
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Jobs = Annotated[int | None, typer.Option("--jobs", "-j", metavar="N", help="Threads that encode or decode. [default: one a core]", show_default=False)]
+Jobs = Annotated[
+    int | None, typer.Option("--jobs", "-j", metavar="N", help="Threads that encode or decode. [default: one a core]", show_default=False)
+]
 ContainerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A .df11 file or a folder of them.")]
 
 
@@ -129,8 +131,10 @@ def convert_command(
 
 
 def _cast(value: str | None) -> Literal["bf16"] | None:
-    if value is None or value == "bf16":
-        return value
+    if value is None:
+        return None
+    if value == "bf16":
+        return "bf16"
     raise errors.UsageError("--cast", expected="bf16", found=value)
 
 
@@ -210,7 +214,8 @@ def inspect_command(path: ContainerPath, json_lines: Json = False, debug: Debug 
         typer.echo(json.dumps(description) if json_lines else as_text(description))
 
 
-def _terminate(signal_number: int, frame: FrameType | None) -> None:
+def _terminate(number: int, frame: FrameType | None) -> None:
+    del number, frame
     raise KeyboardInterrupt
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from df11.converter.plan import Cast
-from df11.converter.source import Progress, Source
+from df11.converter.source import Progress, Source, ignore
 from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, write_index
 from df11.formats import errors
 from df11.formats.container import Container
@@ -75,9 +75,9 @@ def convert(
     resume: bool = True,
     force: bool = False,
     dry_run: bool = False,
-    on_total: Callable[[int], None] = lambda total: None,
-    on_progress: Progress = lambda done: None,
-    on_file: Callable[[FileReport], None] = lambda report: None,
+    on_total: Callable[[int], None] = ignore,
+    on_progress: Progress = ignore,
+    on_file: Callable[[FileReport], None] = ignore,
 ) -> ConversionReport:
     """Convert ``src``, a `.safetensors` file or a folder, to ``dst``, a file or a folder.
 
@@ -90,7 +90,9 @@ def convert(
     """
     started = time.monotonic()
     if str(src).startswith("hf://"):
-        raise errors.UsageError("this version reads local files only", file=str(src), hint="download it first: hf download OWNER/NAME --local-dir DIR")
+        raise errors.UsageError(
+            "this version reads local files only", file=str(src), hint="download it first: hf download OWNER/NAME --local-dir DIR"
+        )
     if cast not in (None, "bf16"):
         raise errors.UsageError("cast", expected="bf16", found=cast)
     if jobs is not None and jobs < 1:
@@ -123,9 +125,7 @@ def convert(
     return ConversionReport(tuple(reports), len(others), time.monotonic() - started)
 
 
-def _convert_shard(
-    job: FileJob, jobs: int, memory: int, cast: Cast, verify: bool, resume: bool, force: bool, progress: Progress
-) -> FileReport:
+def _convert_shard(job: FileJob, jobs: int, memory: int, cast: Cast, verify: bool, resume: bool, force: bool, progress: Progress) -> FileReport:
     with Source(job.source) as source:
         if job.target.exists() and not force:
             report = _finished(job, source, cast, progress) if resume else None
@@ -189,7 +189,7 @@ def parse_size(value: int | str) -> int:
 
 
 def compile_kernels() -> None:
-    """Compile the kernels in a process of their own where this machine has not done so yet: the compiler takes memory that we have promised not to."""
+    """Compile the kernels in a process of their own where this machine has not yet: the compiler takes memory of its own."""
     try:
         from df11.converter import kernels
     except ModuleNotFoundError as error:

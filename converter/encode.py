@@ -9,12 +9,11 @@ import numpy as np
 import xxhash
 
 from df11.converter import kernels
+from df11.converter.plan import ENCODE_SLACK as ENCODE_SLACK  # where the size of buffers is planned
 from df11.formats import errors, layout
 from df11.formats.record import Bytes, Place, Segment, SegmentPlace, Weights
 
 _HEADER_SIZE: Final = layout.SEGMENT_HEADER.size
-ENCODE_SLACK: Final = 8192
-"""Bytes that the encoder may write beyond the largest segment before it gives up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,8 @@ def build_code(
     ``used`` i64[n], the symbols that occur, ascending; ``count_of`` i64[n], how often; ``order`` i64[n], places in ``used`` by falling count,
     equal counts by symbol; ``last_exponent``: the exponent of a last weight without a partner, or -1; ``section`` u8[256 + 32768],
     overwritten: the code table section (SPEC.md, section 6); ``encode_table`` u32[65536]: entries of all symbols that occur are set: code << 8 |
-    flags | length. Returns (alphabet size, bytes of the section, estimated bits of table, codes and exceptions, symbol for weights that do not exist).
+    flags | length. Returns (alphabet size, bytes of the section, estimated bits of table, codes and exceptions, symbol for weights that do
+    not exist).
     """
     n = len(used)
     total = count_of.sum()
@@ -357,8 +358,8 @@ def encode_tiles(
     padded = np.empty(_TILE, np.uint16)
     at = stream_offset
     exceptions = 0
-    tile = 0
-    for first in range(0, elements, _TILE):
+    for tile in range((elements + _TILE - 1) // _TILE):
+        first = tile * _TILE
         count = min(_TILE, elements - first)
         chunks = (count + _CHUNK - 1) // _CHUNK
         source = weights[first : first + count]
@@ -408,7 +409,6 @@ def encode_tiles(
             out[i] = 0
         if at + 16 > end:
             return NOT_SMALLER, 0
-        tile += 1
     for i in range(at, at + 16):
         out[i] = 0
     return at + 16, exceptions

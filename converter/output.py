@@ -154,4 +154,3 @@ def _entry_json(entry: framing.Entry) -> bytes:
 def _object_json(value: dict[str, Any]) -> str:
     # As it stands in the header: JSON in a JSON string.
     return json.dumps(framing.compact_json(value).decode())
-

@@ -18,7 +18,7 @@ import xxhash
 from df11.converter import kernels
 from df11.converter.encode import EncodedSegment, SegmentEncoder
 from df11.converter.output import ContainerOutput
-from df11.converter.plan import Batch, Cast, Fate, Piece, TensorPlan, plan_batches, plan_tensors, split_tensor
+from df11.converter.plan import Batch, Cast, Fate, TensorPlan, plan_batches, plan_tensors, split_tensor
 from df11.converter.source import Progress, Source
 from df11.formats import errors, framing
 from df11.formats.record import Bytes, Weights

@@ -6,19 +6,21 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from df11.converter.convert import usable_cores
 from df11.converter.ordered import ordered
-from df11.converter.source import Progress
+from df11.converter.source import Progress, ignore
 from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, write_index
 from df11.formats import errors, framing
 from df11.formats.container import Container
-from df11.formats.record import Bytes, Record
+from df11.formats.record import Bytes, Record, Scratch, Weights
 from df11.formats.writer import AtomicWriter, make_parents
 
 
@@ -50,8 +52,8 @@ def restore(
     bf16: bool = False,
     force: bool = False,
     jobs: int | None = None,
-    on_total: Callable[[int], None] = lambda total: None,
-    on_progress: Progress = lambda done: None,
+    on_total: Callable[[int], None] = ignore,
+    on_progress: Progress = ignore,
 ) -> RestoreReport:
     """Write the source of a `.df11` file or tree to ``dst``; its SHA-256 must be the one of the source, or nothing is written.
 
@@ -138,14 +140,15 @@ def _restore_shard(job: FileJob, bf16: bool, force: bool, jobs: int, progress: P
 def _write(container: Container, target: _Layout, writer: AtomicWriter, jobs: int, progress: Progress) -> str:
     digest = hashlib.sha256()
 
-    def produce(task: tuple[Record, int, bool] | Bytes) -> Bytes:
+    def produce(task: tuple[Record, int, bool] | Bytes, scratch: tuple[Scratch, ...]) -> Bytes:
         # Decode one segment, or pass on what is stored as it is.
         if isinstance(task, np.ndarray):
             return task
         record, index, widen = task
-        weights = np.empty(record.segments[index].elements, np.uint16)
-        record.read_segment(index).decode(weights)
-        return _widened(weights.view(np.uint8)) if widen else weights.view(np.uint8)
+        stored, decoded, widened = scratch
+        weights = decoded.take(2 * record.segments[index].elements).view(np.uint16)
+        record.read_segment(index, stored).decode(weights)
+        return _widen(weights, widened.take(4 * len(weights)).view(np.uint32)) if widen else weights.view(np.uint8)
 
     def tasks() -> Iterator[tuple[Record, int, bool] | Bytes]:
         for entry in target.entries:
@@ -156,26 +159,25 @@ def _write(container: Container, target: _Layout, writer: AtomicWriter, jobs: in
                 yield from ((record, index, widen) for index in range(len(record.segments)))
             else:
                 for chunk in container.verbatim_chunks(entry.name):
-                    yield _widened(chunk) if widen else chunk
-
-    def digested(data: Bytes) -> Bytes:
-        digest.update(data)
-        return data
+                    yield _widen(chunk.view(np.uint16), np.empty(len(chunk) // 2, np.uint32)) if widen else chunk
 
     head = np.frombuffer(len(target.header).to_bytes(8, "little") + target.header, np.uint8)
     digest.update(head)
     writer.write(head)
     progress(len(head))
-    decoded = (data for _, data in ordered(produce, tasks(), jobs))
-    for _, data in ordered(digested, decoded, 1):
-        writer.write(data)
-        progress(len(data))
+    with ThreadPoolExecutor(1, "df11-hash") as hasher:
+        for _, data in ordered(produce, tasks(), jobs):
+            hashing = hasher.submit(digest.update, data)
+            writer.write(data)
+            hashing.result()
+            progress(len(data))
     return digest.hexdigest()
 
 
-def _widened(data: Bytes) -> Bytes:
-    # BF16 bytes as F32 bytes.
-    return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.uint8)
+def _widen(weights: Weights, out: npt.NDArray[np.uint32]) -> Bytes:
+    # BF16 weights as the bytes of F32 values.
+    np.left_shift(weights, np.uint32(16), out=out, dtype=np.uint32)
+    return out.view(np.uint8)
 
 
 def _sha256(path: Path) -> str:

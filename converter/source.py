@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from df11.formats.record import Bytes
 
 Progress = Callable[[int], None]
 """Called with the bytes of source that have been dealt with since the last call."""
+
+
+def ignore(_: object) -> None:
+    """A callback for those who do not want to know."""
 
 
 class Source:
@@ -82,6 +86,6 @@ class Source:
         self.check_unchanged()
         return digest.hexdigest()
 
-    def start_sha256(self) -> Any:
+    def start_sha256(self) -> hashlib._Hash:
         """A SHA-256 that has seen the header: the data are to follow."""
         return hashlib.sha256(len(self.header.raw).to_bytes(8, "little") + self.header.raw)

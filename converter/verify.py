@@ -12,11 +12,11 @@ import numpy as np
 
 from df11.converter.convert import usable_cores
 from df11.converter.ordered import ordered
-from df11.converter.source import Progress, Source
+from df11.converter.source import Progress, Source, ignore
 from df11.converter.tree import DF11, SAFETENSORS, list_containers
 from df11.formats import errors, framing
 from df11.formats.container import Container, TensorInfo
-from df11.formats.record import Bytes, Record, Weights
+from df11.formats.record import Bytes, Record, Scratch, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     *,
     jobs: int | None = None,
-    on_total: Callable[[int], None] = lambda total: None,
-    on_progress: Progress = lambda done: None,
+    on_total: Callable[[int], None] = ignore,
+    on_progress: Progress = ignore,
 ) -> VerifyReport:
     """Decode all of a `.df11` file or tree and check every checksum; raises a Df11Error at the first damage.
 
@@ -90,16 +90,18 @@ def _verify(container: Container, source: Source | None, jobs: int, progress: Pr
                 for index in range(len(record.segments)):
                     yield _Task(record, index, entries[name].start, info.exact is not None)
 
-    def check(task: _Task) -> None:
+    def check(task: _Task, scratch: tuple[Scratch, ...]) -> None:
         place = task.record.segments[task.index]
-        segment = task.record.read_segment(task.index)
+        stored, weights, original = scratch
+        segment = task.record.read_segment(task.index, stored)
+        decoded = weights.take(2 * place.elements).view(np.uint16)
         if source is None:
-            segment.decode(np.empty(place.elements, np.uint16))
+            segment.decode(decoded)
             return
         width = 4 if task.cast else 2
-        data = np.empty(width * place.elements, np.uint8)
+        data = original.take(width * place.elements)
         source.read(task.source_start + width * place.first_element, data)
-        segment.compare(bf16_weights(data) if task.cast else data.view(np.uint16))
+        segment.compare(_cast(data, decoded) if task.cast else data.view(np.uint16))
 
     for task, _ in ordered(check, tasks(), jobs):
         progress(task.record.segments[task.index].size)
@@ -117,15 +119,14 @@ def _verify_verbatim(container: Container, source: Source | None, name: str, sta
             data = np.empty(len(chunk) * (2 if cast else 1), np.uint8)
             source.read(start, data)
             start += len(data)
-            if not np.array_equal(bf16_weights(data).view(np.uint8) if cast else data, chunk):
+            if not np.array_equal(_cast(data, np.empty(len(chunk) // 2, np.uint16)).view(np.uint8) if cast else data, chunk):
                 raise errors.DifferenceError("the bytes differ from the source's", file=container.path, tensor=name)
         progress(len(chunk))
 
 
-def bf16_weights(data: Bytes) -> Weights:
-    """F32 bytes rounded to BF16."""
+def _cast(data: Bytes, out: Weights) -> Weights:
+    # F32 bytes rounded to BF16.
     from df11.converter import kernels
 
-    weights = np.empty(len(data) // 4, np.uint16)
-    kernels.cast_f32(data.view(np.uint32), weights)
-    return weights
+    kernels.cast_f32(data.view(np.uint32), out)
+    return out

@@ -1,0 +1,1 @@
+"""The container: specification, reader, writer, code tables. Knows no other package of df11."""

@@ -117,7 +117,9 @@ class Container:
             raise errors.MetadataError("df11.requires must be a list of names", file=self.path)
         unknown = sorted(set(requires) - layout.KNOWN_FEATURES)
         if unknown:
-            raise errors.FeatureError(f"the file requires features that this df11 does not know: {', '.join(unknown)}", file=self.path, hint="install a newer df11")
+            raise errors.FeatureError(
+                f"the file requires features that this df11 does not know: {', '.join(unknown)}", file=self.path, hint="install a newer df11"
+            )
         if self._header.data_start % layout.DATA_ALIGNMENT:
             raise errors.EntryError(f"the data must start at a multiple of {layout.DATA_ALIGNMENT}", file=self.path, found=self._header.data_start)
         self.writer = metadata[layout.METADATA_WRITER]
@@ -160,7 +162,7 @@ class Container:
         encoding, dtype, shape, exact = value.get("encoding"), value.get("dtype"), value.get("shape"), value.get("exact")
         if encoding not in ("df11", "verbatim"):
             raise errors.MetadataError("unknown encoding", **where, found=repr(encoding)[:80])
-        if dtype not in framing.DTYPE_BITS or not isinstance(shape, list) or len(shape) > layout.MAX_DIMENSIONS:
+        if not isinstance(dtype, str) or dtype not in framing.DTYPE_BITS or not isinstance(shape, list) or len(shape) > layout.MAX_DIMENSIONS:
             raise errors.MetadataError("dtype or shape is not as specified", **where)
         if not all(type(size) is int and 0 <= size < 1 << 63 for size in shape) or exact not in (None, True, False):
             raise errors.MetadataError("shape or exact is not as specified", **where)
@@ -169,12 +171,16 @@ class Container:
         info = TensorInfo(entry.name, dtype, tuple(shape), encoding, entry.size, exact)
         if encoding == "df11":
             if entry.dtype != "U8" or entry.shape != (entry.size,) or dtype != "BF16":
-                raise errors.EntryError("a record must be a one-dimensional U8 tensor that decodes to BF16", **where, found=f"{entry.dtype} {entry.shape}, {dtype}")
+                raise errors.EntryError(
+                    "a record must be a one-dimensional U8 tensor that decodes to BF16", **where, found=f"{entry.dtype} {entry.shape}, {dtype}"
+                )
             if entry.start % layout.RECORD_ALIGNMENT:
                 raise errors.EntryError("a record must start at a multiple of 16", **where, offset=entry.start)
         else:
             if (entry.dtype, entry.shape) != (dtype, tuple(shape)):
-                raise errors.EntryError("a verbatim entry must have the dtype and shape of its tensor", **where, expected=(dtype, shape), found=(entry.dtype, entry.shape))
+                raise errors.EntryError(
+                    "a verbatim entry must have the dtype and shape of its tensor", **where, expected=(dtype, shape), found=(entry.dtype, entry.shape)
+                )
             if not _is_hexadecimal(value.get("xxh3"), 16):
                 raise errors.MetadataError("xxh3 of a verbatim tensor", **where, found=repr(value.get("xxh3"))[:80])
             self._checksums[entry.name] = int(value["xxh3"], 16)
@@ -206,10 +212,9 @@ class Container:
             raise errors.MissingError("no such tensor", file=self.path, tensor=name)
         return self._infos[name]
 
-    def read(self, offset: int, size: int) -> Bytes:
-        """``size`` bytes of the data from ``offset``, u8."""
-        data = np.empty(size, np.uint8)
-        view, position = memoryview(data), self._header.data_start + offset
+    def read(self, offset: int, out: Bytes) -> None:
+        """Fill ``out`` with the data from byte ``offset`` of the data on."""
+        view, position = memoryview(out), self._header.data_start + offset
         while view:
             try:
                 count = os.preadv(self._file.fileno(), [view], position)
@@ -218,7 +223,6 @@ class Container:
             if not count:
                 raise errors.TruncatedFileError("the file has become shorter while it was read", file=self.path, offset=position)
             view, position = view[count:], position + count
-        return data
 
     def record(self, name: str) -> Record:
         """The record of a tensor with encoding ``df11``, its header and directory checked."""
@@ -226,9 +230,15 @@ class Container:
         if info.encoding != "df11":
             raise errors.UsageError("this tensor is stored verbatim", file=self.path, tensor=name)
         place = Place(self.path, name, self._header.data_start + entry.start)
-        record = open_record(lambda offset, size: self.read(entry.start + offset, size), entry.size, place)
+        record = open_record(lambda offset, out: self.read(entry.start + offset, out), entry.size, place)
         if record.element_count != info.elements:
-            raise errors.EntryError("the record has another number of weights than its shape", file=self.path, tensor=name, expected=info.elements, found=record.element_count)
+            raise errors.EntryError(
+                "the record has another number of weights than its shape",
+                file=self.path,
+                tensor=name,
+                expected=info.elements,
+                found=record.element_count,
+            )
         return record
 
     def verbatim_chunks(self, name: str) -> Iterator[Bytes]:
@@ -236,7 +246,8 @@ class Container:
         self.info(name)
         entry, checksum = self._entries[name], xxhash.xxh3_64()
         for start in range(entry.start, entry.end, CHUNK_BYTES):
-            chunk = self.read(start, min(CHUNK_BYTES, entry.end - start))
+            chunk = np.empty(min(CHUNK_BYTES, entry.end - start), np.uint8)
+            self.read(start, chunk)
             checksum.update(chunk)
             yield chunk
         expected = self._checksums[name]
@@ -272,7 +283,8 @@ class Container:
         if info.encoding == "df11":
             return self.record(name).decode(start * row, stop * row).reshape(shape)
         dtype = np.dtype(NUMPY_DTYPES[info.dtype])
-        data = self.read(self._entries[name].start + start * row * dtype.itemsize, (stop - start) * row * dtype.itemsize)
+        data = np.empty((stop - start) * row * dtype.itemsize, np.uint8)
+        self.read(self._entries[name].start + start * row * dtype.itemsize, data)
         return data.view(dtype).reshape(shape)
 
     @functools.cached_property
@@ -295,7 +307,13 @@ class Container:
             info = self._infos[entry.name]
             dtype = info.dtype if info.exact is None else "F32"
             if (entry.dtype, entry.shape) != (dtype, info.shape):
-                raise errors.SourceHeaderError("the source header gives another dtype or shape", **where, tensor=entry.name, expected=(dtype, info.shape), found=(entry.dtype, entry.shape))
+                raise errors.SourceHeaderError(
+                    "the source header gives another dtype or shape",
+                    **where,
+                    tensor=entry.name,
+                    expected=(dtype, info.shape),
+                    found=(entry.dtype, entry.shape),
+                )
         return header
 
 
@@ -306,5 +324,3 @@ def _is_hexadecimal(value: object, length: int) -> bool:
 def open_container(path: str | os.PathLike[str]) -> Container:
     """Open a `.df11` file; see :class:`Container`."""
     return Container(path)
-
-

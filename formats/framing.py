@@ -174,7 +174,12 @@ def _check_ranges(entries: Sequence[Entry], data_size: int, path: str | os.PathL
     if position > data_size:
         name = entries[-1].name
         raise errors.TruncatedFileError(
-            "the file ends before its data do", file=path, tensor=name, expected=f"{position} bytes of data", found=data_size, hint="download it again"
+            "the file ends before its data do",
+            file=path,
+            tensor=name,
+            expected=f"{position} bytes of data",
+            found=data_size,
+            hint="download it again",
         )
     if position < data_size:
         raise errors.TensorRangeError("bytes after the last tensor", file=path, offset=position, expected=position, found=data_size)

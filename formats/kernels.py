@@ -6,7 +6,7 @@ A kernel trusts the sizes that its caller has checked (``record.py``), and nothi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 from llvmlite import ir
@@ -21,18 +21,22 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def kernel(function: Function) -> Function:
     """Compile with Numba, keep the result on disk, release the interpreter lock."""
-    compiled: Function = njit(nogil=True, cache=True, error_model="numpy")(function)
-    return compiled
+    compiled: Any = njit(nogil=True, cache=True, error_model="numpy")(function)
+    return cast(Function, compiled)
+
+
+_intrinsic: Any = intrinsic
+_proxy: Any = cgutils.create_struct_proxy
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, bits: int) -> Any:
-    data = cgutils.create_struct_proxy(array_type)(context, builder, array).data
+    data = _proxy(array_type)(context, builder, array).data
     data = builder.bitcast(data, ir.IntType(8).as_pointer())
     return builder.bitcast(builder.gep(data, [offset]), ir.IntType(bits).as_pointer())
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def load_u64(typing_context: Any, array: Any, offset: Any) -> Any:
+@_intrinsic
+def load_u64(typing_context: Any, array: Any, offset: Any) -> Any:  # noqa: ARG001
     """The u64 at byte ``offset`` of an array's memory, at any alignment."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -42,8 +46,8 @@ def load_u64(typing_context: Any, array: Any, offset: Any) -> Any:
     return types.uint64(array, types.uint64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def store_u64(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:
+@_intrinsic
+def store_u64(typing_context: Any, array: Any, offset: Any, value: Any) -> Any:  # noqa: ARG001
     """Store a u64 at byte ``offset`` of an array's memory, at any alignment."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -84,8 +84,7 @@ class Structure:
         """Field values of the structure that starts at ``offset``; a bytes field is returned as a little-endian integer."""
         values = self._struct.unpack_from(data, offset)
         return {
-            field: int.from_bytes(value, "little") if isinstance(value, bytes) else value
-            for field, value in zip(self.fields, values, strict=True)
+            field: int.from_bytes(value, "little") if isinstance(value, bytes) else value for field, value in zip(self.fields, values, strict=True)
         }
 
 

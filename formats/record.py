@@ -47,6 +47,19 @@ class Place:
         return {"file": self.file, "tensor": self.tensor, "offset": self.offset + offset}
 
 
+class Scratch:
+    """Memory that is used again and again: fresh pages cost more than decoding into them."""
+
+    def __init__(self) -> None:
+        self._memory: Bytes = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> Bytes:
+        """``size`` bytes, u8, of unknown content; what was taken before is overwritten."""
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size]
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentPlace:
     """A directory entry, and the first weight of its segment."""
@@ -61,19 +74,21 @@ class SegmentPlace:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record whose header and directory have been checked. ``read(offset, size)`` returns bytes of the record."""
+    """A record whose header and directory have been checked. ``read(offset, out)`` fills ``out`` with bytes of the record."""
 
     element_count: int
     segment_elements: int
     size: int
     segments: tuple[SegmentPlace, ...]
-    read: Callable[[int, int], Bytes]
+    read: Callable[[int, Bytes], None]
     place: Place
 
-    def read_segment(self, index: int) -> Segment:
-        """Read one segment, check its stored checksum, its header and its tiles."""
+    def read_segment(self, index: int, scratch: Scratch | None = None) -> Segment:
+        """Read one segment (into ``scratch``), check its stored checksum, its header and its tiles."""
         entry = self.segments[index]
-        return Segment(self.read(entry.offset, entry.size), entry, self.place)
+        data = (scratch or Scratch()).take(entry.size)
+        self.read(entry.offset, data)
+        return Segment(data, entry, self.place)
 
     def decode(self, first: int = 0, last: int | None = None) -> Weights:
         """The weights ``first`` to ``last`` (exclusive) of the record, u16. Reads only the segments that hold them.
@@ -99,14 +114,14 @@ class Record:
         return out
 
 
-def open_record(read: Callable[[int, int], Bytes], size: int, place: Place) -> Record:
+def open_record(read: Callable[[int, Bytes], None], size: int, place: Place) -> Record:
     """Check the header and the directory of a record of ``size`` bytes.
 
     Raises RecordHeaderError, VersionError, LimitError, DirectoryError or ChecksumError.
     """
     if size < _HEADER.size + _ENTRY.size or size % layout.RECORD_ALIGNMENT:
         raise errors.RecordHeaderError("a record cannot have this size", **place.at(0), found=size)
-    header_bytes = read(0, _HEADER.size).tobytes()
+    header_bytes = _read_bytes(read, 0, _HEADER.size)
     header = _HEADER.unpack(header_bytes)
 
     def require(field: str, expected: object, correct: bool, error: type[errors.Df11Error] = errors.RecordHeaderError) -> None:
@@ -132,10 +147,16 @@ def open_record(read: Callable[[int, int], Bytes], size: int, place: Place) -> R
     require("segment_count", -(-elements // per_segment), count == -(-elements // per_segment))
     directory_size = _ENTRY.size * count
     require("segment_count", "a directory inside the record", _HEADER.size + directory_size <= size)
-    directory = read(_HEADER.size, directory_size).tobytes()
+    directory = _read_bytes(read, _HEADER.size, directory_size)
     checksum = header_checksum(header_bytes, directory)
     require("header_checksum", checksum, header["header_checksum"] == checksum, errors.ChecksumError)
     return Record(elements, per_segment, size, tuple(_check_directory(header, directory, place)), read, place)
+
+
+def _read_bytes(read: Callable[[int, Bytes], None], offset: int, size: int) -> bytes:
+    data = np.empty(size, np.uint8)
+    read(offset, data)
+    return data.tobytes()
 
 
 def header_checksum(header: bytes, directory: bytes) -> int:
@@ -164,7 +185,9 @@ def _check_directory(header: dict[str, int], directory: bytes, place: Place) -> 
         position += size
         first += elements
     if position != header["record_size"]:
-        raise errors.DirectoryError("the segments do not end with the record", **place.at(_HEADER.size), expected=header["record_size"], found=position)
+        raise errors.DirectoryError(
+            "the segments do not end with the record", **place.at(_HEADER.size), expected=header["record_size"], found=position
+        )
     return segments
 
 
@@ -244,7 +267,11 @@ class Segment:
         k = kernels()
         status = k.build_decode_table(self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]], self.header["alphabet_size"], table)
         if status != k.OK:
-            what = {k.BAD_ALPHABET: "the alphabet does not ascend", k.BAD_LENGTH: "a code length is beyond 12", k.INCOMPLETE_CODE: "the code is not complete"}
+            what = {
+                k.BAD_ALPHABET: "the alphabet does not ascend",
+                k.BAD_LENGTH: "a code length is beyond 12",
+                k.INCOMPLETE_CODE: "the code is not complete",
+            }
             raise errors.CodeTableError(f"code table: {what[status]}", **self._at(layout.SEGMENT_HEADER.size))
         return table
 

@@ -6,6 +6,7 @@ Run ``python -m df11.formats.reference FILE.df11`` to print the SHA-256 of every
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 import sys
@@ -58,8 +59,8 @@ def decode_file(data: bytes) -> dict[str, bytes]:
 def decode_record(record: bytes) -> bytes:
     """The weights of a record, u16 little-endian."""
     require(len(record) >= 80, "a record holds a header and a directory entry")
-    magic, version, dtype, reserved_0, element_count, record_size, segment_count, segment_elements, header_checksum, reserved_1 = (
-        struct.unpack_from("<4sBBHQQIIQQ", record)
+    magic, version, dtype, reserved_0, element_count, record_size, segment_count, segment_elements, header_checksum, reserved_1 = struct.unpack_from(
+        "<4sBBHQQIIQQ", record
     )
     require(magic == b"DF11" and version == 1 and dtype == 1, "magic, version, dtype")
     require(reserved_0 == 0 and reserved_1 == 0, "reserved bytes are zero")
@@ -115,9 +116,7 @@ def decode_segment(segment: bytes, count: int) -> bytes:
         stream_position, shortest_lane, exceptions = struct.unpack_from("<IHH", segment, tiles_offset + 8 * tile)
         require(stream_position == position, "tiles without gaps")
         start = lanes_offset + 32 * lane_bytes * tile
-        lanes = [
-            shortest_lane + int.from_bytes(segment[start + lane_bytes * lane : start + lane_bytes * (lane + 1)], "little") for lane in range(32)
-        ]
+        lanes = [shortest_lane + int.from_bytes(segment[start + lane_bytes * lane : start + lane_bytes * (lane + 1)], "little") for lane in range(32)]
         m = min(8192, n - 8192 * tile)
         require(exceptions <= m, "exception_count of the tile")
         tile_size = -(-sum(lanes) // 32) * 4 + 4 * exceptions
@@ -143,7 +142,7 @@ def decode_segment(segment: bytes, count: int) -> bytes:
 def read_codes(section: bytes, k: int) -> dict[tuple[int, int], tuple[int, int]]:
     """(length, code with its first bit as the most significant) -> (e0, e1)."""
     alphabet = section[:k]
-    require(all(a < b for a, b in zip(alphabet, alphabet[1:], strict=False)), "the alphabet ascends")
+    require(all(a < b for a, b in itertools.pairwise(alphabet)), "the alphabet ascends")
     nibbles = [(section[k + j // 2] >> (4 * (j % 2))) & 15 for j in range(k * k + k % 2)]
     require(k % 2 == 0 or nibbles.pop() == 0, "the last half byte is zero")
     pairs = sorted((length, j) for j, length in enumerate(nibbles) if length)

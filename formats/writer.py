@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,17 +11,12 @@ from typing import IO, Final, Self
 
 from df11.formats import errors
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows has no flock; two writers then overwrite each other's temporary file
-    fcntl = None  # type: ignore[assignment]
-
 FLUSH_BYTES: Final = 64 << 20
 """Ask for write-back after this many bytes, so that the disk works while the processor does."""
 
 
 def partial_path(path: str | os.PathLike[str]) -> Path:
-    """The temporary file of ``path``."""
+    """Return the name of the temporary file of ``path``."""
     path = Path(path)
     return path.with_name(f".{path.name}.partial")
 
@@ -48,15 +44,13 @@ class AtomicWriter:
                 file = open(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115 - closed in __exit__
             except OSError as error:
                 raise errors.from_os_error(error, file=self.path) from None
-            if fcntl is None:
-                break
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.close()
                 raise errors.ConflictError("another process is writing this file", file=self.path, hint="wait for it to end") from None
             try:
-                if os.fstat(file.fileno()).st_ino == os.stat(self.partial).st_ino:
+                if os.fstat(file.fileno()).st_ino == self.partial.stat().st_ino:
                     break
             except FileNotFoundError:
                 pass
@@ -94,7 +88,7 @@ class AtomicWriter:
             if self._flush is not None:
                 self._flush.result()
             self._sync()
-            os.replace(self.partial, self.path)
+            self.partial.replace(self.path)
             directory = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(directory)
