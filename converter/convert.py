@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from df11.converter.pipeline import Settings, convert_file
 from df11.converter.plan import Cast
 from df11.converter.source import Progress, Source, ignore
 from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, write_index
@@ -132,9 +131,6 @@ def _convert_shard(job: FileJob, jobs: int, memory: int, cast: Cast, verify: boo
             if report is None:
                 raise already_there(job.target)
             return report
-        compile_kernels()
-        from df11.converter.pipeline import Settings, convert_file
-
         make_parents(job.target)
         with AtomicWriter(job.target) as writer:
             result = convert_file(source, writer, Settings(jobs, memory, cast, verify), progress)
@@ -186,17 +182,3 @@ def parse_size(value: int | str) -> int:
     number, unit, binary = match.groups()
     power = 0 if unit is None else "KMGT".index(unit.upper()) + 1
     return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-def compile_kernels() -> None:
-    """Compile the kernels in a process of their own where this machine has not yet: the compiler takes memory of its own."""
-    try:
-        from df11.converter import kernels
-    except ModuleNotFoundError as error:
-        if error.name in ("numba", "llvmlite"):
-            raise errors.missing_extra("numba", "convert") from None
-        raise
-    folder = Path(kernels.encode_tiles.stats.cache_path)  # type: ignore[attr-defined]
-    if not any(folder.glob("kernels.encode_tiles-*.nbi")):
-        print("df11: compiling for this processor, once; this takes some ten seconds", file=sys.stderr)  # noqa: T201
-        subprocess.run([sys.executable, "-m", "df11.converter.warm"], check=False)  # If it fails we compile here.

@@ -8,8 +8,7 @@ from typing import Final
 import numpy as np
 import xxhash
 
-from df11.converter import kernels
-from df11.converter.plan import ENCODE_SLACK as ENCODE_SLACK  # where the size of buffers is planned
+from df11.converter.native import OVERFLOW, Encoder
 from df11.formats import errors, layout
 from df11.formats.record import Bytes, Place, Segment, SegmentPlace, Weights
 
@@ -28,15 +27,10 @@ class EncodedSegment:
 
 
 class SegmentEncoder:
-    """Scratch memory for encoding, about 2 MB. One thread at a time."""
+    """Encodes segments; holds about 2 MB of scratch memory. One thread at a time."""
 
     def __init__(self) -> None:
-        self._histogram = np.empty((2, 65536), np.uint32)
-        self._table = np.empty(65536, np.uint32)
-        self._used = np.empty(65536, np.int64)
-        self._counts = np.empty(65536, np.int64)
-        self._symbols = np.empty(layout.TILE_WEIGHTS // 2, np.uint16)
-        self._section = np.empty(256 + 256 * 256 // 2, np.uint8)
+        self._encoder = Encoder()
 
     def encode(self, weights: Weights, out: Bytes, *, verify: bool) -> EncodedSegment:
         """Encode ``weights`` (u16, 1 to 2**24) into ``out`` (u8, at least raw_segment_size + ENCODE_SLACK bytes).
@@ -63,45 +57,28 @@ class SegmentEncoder:
         end = layout.raw_segment_size(n) - layout.RECORD_ALIGNMENT
         if n < 2:
             return 0
-        kernels.count_pairs(weights, self._histogram, self._symbols)
-        last_exponent = int(weights[-1] >> 7) & 0xFF if n % 2 else -1
-        pairs = kernels.collect_pairs(self._histogram, self._used, self._counts)
-        used, counts = self._used[:pairs], self._counts[:pairs]
-        order = np.argsort(-counts, kind="stable")
-        alphabet_size, section_size, bits, filler = kernels.build_code(used, counts, order, last_exponent, self._section, self._table)
+        code = self._encoder.build_code(weights)
         for lane_bytes in (1, 2):
-            sections = layout.segment_sections(n, alphabet_size, lane_bytes)
-            if sections["stream_offset"] + bits // 8 + layout.STREAM_END > end:
+            sections = layout.segment_sections(n, code.alphabet_size, lane_bytes)
+            if sections["stream_offset"] + code.bits // 8 + layout.STREAM_END > end:
                 return 0
-            size, exceptions = kernels.encode_tiles(
-                weights,
-                self._table,
-                filler,
-                lane_bytes,
-                out,
-                sections["tiles_offset"],
-                sections["lanes_offset"],
-                sections["sign_mantissa_offset"],
-                sections["stream_offset"],
-                end,
-                self._symbols,
-            )
-            if size != kernels.OVERFLOW:
+            size, exceptions = self._encoder.encode_tiles(weights, code, lane_bytes, sections, end, out)
+            if size != OVERFLOW:
                 break
         if size < 0:
             return 0
         header = layout.SEGMENT_HEADER.pack(
             encoding=layout.ENCODING_CODED,
             lane_bytes=lane_bytes,
-            alphabet_size=alphabet_size,
+            alphabet_size=code.alphabet_size,
             element_count=n,
             segment_size=size,
             exception_count=exceptions,
             **sections,
         )
         out[:_HEADER_SIZE] = np.frombuffer(header, np.uint8)
-        table_end = _HEADER_SIZE + section_size
-        out[_HEADER_SIZE:table_end] = self._section[:section_size]
+        table_end = _HEADER_SIZE + len(code.section)
+        out[_HEADER_SIZE:table_end] = code.section
         out[table_end : sections["tiles_offset"]] = 0
         out[sections["tiles_offset"] + layout.TILE_DESCRIPTOR.size * layout.tile_count(n) : sections["lanes_offset"]] = 0
         out[sections["sign_mantissa_offset"] + n : sections["stream_offset"]] = 0

@@ -1,12 +1,13 @@
-"""Encoding kernels, compiled by Numba. They release the interpreter lock."""
+"""Encoding kernels, compiled by Numba. ``native.py`` is the way to call them."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from df11.formats.kernels import kernel, load_u64, store_u64
+from df11.converter.native import CODE_SCRATCH, ENCODE_SCRATCH, NOT_SMALLER, OVERFLOW
+from df11.formats.kernels import i64_array, kernel, load_u64, store_u64, u8_array, u16_array, u32_array
 from df11.formats.layout import CHUNK_WEIGHTS, CODE_LIMIT, LANE_WEIGHTS, LANES, TILE_WEIGHTS
 
 U64 = np.uint64
@@ -22,9 +23,6 @@ _KRAFT: Final = 1 << CODE_LIMIT
 EXCEPTION_BITS: Final = 32
 FIRST_IS_EXCEPTION: Final = 0x40
 SECOND_IS_EXCEPTION: Final = 0x80
-
-OVERFLOW: Final = -1
-NOT_SMALLER: Final = -2
 
 
 @kernel
@@ -48,14 +46,14 @@ def _sign_mantissa(words: np.ndarray, out: np.ndarray) -> None:
 def count_pairs(weights: np.ndarray, histogram: np.ndarray, symbols: np.ndarray) -> None:
     """Count the pairs of a segment; a last weight without a partner is not counted.
 
-    ``weights`` u16; ``histogram`` u32[2, 65536], overwritten, its two rows to be added (two, so that equal neighbours do not
+    ``weights`` u16; ``histogram`` u32[2 * 65536], overwritten, its halves to be added (two, so that equal neighbours do not
     wait for each other); ``symbols`` u16[4096], scratch.
     """
     histogram[:] = 0
     pairs = len(weights) // 2
     words = weights[: 2 * pairs].view(np.uint32)
-    even = histogram[0]
-    odd = histogram[1]
+    even = histogram[:65536]
+    odd = histogram[65536:]
     for first in range(0, pairs, _TILE_PAIRS):
         count = min(_TILE_PAIRS, pairs - first)
         _pair_symbols(words[first : first + count], symbols)
@@ -74,7 +72,7 @@ def collect_pairs(histogram: np.ndarray, used: np.ndarray, counts: np.ndarray) -
     """List the symbols that occur: ``used`` i64[65536] ascending, ``counts`` i64[65536]; returns how many there are."""
     n = 0
     for symbol in range(65536):
-        count = np.int64(histogram[0, symbol]) + np.int64(histogram[1, symbol])
+        count = np.int64(histogram[symbol]) + np.int64(histogram[65536 + symbol])
         if count:
             used[n] = symbol
             counts[n] = count
@@ -83,15 +81,15 @@ def collect_pairs(histogram: np.ndarray, used: np.ndarray, counts: np.ndarray) -
 
 
 @kernel
-def package_merge(counts: np.ndarray, lengths: np.ndarray) -> None:
+def package_merge(counts: np.ndarray, lengths: np.ndarray, scratch: np.ndarray) -> None:
     """Optimal code lengths of at most 12 bits (Larmore and Hirschberg, 1990).
 
-    ``counts`` i64[m] ascending, 2 <= m <= 4096; ``lengths`` i64[m], overwritten: a complete code.
+    ``counts`` i64[m] ascending, 2 <= m <= 4096; ``lengths`` i64[m], overwritten: a complete code; ``scratch`` i64[7 * m].
     """
     m = len(counts)
-    is_leaf = np.zeros((_LIMIT, 2 * m), np.bool_)
-    packages = np.empty(2 * m, np.int64)
-    merged = np.empty(2 * m, np.int64)
+    packages = scratch[: 2 * m]
+    merged = scratch[2 * m : 4 * m]
+    is_leaf = scratch[4 * m : 7 * m].view(np.uint8)  # [12, 2 * m]
     package_count = 0
     for level in range(_LIMIT):
         i = 0
@@ -100,10 +98,11 @@ def package_merge(counts: np.ndarray, lengths: np.ndarray) -> None:
         for k in range(total):
             if j >= package_count or (i < m and counts[i] <= packages[j]):
                 merged[k] = counts[i]
-                is_leaf[level, k] = True
+                is_leaf[level * 2 * m + k] = 1
                 i += 1
             else:
                 merged[k] = packages[j]
+                is_leaf[level * 2 * m + k] = 0
                 j += 1
         package_count = total // 2
         for k in range(package_count):
@@ -113,7 +112,7 @@ def package_merge(counts: np.ndarray, lengths: np.ndarray) -> None:
     for level in range(_LIMIT - 1, -1, -1):
         leaves = 0
         for k in range(need):
-            if is_leaf[level, k]:
+            if is_leaf[level * 2 * m + k]:
                 leaves += 1
         for k in range(leaves):
             lengths[k] += 1
@@ -172,24 +171,34 @@ def _alphabet(used: np.ndarray, grid: np.ndarray, index_of: np.ndarray) -> int:
 
 @kernel
 def build_code(
-    used: np.ndarray, count_of: np.ndarray, order: np.ndarray, last_exponent: int, section: np.ndarray, encode_table: np.ndarray
+    used: np.ndarray,
+    count_of: np.ndarray,
+    order: np.ndarray,
+    last_exponent: int,
+    section: np.ndarray,
+    encode_table: np.ndarray,
+    scratch: np.ndarray,
 ) -> tuple[int, int, int, int]:
     """Choose which pairs get a code, and their lengths; make the code table section and the encoding table.
 
     ``used`` i64[n], the symbols that occur, ascending; ``count_of`` i64[n], how often; ``order`` i64[n], places in ``used`` by falling count,
     equal counts by symbol; ``last_exponent``: the exponent of a last weight without a partner, or -1; ``section`` u8[256 + 32768],
     overwritten: the code table section (SPEC.md, section 6); ``encode_table`` u32[65536]: entries of all symbols that occur are set: code << 8 |
-    flags | length. Returns (alphabet size, bytes of the section, estimated bits of table, codes and exceptions, symbol for weights that do
-    not exist).
+    flags | length; ``scratch`` i64[CODE_SCRATCH]. Returns (alphabet size, bytes of the section, estimated bits of table, codes and exceptions,
+    symbol for weights that do not exist).
     """
     n = len(used)
     total = count_of.sum()
-    grid = np.zeros(65536, np.uint8)
-    best_grid = np.zeros(65536, np.uint8)
-    occurs = False
-    index_of = np.empty(256, np.int64)
-    by_first = np.empty(256, np.int64)
-    by_second = np.empty(256, np.int64)
+    grid = scratch[:8192].view(np.uint8)
+    best_grid = scratch[8192:16384].view(np.uint8)
+    index_of = scratch[16384:16640]
+    by_first = scratch[16640:16896]
+    by_second = scratch[16896:17152]
+    length_counts = scratch[17152 : 17152 + _LIMIT + 1]
+    next_code = scratch[17184 : 17184 + _LIMIT + 1]
+    grid[:] = 0
+    best_grid[:] = 0
+    length_counts[:] = 0
     best_bits = np.int64(-1)
     previous = -1
     # A pair that is rarer than about 2**-16 costs less as an exception than as a code of 12 bits, which takes 2**-12 of the code
@@ -202,12 +211,13 @@ def build_code(
         if kept == previous:
             continue
         previous = kept
-        counts = np.empty(kept, np.int64)
-        lengths = np.ones(kept, np.int64)
+        counts = scratch[17216 : 17216 + kept]
+        lengths = scratch[21312 : 21312 + kept]
+        lengths[:] = 1
         for i in range(kept):
             counts[i] = count_of[order[kept - 1 - i]]
         if kept > 1:
-            package_merge(counts, lengths)
+            package_merge(counts, lengths, scratch[25408:CODE_SCRATCH])
         bits = np.int64(0)
         for i in range(n):
             grid[used[i]] = 0
@@ -231,7 +241,6 @@ def build_code(
             section[index_of[e]] = e
     size = alphabet_size + (alphabet_size * alphabet_size + 1) // 2
     section[alphabet_size:size] = 0
-    length_counts = np.zeros(_LIMIT + 1, np.int64)
     for i in range(n):
         symbol = used[i]
         length = best_grid[symbol]
@@ -239,7 +248,6 @@ def build_code(
             length_counts[length] += 1
             cell = index_of[symbol >> 8] * alphabet_size + index_of[symbol & 255]
             section[alphabet_size + (cell >> 1)] |= length << ((cell & 1) * 4)
-    next_code = np.zeros(_LIMIT + 1, np.int64)
     code = 0
     for length in range(1, _LIMIT + 1):
         code = (code + length_counts[length - 1]) << 1
@@ -260,6 +268,7 @@ def build_code(
             encode_table[used[i]] = encode_table[symbol] | flags
     if last_exponent >= 0:
         symbol = (best & 0xFF00) | last_exponent
+        occurs = False
         for i in range(n):
             occurs |= used[i] == symbol
         if not occurs:
@@ -344,18 +353,19 @@ def encode_tiles(
     sign_mantissa_offset: int,
     stream_offset: int,
     end: int,
-    symbols: np.ndarray,
+    scratch: np.ndarray,
 ) -> tuple[int, int]:
     """Encode all tiles of a segment into ``out``, from the tile descriptors on.
 
     ``weights`` u16; ``table`` u32[65536] of :func:`build_code`; ``filler``: the symbol for weights that do not exist; ``out`` u8, at
-    least ``end`` + 8192 bytes; ``end``: the size that the segment must stay below; ``symbols`` u16[4096], scratch. Returns (size of
+    least ``end`` + 8192 bytes; ``end``: the size that the segment must stay below; ``scratch`` i64[ENCODE_SCRATCH]. Returns (size of
     the segment, exceptions); the size is OVERFLOW if the lanes of a tile differ by more than lane_bytes can say, NOT_SMALLER if ``end`` is reached.
     """
     elements = len(weights)
-    lane_bits = np.empty(_LANES, np.uint64)
-    marked = np.empty(_TILE_PAIRS // 4, np.uint16)
-    padded = np.empty(_TILE, np.uint16)
+    lane_bits = scratch[:_LANES].view(np.uint64)
+    marked = scratch[32:288].view(np.uint16)
+    padded = scratch[288:2336].view(np.uint16)
+    symbols = scratch[2336:ENCODE_SCRATCH].view(np.uint16)
     at = stream_offset
     exceptions = 0
     for tile in range((elements + _TILE - 1) // _TILE):
@@ -425,3 +435,37 @@ def cast_f32(source: np.ndarray, out: np.ndarray) -> int:
         out[i] = value
         lost |= u ^ (value << np.uint32(16))
     return 1 if lost == np.uint32(0) else 0
+
+
+def _export_count_pairs(a: Any) -> int:
+    histogram = u32_array(a, 2)
+    count_pairs(u16_array(a, 0), histogram, u16_array(a, 4))
+    return collect_pairs(histogram, i64_array(a, 6), i64_array(a, 8))
+
+
+def _export_build_code(a: Any) -> int:
+    results = i64_array(a, 13)
+    results[0], results[1], results[2], results[3] = build_code(
+        i64_array(a, 0), i64_array(a, 2), i64_array(a, 4), a[6], u8_array(a, 7), u32_array(a, 9), i64_array(a, 11)
+    )
+    return 0
+
+
+def _export_encode_tiles(a: Any) -> int:
+    results = i64_array(a, 15)
+    results[0], results[1] = encode_tiles(
+        u16_array(a, 0), u32_array(a, 2), a[4], a[5], u8_array(a, 6), a[8], a[9], a[10], a[11], a[12], i64_array(a, 13)
+    )
+    return 0
+
+
+def _export_cast_f32(a: Any) -> int:
+    return cast_f32(u32_array(a, 0), u16_array(a, 2))
+
+
+EXPORTS: Final = {
+    "count_pairs": _export_count_pairs,
+    "build_code": _export_build_code,
+    "encode_tiles": _export_encode_tiles,
+    "cast_f32": _export_cast_f32,
+}

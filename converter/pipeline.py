@@ -15,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 import xxhash
 
-from df11.converter import kernels
 from df11.converter.encode import EncodedSegment, SegmentEncoder
+from df11.converter.native import cast_f32
 from df11.converter.output import ContainerOutput
 from df11.converter.plan import Batch, Cast, Fate, TensorPlan, plan_batches, plan_tensors, split_tensor
 from df11.converter.source import Progress, Source
@@ -186,7 +186,7 @@ def _weights(source: Bytes, scratch: Weights, *, cast: bool) -> tuple[Weights, b
         if not bits.flags.aligned:
             bits = bits.copy()
         out = scratch[: len(bits)]
-        return out, bool(kernels.cast_f32(bits, out))
+        return out, cast_f32(bits, out)
     weights = source.view(np.uint16)
     if not weights.flags.aligned:
         scratch[: len(weights)] = weights

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from df11.converter.convert import usable_cores
+from df11.converter.native import cast_f32
 from df11.converter.ordered import ordered
 from df11.converter.source import Progress, Source, ignore
 from df11.converter.tree import DF11, SAFETENSORS, list_containers
@@ -126,7 +127,5 @@ def _verify_verbatim(container: Container, source: Source | None, name: str, sta
 
 def _cast(data: Bytes, out: Weights) -> Weights:
     # F32 bytes rounded to BF16.
-    from df11.converter import kernels
-
-    kernels.cast_f32(data.view(np.uint32), out)
+    cast_f32(data.view(np.uint32), out)
     return out

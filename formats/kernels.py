@@ -1,4 +1,4 @@
-"""Decoding kernels for the CPU, compiled by Numba. They release the interpreter lock.
+"""Decoding kernels for the CPU, compiled by Numba. ``native.py`` is the way to call them.
 
 A kernel trusts the sizes that its caller has checked (``record.py``), and nothing that it reads from the segment itself.
 """
@@ -10,18 +10,29 @@ from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from df11.formats.layout import CHUNK_WEIGHTS, CODE_LIMIT, LANES, STREAM_END, TILE_WEIGHTS
+from df11.formats.native import (
+    BAD_ALPHABET,
+    BAD_EXCEPTION,
+    BAD_LANE,
+    BAD_LENGTH,
+    BAD_TILE,
+    DECODE_SCRATCH,
+    DIFFERENT,
+    INCOMPLETE_CODE,
+    OK,
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def kernel(function: Function) -> Function:
-    """Compile with Numba, keep the result on disk, release the interpreter lock."""
-    compiled: Any = njit(nogil=True, cache=True, error_model="numpy")(function)
+    """Compile with Numba, as part of an export. Kernels must not allocate: there is no Numba to do it when they run."""
+    compiled: Any = njit(error_model="numpy")(function)
     return cast(Function, compiled)
 
 
@@ -58,6 +69,40 @@ def store_u64(typing_context: Any, array: Any, offset: Any, value: Any) -> Any: 
     return types.void(array, types.uint64, types.uint64), generate
 
 
+@_intrinsic
+def _pointer_at(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
+    # The void pointer of an address that came as i64.
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(types.int64), generate
+
+
+@njit
+def u8_array(arguments: Any, i: int) -> np.ndarray:
+    """The u8 array whose address and size are the arguments i and i + 1 of an export."""
+    return carray(_pointer_at(arguments[i]), (arguments[i + 1],), np.uint8)
+
+
+@njit
+def u16_array(arguments: Any, i: int) -> np.ndarray:
+    """The same, u16."""
+    return carray(_pointer_at(arguments[i]), (arguments[i + 1],), np.uint16)
+
+
+@njit
+def u32_array(arguments: Any, i: int) -> np.ndarray:
+    """The same, u32."""
+    return carray(_pointer_at(arguments[i]), (arguments[i + 1],), np.uint32)
+
+
+@njit
+def i64_array(arguments: Any, i: int) -> np.ndarray:
+    """The same, i64."""
+    return carray(_pointer_at(arguments[i]), (arguments[i + 1],), np.int64)
+
+
 U64 = np.uint64
 _LANES: Final = LANES
 _TILE: Final = TILE_WEIGHTS
@@ -68,24 +113,17 @@ _TABLE: Final = 1 << CODE_LIMIT
 _WINDOW: Final = U64(_TABLE - 1)
 _STREAM_END: Final = STREAM_END
 
-OK: Final = 0
-BAD_TILE: Final = 1
-BAD_LANE: Final = 2
-BAD_EXCEPTION: Final = 3
-DIFFERENT: Final = 4
-BAD_ALPHABET: Final = 5
-BAD_LENGTH: Final = 6
-INCOMPLETE_CODE: Final = 7
-
 
 @kernel
-def build_decode_table(section: np.ndarray, alphabet_size: int, table: np.ndarray) -> int:
+def build_decode_table(section: np.ndarray, alphabet_size: int, table: np.ndarray, scratch: np.ndarray) -> int:
     """Expand a code table section (SPEC.md, section 6) into the 4096-entry decoding table.
 
     ``section`` u8, ``table`` u32[4096]. Entry = e1 << 23 | e0 << 7 | length, indexed by the next 12 bits of a lane: the
-    exponents stand where two BF16 values in a u32 have them. Returns ``OK`` or what is wrong.
+    exponents stand where two BF16 values in a u32 have them. ``scratch`` i64[26]. Returns ``OK`` or what is wrong.
     """
-    counts = np.zeros(_LIMIT + 1, np.int64)
+    counts = scratch[: _LIMIT + 1]
+    next_code = scratch[_LIMIT + 1 : 2 * _LIMIT + 2]
+    counts[:] = 0
     for i in range(1, alphabet_size):
         if section[i] <= section[i - 1]:
             return BAD_ALPHABET
@@ -105,7 +143,6 @@ def build_decode_table(section: np.ndarray, alphabet_size: int, table: np.ndarra
     single = codes == 1 and counts[1] == 1
     if kraft != _TABLE and not single:
         return INCOMPLETE_CODE
-    next_code = np.zeros(_LIMIT + 1, np.int64)
     code = 0
     for length in range(1, _LIMIT + 1):
         code = (code + counts[length - 1]) << 1
@@ -228,18 +265,20 @@ def decode_tiles(
     first: int,
     last: int,
     out: np.ndarray,
-    compare: bool,
+    compare: int,
+    scratch: np.ndarray,
 ) -> tuple[int, int]:
     """Decode the tiles ``first`` to ``last`` (exclusive) of a coded segment.
 
     ``segment`` u8, the whole segment; ``table`` u32[4096]; ``out`` u16, the weights of these tiles. With ``compare`` nothing is
-    written: the decoded weights are compared with ``out``. Returns (``OK`` or what is wrong, tile).
+    written: the decoded weights are compared with ``out``. ``scratch`` i64[DECODE_SCRATCH]. Returns (``OK`` or what is wrong, tile).
     """
-    start = np.empty(_LANES + 1, np.uint64)
-    position = np.empty(_LANES, np.uint64)
-    pairs = np.empty(_TILE_PAIRS, np.uint32)
+    words = scratch.view(np.uint64)
+    start = words[: _LANES + 1]
+    position = words[_LANES + 1 : 2 * _LANES + 1]
+    pairs = scratch[128 : 128 + _TILE_PAIRS // 2].view(np.uint32)
     halves = pairs.view(np.uint16)
-    scratch = np.empty(_TILE, np.uint16)
+    checked = scratch[128 + _TILE_PAIRS // 2 : DECODE_SCRATCH].view(np.uint16)
     stream_end = len(segment)
     for tile in range(first, last):
         weights = min(_TILE, elements - tile * _TILE)
@@ -249,7 +288,7 @@ def decode_tiles(
         if status != OK:
             return status, tile
         target = out[(tile - first) * _TILE : (tile - first) * _TILE + weights]
-        decoded = scratch[:weights] if compare else target
+        decoded = checked[:weights] if compare else target
         even = weights & ~1
         at = sign_mantissa_offset + tile * _TILE
         if even:
@@ -267,3 +306,17 @@ def decode_tiles(
             if different:
                 return DIFFERENT, tile
     return OK, last
+
+
+def _export_build_decode_table(a: Any) -> int:
+    return build_decode_table(u8_array(a, 0), a[2], u32_array(a, 3), i64_array(a, 5))
+
+
+def _export_decode_tiles(a: Any) -> int:
+    status, tile = decode_tiles(
+        u8_array(a, 0), u32_array(a, 2), a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], u16_array(a, 12), a[14], i64_array(a, 15)
+    )
+    return status << 32 | tile
+
+
+EXPORTS: Final = {"build_decode_table": _export_build_decode_table, "decode_tiles": _export_decode_tiles}

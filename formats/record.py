@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from df11.formats import errors, layout
+from df11.formats import errors, layout, native
 
 Bytes = npt.NDArray[np.uint8]
 Weights = npt.NDArray[np.uint16]
 
 _HEADER: Final = layout.RECORD_HEADER
 _ENTRY: Final = layout.DIRECTORY_ENTRY
-
-
-@functools.cache
-def kernels() -> ModuleType:
-    """The compiled kernels, imported when first used: Numba takes most of the start-up time."""
-    try:
-        from df11.formats import kernels as module
-    except ModuleNotFoundError as error:
-        if error.name in ("numba", "llvmlite"):
-            raise errors.missing_extra("numba", "convert") from None
-        raise
-    return module
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,13 +250,12 @@ class Segment:
 
     def _build_table(self) -> npt.NDArray[np.uint32]:
         table = np.empty(1 << layout.CODE_LIMIT, np.uint32)
-        k = kernels()
-        status = k.build_decode_table(self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]], self.header["alphabet_size"], table)
-        if status != k.OK:
+        status = native.build_decode_table(self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]], self.header["alphabet_size"], table)
+        if status != native.OK:
             what = {
-                k.BAD_ALPHABET: "the alphabet does not ascend",
-                k.BAD_LENGTH: "a code length is beyond 12",
-                k.INCOMPLETE_CODE: "the code is not complete",
+                native.BAD_ALPHABET: "the alphabet does not ascend",
+                native.BAD_LENGTH: "a code length is beyond 12",
+                native.INCOMPLETE_CODE: "the code is not complete",
             }
             raise errors.CodeTableError(f"code table: {what[status]}", **self._at(layout.SEGMENT_HEADER.size))
         return table
@@ -311,27 +296,13 @@ class Segment:
             elif not np.array_equal(out, weights):
                 raise errors.DifferenceError("decoded weights differ", **self._at(0))
             return
-        k = kernels()
-        status, tile = k.decode_tiles(
-            self.data,
-            self.table,
-            self.entry.elements,
-            header["lane_bytes"],
-            header["tiles_offset"],
-            header["lanes_offset"],
-            header["sign_mantissa_offset"],
-            header["stream_offset"],
-            first,
-            last,
-            out,
-            compare,
-        )
-        if status == k.OK:
+        status, tile = native.decode_tiles(self.data, self.table, self.entry.elements, header, first, last, out, compare=compare)
+        if status == native.OK:
             return
         at = self._at(header["tiles_offset"] + 8 * tile)
-        if status == k.DIFFERENT:
+        if status == native.DIFFERENT:
             raise errors.DifferenceError(f"tile {tile}: decoded weights differ", **at)
-        if status == k.BAD_LANE:
+        if status == native.BAD_LANE:
             raise errors.LaneError(f"tile {tile}: a lane does not end where its length says", **at)
-        what = "lane lengths or exceptions do not fit" if status == k.BAD_TILE else "an exception lies outside the tile"
+        what = "lane lengths or exceptions do not fit" if status == native.BAD_TILE else "an exception lies outside the tile"
         raise errors.TileError(f"tile {tile}: {what}", **at)

@@ -1,0 +1,176 @@
+"""Machine code of kernels: compiled once by Numba, kept in a cache, and loaded without Numba.
+
+Importing Numba and setting up its compiler takes half a second and 60 MiB in every process; the machine code needs neither. Each kernel
+module has a table ``EXPORTS``: name -> function of one pointer to i64 arguments (an array is two of them: address and size). They are
+compiled in a process of its own into one object file, named by everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from df11.formats import errors
+
+CACHE_VARIABLE: Final = "DF11_CACHE_DIR"
+_PREFIX: Final = "df11_"
+
+
+class Kernel:
+    """A compiled function. Calls release the interpreter lock."""
+
+    def __init__(self, address: int) -> None:
+        self._function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(address)
+
+    def __call__(self, *arguments: np.ndarray[Any, Any] | int) -> int:
+        """Call with contiguous arrays and integers; returns what the kernel returns."""
+        values: list[int] = []
+        for argument in arguments:
+            if isinstance(argument, np.ndarray):
+                if not (argument.flags.c_contiguous and argument.flags.aligned):
+                    raise ValueError("kernels take contiguous, aligned arrays")
+                values += (argument.ctypes.data, argument.size)
+            else:
+                values.append(int(argument))
+        block = (ctypes.c_int64 * len(values))(*values)
+        return int(self._function(ctypes.addressof(block)))
+
+
+class Library:
+    """The kernels of one module, loaded (and compiled, if this machine has not yet) at the first call of one of them."""
+
+    def __init__(self, module: str, *sources: str) -> None:
+        """``module`` has the table EXPORTS; ``sources``: the other modules that its machine code depends on."""
+        self._module = module
+        self._sources = (module, *sources)
+        self._lock = threading.Lock()
+        self._kernels: dict[str, Kernel] | None = None
+        self._engine: Any = None
+
+    def __getitem__(self, name: str) -> Kernel:
+        with self._lock:
+            if self._kernels is None:
+                self._kernels = self._load()
+        return self._kernels[name]
+
+    def _load(self) -> dict[str, Kernel]:
+        try:
+            import llvmlite.binding as llvm
+        except ModuleNotFoundError:
+            raise errors.missing_extra("numba", "convert") from None
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        with tempfile.TemporaryDirectory(prefix="df11-") as temporary:
+            path = self._path(llvm)
+            if not path.exists():
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    writable = os.access(path.parent, os.W_OK)
+                except OSError:
+                    writable = False
+                if not writable:
+                    path = Path(temporary) / path.name
+                self._compile(path)
+            names, code = _unpack(path.read_bytes(), path)
+        for name in names["external"]:
+            # The error paths of Numba's wrappers, which these kernels never take.
+            if llvm.address_of_symbol(name) is None:
+                llvm.add_symbol(name, ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value)
+        machine = llvm.Target.from_default_triple().create_target_machine()
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        return {name: Kernel(self._engine.get_function_address(_PREFIX + name)) for name in names["kernels"]}
+
+    def _path(self, llvm: Any) -> Path:
+        digest = hashlib.sha256()
+        for module in self._sources:
+            spec = importlib.util.find_spec(module)
+            if spec is None or spec.origin is None:
+                raise ImportError(module)
+            digest.update(Path(spec.origin).read_bytes())
+        try:
+            versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
+        except importlib.metadata.PackageNotFoundError:
+            raise errors.missing_extra("numba", "convert") from None
+        parts = (*versions, llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+        digest.update(repr(parts).encode())
+        return cache_folder() / f"{self._module}-{digest.hexdigest()[:20]}.kernels"
+
+    def _compile(self, path: Path) -> None:
+        print("df11: compiling for this processor, once; it takes some ten seconds", file=sys.stderr)  # noqa: T201
+        command = [sys.executable, "-m", "df11.formats.compiled", self._module, str(path)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)  # noqa: S603 - our own module
+        if result.returncode:
+            if "No module named 'numba'" in result.stderr:
+                raise errors.missing_extra("numba", "convert")
+            raise RuntimeError(f"the kernels of {self._module} do not compile:\n{result.stderr}")
+
+
+def cache_folder() -> Path:
+    """Where machine code is kept: ``$DF11_CACHE_DIR``, else ``$XDG_CACHE_HOME/df11``, else ``~/.cache/df11``."""
+    if folder := os.environ.get(CACHE_VARIABLE):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "df11"
+
+
+def _pack(names: dict[str, list[str]], code: bytes) -> bytes:
+    head = json.dumps(names).encode()
+    body = len(head).to_bytes(8, "little") + head + code
+    return hashlib.sha256(body).digest() + body
+
+
+def _unpack(data: bytes, path: Path) -> tuple[dict[str, list[str]], bytes]:
+    body = data[32:]
+    if hashlib.sha256(body).digest() != data[:32]:
+        raise errors.UsageError("the cached machine code is damaged", file=path, hint="delete this file")
+    size = int.from_bytes(body[:8], "little")
+    names: dict[str, list[str]] = json.loads(body[8 : 8 + size])
+    return names, body[8 + size :]
+
+
+def compile_module(module: str) -> bytes:
+    """Compile all exports of a kernel module for this processor; returns what the cache holds."""
+    import llvmlite.binding as llvm
+    from numba import cfunc, types
+
+    pointer: Any = types.CPointer
+    exports: dict[str, Any] = importlib.import_module(module).EXPORTS
+    whole = llvm.parse_assembly("")
+    for name, function in exports.items():
+        compiled = cfunc(types.int64(pointer(types.int64)))(function)
+        part = llvm.parse_assembly(compiled.inspect_llvm())
+        part.get_function(compiled.native_name).name = _PREFIX + name
+        whole.link_in(part)
+    whole.verify()
+    external = [f.name for f in whole.functions if f.is_declaration and not f.name.startswith("llvm.")]
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, reloc="pic", codemodel="default"
+    )
+    return _pack({"kernels": list(exports), "external": external}, machine.emit_object(whole))
+
+
+def main(module: str, target: str) -> None:
+    """Compile ``module`` into the file ``target``, which appears when it is complete."""
+    data = compile_module(module)
+    with tempfile.NamedTemporaryFile(dir=Path(target).parent, delete=False) as file:
+        file.write(data)
+    Path(file.name).replace(target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
