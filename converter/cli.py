@@ -10,17 +10,16 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import typer
-from tqdm import tqdm
 
 from df11.converter.convert import DEFAULT_MEMORY, ConversionReport, FileReport, convert
 from df11.converter.inspect import as_text, describe
 from df11.converter.restore import restore
 from df11.converter.tree import list_containers
 from df11.converter.verify import verify
-from df11.formats import errors
+from df11.formats import compiled, errors
 from df11.formats.container import Container
 from df11.version import __version__
 
@@ -48,22 +47,32 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
     pass
 
 
+_INTERRUPTED: Final = 130
+
+
 class _Bar:
     # One progress bar over all files, on standard error, in bytes.
     def __init__(self, what: str, *, quiet: bool) -> None:
-        self._bar: Any = tqdm(desc=what, unit="B", unit_scale=True, file=sys.stderr, disable=True if quiet else None, dynamic_ncols=True)
+        self._bar: Any = None
+        if not quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=what, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def total(self, size: int) -> None:
-        self._bar.reset(total=size)
+        if self._bar is not None:
+            self._bar.reset(total=size)
 
     def advance(self, size: int) -> None:
-        self._bar.update(size)
+        if self._bar is not None:
+            self._bar.update(size)
 
 
 def _say(text: str, *, quiet: bool) -> None:
@@ -71,8 +80,16 @@ def _say(text: str, *, quiet: bool) -> None:
         typer.echo(text, err=True)
 
 
+def _print(text: str) -> None:
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end.
+        raise errors.UsageError("nobody reads standard output any more") from None
+
+
 def _event(event: str, **values: Any) -> None:
-    typer.echo(json.dumps({"event": event, **values}))
+    _print(json.dumps({"event": event, **values}))
 
 
 @app.command("convert")
@@ -84,8 +101,8 @@ def convert_command(
     cast: Annotated[str | None, typer.Option(metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)] = None,
     verify: Annotated[bool, typer.Option(help="Decode and compare everything before it is written.")] = True,
     resume: Annotated[bool, typer.Option(help="Keep finished outputs of the same source.")] = True,
-    force: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Say what would be done.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -96,8 +113,8 @@ def convert_command(
     def on_file(report: FileReport) -> None:
         if json_lines:
             _event("file", **asdict(report))
-        elif report.status == "planned":
-            typer.echo(f"{report.source} -> {report.output}: {report.source_bytes:,} bytes, {report.tensors} tensors")
+        elif report.status == "planned" and not quiet:
+            _print(f"{report.source} -> {report.output}: {report.source_bytes:,} bytes, {report.tensors} tensors")
 
     with _Bar("convert", quiet=quiet or dry_run) as bar:
         report = convert(
@@ -186,7 +203,7 @@ def restore_command(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="A file for a file, a folder for a folder.")],
     bf16: Annotated[bool, typer.Option("--bf16", help="Where a cast has changed values, write a BF16 safetensors file.")] = False,
     jobs: Jobs = None,
-    force: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -211,7 +228,7 @@ def inspect_command(path: ContainerPath, json_lines: Json = False, debug: Debug 
     for file in list_containers(path):
         with Container(file) as container:
             description = describe(container)
-        typer.echo(json.dumps(description) if json_lines else as_text(description))
+        _print(json.dumps(description) if json_lines else as_text(description))
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -223,33 +240,33 @@ def run(arguments: list[str]) -> int:
     """Run the command line and return the exit code: an error is one line on standard error."""
     debug = "--debug" in arguments
     signal.signal(signal.SIGTERM, _terminate)  # A cancelled CI job cleans up like an interrupted one.
+    if "--quiet" not in arguments and "-q" not in arguments:
+        compiled.announce = lambda text: print(f"df11: {text}", file=sys.stderr)  # noqa: T201
     try:
-        app(args=arguments, prog_name="df11", standalone_mode=True)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
+        code = app(args=arguments or ["--help"], prog_name="df11", standalone_mode=False)
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt  # Typer has made an exit code of it.
     except BaseException as error:
         if debug:
             traceback.print_exc()
         text, code = _explain(error)
-        print(text, file=sys.stderr)  # noqa: T201
-        return code
-    return 0
+        print(f"df11: {text}", file=sys.stderr)  # noqa: T201
+    return code if isinstance(code, int) else 0
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
     match error:
         case _Failed():
-            return f"df11: verification failed: {error.error}", errors.DifferenceError.exit_code
+            return f"verification failed: {error.error}", errors.DifferenceError.exit_code
         case errors.Df11Error():
-            return f"df11: {error}", error.exit_code
-        case BrokenPipeError():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return "df11: nobody reads the output", errors.UsageError.exit_code
+            return str(error), error.exit_code
         case OSError():
             return _explain(errors.from_os_error(error))
         case MemoryError():
-            return "df11: out of memory; give a smaller --jobs", errors.BudgetError.exit_code
-        case KeyboardInterrupt():
-            return "df11: interrupted; run the same command again to go on", 130
+            return "out of memory; give a smaller --jobs", errors.BudgetError.exit_code
+        case KeyboardInterrupt() | typer.Abort():
+            return "interrupted; run the same command again to go on", _INTERRUPTED
+        case _ if hasattr(error, "format_message"):  # A usage error of Typer's; it shows no public class for them.
+            return f"{error.format_message()} Try --help.", errors.UsageError.exit_code
         case _:
-            return f"df11: internal error, please report it: {type(error).__name__}: {error}; --debug shows where", 70
+            return f"internal error, please report it: {type(error).__name__}: {error}; --debug shows where", 70

@@ -13,7 +13,7 @@ from typing import Final, Literal
 from df11.converter.pipeline import Settings, convert_file
 from df11.converter.plan import Cast
 from df11.converter.source import Progress, Source, ignore
-from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, write_index
+from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, read_index, write_index
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.formats.writer import AtomicWriter, make_parents
@@ -94,8 +94,7 @@ def convert(
         )
     if cast not in (None, "bf16"):
         raise errors.UsageError("cast", expected="bf16", found=cast)
-    if jobs is not None and jobs < 1:
-        raise errors.UsageError("jobs", expected="at least 1", found=jobs)
+    threads = thread_count(jobs)
     memory = parse_size(max_memory)
     plan = plan_tree(Path(src), Path(dst), SAFETENSORS, DF11)
     shards = [job for job in plan if job.kind == "convert"]
@@ -103,6 +102,9 @@ def convert(
     for job in shards:
         with Source(job.source) as source:  # Every header is checked before the first byte is written.
             sizes[job] = (source.size, source.header)
+    for job in plan:
+        if job.kind == "index":
+            read_index(job, SAFETENSORS, DF11)
     on_total(sum(size for size, _ in sizes.values()))
     reports = []
     for job in shards:
@@ -110,7 +112,7 @@ def convert(
             size, header = sizes[job]
             report = FileReport(str(job.source), str(job.target), size, None, None, len(header.entries), "planned", 0, 0)
         else:
-            report = _convert_shard(job, jobs or usable_cores(), memory, cast, verify, resume, force, on_progress)
+            report = _convert_shard(job, threads, memory, cast, verify, resume, force, on_progress)
         on_file(report)
         reports.append(report)
     others = [job for job in plan if job.kind != "convert"]
@@ -158,9 +160,7 @@ def _finished(job: FileJob, source: Source, cast: Cast, progress: Progress) -> F
             stored = container.source
             infos = [container.info(name) for name in container.keys()]
             output_bytes = container.size
-    except errors.FormatError:
-        return None
-    except errors.SafetensorsError:
+    except (errors.FormatError, errors.SafetensorsError):
         return None
     if stored.bytes != source.size or stored.cast != cast or stored.sha256 != source.sha256(progress):
         return None
@@ -169,9 +169,11 @@ def _finished(job: FileJob, source: Source, cast: Cast, progress: Progress) -> F
     return FileReport(str(job.source), str(job.target), source.size, output_bytes, stored.sha256, len(infos), "skipped", casts, exact)
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def thread_count(jobs: int | None) -> int:
+    """``jobs`` if it is given, else the cores that this process may use."""
+    if jobs is not None and jobs < 1:
+        raise errors.UsageError("--jobs", expected="at least 1", found=jobs)
+    return jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def parse_size(value: int | str) -> int:
@@ -181,4 +183,4 @@ def parse_size(value: int | str) -> int:
         raise errors.UsageError("not a size", expected="such as 256MiB", found=value)
     number, unit, binary = match.groups()
     power = 0 if unit is None else "KMGT".index(unit.upper()) + 1
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    return int(min(float(number), 1e15) * (1024 if binary else 1000) ** power)

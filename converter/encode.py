@@ -61,7 +61,7 @@ class SegmentEncoder:
         for lane_bytes in (1, 2):
             sections = layout.segment_sections(n, code.alphabet_size, lane_bytes)
             if sections["stream_offset"] + code.bits // 8 + layout.STREAM_END > end:
-                return 0
+                return 0  # Surely too large; what is only nearly so is found while encoding.
             size, exceptions = self._encoder.encode_tiles(weights, code, lane_bytes, sections, end, out)
             if size != OVERFLOW:
                 break

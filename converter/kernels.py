@@ -184,7 +184,7 @@ def build_code(
     ``used`` i64[n], the symbols that occur, ascending; ``count_of`` i64[n], how often; ``order`` i64[n], places in ``used`` by falling count,
     equal counts by symbol; ``last_exponent``: the exponent of a last weight without a partner, or -1; ``section`` u8[256 + 32768],
     overwritten: the code table section (SPEC.md, section 6); ``encode_table`` u32[65536]: entries of all symbols that occur are set: code << 8 |
-    flags | length; ``scratch`` i64[CODE_SCRATCH]. Returns (alphabet size, bytes of the section, estimated bits of table, codes and exceptions,
+    flags | length; ``scratch`` i64[CODE_SCRATCH]. Returns (alphabet size, bytes of the section, bits of all codes and exceptions,
     symbol for weights that do not exist).
     """
     n = len(used)
@@ -200,6 +200,7 @@ def build_code(
     best_grid[:] = 0
     length_counts[:] = 0
     best_bits = np.int64(-1)
+    best_total = np.int64(0)
     previous = -1
     # A pair that is rarer than about 2**-16 costs less as an exception than as a code of 12 bits, which takes 2**-12 of the code
     # space from all others. Try a few limits around that.
@@ -225,14 +226,15 @@ def build_code(
             grid[used[order[kept - 1 - i]]] = lengths[i]
             bits += counts[i] * lengths[i]
         size = _alphabet(used, grid, index_of)
-        bits += 8 * size + 4 * size * size
+        table_bits = 8 * size + 4 * size * size
         best = _shortest(used, grid, by_first, by_second)
         for i in range(kept, n):
             symbol, flags = _stand_in(used[order[i]], best, grid, by_first, by_second)
             weights = 2 if flags == (FIRST_IS_EXCEPTION | SECOND_IS_EXCEPTION) else 1
             bits += count_of[order[i]] * (grid[symbol] + weights * EXCEPTION_BITS)
-        if best_bits < 0 or bits < best_bits:
+        if best_bits < 0 or bits + table_bits < best_total:
             best_bits = bits
+            best_total = bits + table_bits
             best_grid[:] = grid
     best = _shortest(used, best_grid, by_first, by_second)
     alphabet_size = _alphabet(used, best_grid, index_of)

@@ -24,7 +24,7 @@ _LIBRARY: Final = Library("df11.converter.kernels", "df11.converter.native", "df
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """The code of a segment. ``section``: code table section; ``bits``: estimate for table, codes and exceptions; ``filler``: a symbol."""
+    """The code of a segment. ``section``: code table section; ``bits``: of all codes and exceptions; ``filler``: a symbol."""
 
     alphabet_size: int
     section: Bytes

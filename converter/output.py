@@ -13,7 +13,7 @@ import zstandard
 from df11.converter.encode import EncodedSegment
 from df11.converter.plan import SEGMENT_WEIGHTS, Cast, TensorPlan
 from df11.converter.source import Source
-from df11.formats import framing, layout
+from df11.formats import errors, framing, layout
 from df11.formats.record import Bytes, header_checksum
 from df11.formats.writer import AtomicWriter
 from df11.version import __version__
@@ -35,6 +35,14 @@ class ContainerOutput:
         self._checksum = xxhash.xxh3_64()
         self._source_header = base64.b64encode(zstandard.ZstdCompressor(level=SOURCE_HEADER_LEVEL).compress(source.header.raw)).decode()
         self._data_start = layout.align(8 + self._header_room(plans), layout.DATA_ALIGNMENT)
+        if self._data_start - 8 > layout.MAX_JSON_HEADER:
+            raise errors.LimitError(
+                "the header of the container would be too large",
+                file=source.path,
+                expected=f"at most {layout.MAX_JSON_HEADER}",
+                found=self._data_start - 8,
+                hint="split the file into shards",
+            )
         self._start = writer.position = self._data_start
 
     def write_segment(self, plan: TensorPlan, segment: EncodedSegment) -> None:

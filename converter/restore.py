@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from df11.converter.convert import usable_cores
+from df11.converter.convert import thread_count
 from df11.converter.ordered import ordered
 from df11.converter.source import Progress, ignore
 from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, write_index
@@ -60,6 +60,7 @@ def restore(
     Where a cast has changed values the source cannot be written back: that is an error, or, with ``bf16``, a BF16 safetensors file is
     written instead. ``force`` replaces other files at the target. Progress is in bytes written.
     """
+    threads = thread_count(jobs)
     plan = plan_tree(Path(path), Path(dst), DF11, SAFETENSORS)
     shards = [job for job in plan if job.kind == "convert"]
     total = 0
@@ -67,7 +68,7 @@ def restore(
         with Container(job.source) as container:
             total += _layout(container, bf16=bf16).size
     on_total(total)
-    files = tuple(_restore_shard(job, bf16, force, jobs or usable_cores(), on_progress) for job in shards)
+    files = tuple(_restore_shard(job, bf16, force, threads, on_progress) for job in shards)
     others = [job for job in plan if job.kind != "convert"]
     for job in others:
         if job.kind == "index":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +84,7 @@ def list_containers(path: Path) -> list[Path]:
         return [path]
     files = [file for file in walk(path) if file.name.endswith(DF11)]
     if not files:
-        raise errors.FormatError(f"no {DF11} file in this folder", file=path, hint="check the path")
+        raise errors.UsageError(f"no {DF11} file in this folder", file=path, hint="check the path")
     return files
 
 
@@ -105,38 +107,71 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
             raise errors.MissingError("neither a file nor a folder, or a link that leads nowhere", file=entry.path)
 
 
-def rewrite_index(text: str, old: str, new: str, path: str | os.PathLike[str]) -> str:
-    """An index file with the shards' suffix ``old`` replaced by ``new``, and every other character as it was.
+_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]')
 
-    So the way back gives the same bytes again.
+
+def rewrite_index(text: str, old: str, new: str, path: str | os.PathLike[str]) -> str:
+    """An index file with the suffix ``old`` of its shards replaced by ``new``, and every other character as it was.
+
+    So the way back gives the same bytes again. Only the values of weight_map are touched.
     """
     try:
-        index = json.loads(text)
-        names = {name for name in index["weight_map"].values() if name.endswith(old)}
+        shards = json.loads(text)["weight_map"]
+        names = list(shards.values())
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise errors.SafetensorsError("not an index of safetensors shards", file=path) from None
-    result = text
-    for name in names:
-        result = result.replace(json.dumps(name), json.dumps(name.removesuffix(old) + new))
-    expected = {tensor: _renamed(name, old, new) for tensor, name in index["weight_map"].items()}
-    if json.loads(result)["weight_map"] != expected:
+    if any(name.endswith(new) for name in names):
+        raise errors.SafetensorsError(f"the index names {new} files already", file=path)
+    pieces = []
+    position = 0
+    for match in _weight_map_values(text):
+        token = match.group()
+        if token.endswith(old + '"'):
+            pieces += [text[position : match.start()], token.removesuffix(old + '"'), new, '"']
+            position = match.end()
+    result = "".join([*pieces, text[position:]])
+    if json.loads(result)["weight_map"] != {tensor: _renamed(name, old, new) for tensor, name in shards.items()}:
         raise errors.SafetensorsError("the index spells its shards in a way that cannot be rewritten", file=path)
     return result
+
+
+def _weight_map_values(text: str) -> Iterator[re.Match[str]]:
+    # The strings that are values of the top-level object weight_map, in text that is known to be JSON.
+    tokens = list(_TOKEN.finditer(text))
+    depth = 0
+    inside = False
+    for before, token in itertools.pairwise([*tokens[:1], *tokens]):
+        kind = token.group()
+        if kind in "{[":
+            depth += 1
+        elif kind in "}]":
+            depth -= 1
+            inside = inside and depth > 1
+        elif kind != ":" and before.group() == ":" and inside:
+            yield token
+        elif kind == ":" and depth == 1:
+            inside = json.loads(before.group()) == "weight_map"
 
 
 def _renamed(name: str, old: str, new: str) -> str:
     return name.removesuffix(old) + new if name.endswith(old) else name
 
 
-def write_index(job: FileJob, old: str, new: str, *, force: bool) -> None:
-    """Carry out an ``index`` job."""
+def read_index(job: FileJob, old: str, new: str) -> bytes:
+    """The bytes that an ``index`` job is to write."""
     try:
-        text = job.source.read_bytes().decode("utf-8")
+        return rewrite_index(job.source.read_bytes().decode("utf-8"), old, new, job.source).encode("utf-8")
     except OSError as error:
         raise errors.from_os_error(error, file=job.source) from None
     except UnicodeDecodeError:
         raise errors.SafetensorsError("not an index of safetensors shards", file=job.source) from None
-    data = rewrite_index(text, old, new, job.source).encode("utf-8")
+
+
+def write_index(job: FileJob, old: str, new: str, *, force: bool) -> None:
+    """Carry out an ``index`` job."""
+    data = read_index(job, old, new)
     if _exists(job.target, force=force, same=lambda: job.target.read_bytes() == data):
         return
     make_parents(job.target)
@@ -168,8 +203,8 @@ def _exists(target: Path, *, force: bool, same: Callable[[], bool]) -> bool:
 
 
 def already_there(target: Path) -> errors.UsageError:
-    """The error for a target that is something else than what would be written."""
-    return errors.UsageError("this file is already there, and it is not what would be written", file=target, hint="remove it or give --force")
+    """The error for a target that is not to be replaced."""
+    return errors.UsageError("this file is already there", file=target, hint="remove it, or give --force to replace it")
 
 
 def _same_content(a: Path, b: Path) -> bool:

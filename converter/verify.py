@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from df11.converter.convert import usable_cores
+from df11.converter.convert import thread_count
 from df11.converter.native import cast_f32
 from df11.converter.ordered import ordered
 from df11.converter.source import Progress, Source, ignore
@@ -54,6 +54,7 @@ def verify(
     With ``against``, the source file or tree: compare bit for bit (F32 tensors that were cast are cast again), and raise a DifferenceError at the
     first difference. Progress is in stored bytes.
     """
+    threads = thread_count(jobs)
     files = list_containers(Path(path))
     on_total(sum(file.stat().st_size for file in files))
     tensors = size = 0
@@ -61,7 +62,7 @@ def verify(
         with ExitStack() as stack:
             container = stack.enter_context(Container(file))
             source = None if against is None else stack.enter_context(Source(_source_path(file, Path(path), Path(against))))
-            _verify(container, source, jobs or usable_cores(), on_progress)
+            _verify(container, source, threads, on_progress)
             tensors += len(container)
             size += sum(_decoded_size(container.info(name)) for name in container.keys())
     return VerifyReport(len(files), tensors, size, against is not None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -27,6 +26,10 @@ from df11.formats import errors
 
 CACHE_VARIABLE: Final = "DF11_CACHE_DIR"
 _PREFIX: Final = "df11_"
+
+
+def announce(text: str) -> None:
+    """Told when something takes long; the command line replaces it."""
 
 
 class Kernel:
@@ -102,16 +105,12 @@ class Library:
             if spec is None or spec.origin is None:
                 raise ImportError(module)
             digest.update(Path(spec.origin).read_bytes())
-        try:
-            versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
-        except importlib.metadata.PackageNotFoundError:
-            raise errors.missing_extra("numba", "convert") from None
-        parts = (*versions, llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
+        parts = (llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
         digest.update(repr(parts).encode())
         return cache_folder() / f"{self._module}-{digest.hexdigest()[:20]}.kernels"
 
     def _compile(self, path: Path) -> None:
-        print("df11: compiling for this processor, once; it takes some ten seconds", file=sys.stderr)  # noqa: T201
+        announce("compiling for this processor, once; it takes some ten seconds")
         command = [sys.executable, "-m", "df11.formats.compiled", self._module, str(path)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)  # noqa: S603 - our own module

@@ -206,7 +206,7 @@ def from_os_error(error: OSError, *, file: str | os.PathLike[str] | None = None)
 
     path = file if file is not None else error.filename
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return BudgetError(reason, file=path, hint="free some disk space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return NotAllowedError(reason, file=path, hint="check the permissions of this path")

@@ -142,6 +142,11 @@ def raw_segment_size(weights: int) -> int:
     return align(SEGMENT_HEADER.size + 2 * weights)
 
 
+def segment_size_range(weights: int) -> tuple[int, int]:
+    """Smallest and largest size of a segment of this many weights, in bytes: its sign/mantissa bytes at least, and no more than raw."""
+    return align(SEGMENT_HEADER.size + weights), raw_segment_size(weights)
+
+
 def segment_sections(weights: int, alphabet_size: int, lane_bytes: int) -> dict[str, int]:
     """The four section offsets of a coded segment, in bytes from its start (SPEC.md, section 5)."""
     tiles = tile_count(weights)

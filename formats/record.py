@@ -164,9 +164,9 @@ def _check_directory(header: dict[str, int], directory: bytes, place: Place) -> 
             raise errors.DirectoryError(f"segment {index}: offset", **at, expected=position, found=entry["segment_offset"])
         if entry["element_count"] != elements:
             raise errors.DirectoryError(f"segment {index}: element_count", **at, expected=elements, found=entry["element_count"])
-        largest = layout.raw_segment_size(elements)
-        if not layout.SEGMENT_HEADER.size < size <= largest or size % layout.RECORD_ALIGNMENT:
-            raise errors.DirectoryError(f"segment {index}: size", **at, expected=f"a multiple of 16 up to {largest}", found=size)
+        smallest, largest = layout.segment_size_range(elements)
+        if not smallest <= size <= largest or size % layout.RECORD_ALIGNMENT:
+            raise errors.DirectoryError(f"segment {index}: size", **at, expected=f"a multiple of 16 from {smallest} to {largest}", found=size)
         segments.append(SegmentPlace(position, size, elements, entry["stored_checksum"], entry["decoded_checksum"], first))
         position += size
         first += elements

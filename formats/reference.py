@@ -93,7 +93,7 @@ def decode_record(record: bytes) -> bytes:
 
 def decode_segment(segment: bytes, count: int) -> bytes:
     """The weights of a segment, u16 little-endian."""
-    require(32 < len(segment) <= align16(32 + 2 * count) and len(segment) % 16 == 0, "segment_size")
+    require(align16(32 + count) <= len(segment) <= align16(32 + 2 * count) and len(segment) % 16 == 0, "segment_size")
     encoding, lane_bytes, k, n, tiles_offset, lanes_offset, sign_mantissa_offset, stream_offset, size, exception_count = struct.unpack_from(
         "<BBHIIIIIII", segment
     )

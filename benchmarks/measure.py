@@ -1,0 +1,88 @@
+"""Run commands as whole processes and measure them: wall time, processor time, peak memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+_CHILD: Final = Path(__file__).with_name("_child.py")
+
+
+class CommandError(Exception):
+    """A measured command failed; the message holds the end of what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of one process: seconds by the clock, seconds of processor time, peak resident bytes, standard output.
+
+    The peak is that of the largest process, or of the sum over the process tree, sampled 20 times a second, if that is more.
+    """
+
+    wall: float
+    cpu: float
+    peak_rss: int
+    stdout: str
+
+
+def run(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Measured:
+    """Run a command to its end. Raises CommandError if its exit code is not 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        launcher = [sys.executable, "-I", "-S", str(_CHILD), str(result), *command]
+        process = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, errors="replace")
+        try:
+            stdout, stderr = process.communicate()
+        except BaseException:
+            process.terminate()  # which ends the command, too
+            process.wait()
+            raise
+        if not result.exists():
+            raise CommandError(f"{command[0]} could not be started: {stderr.strip()[-400:]}")
+        measured = json.loads(result.read_text())
+    if measured["exit_code"]:
+        said = (stderr.strip() or stdout.strip())[-400:]
+        raise CommandError(f"exit code {measured['exit_code']} from {' '.join(command)}: {said}")
+    return Measured(measured["wall"], measured["cpu"], measured["peak_rss"], stdout)
+
+
+def interrupt_on_signals() -> None:
+    """Let SIGTERM and SIGHUP, like Ctrl-C, raise KeyboardInterrupt, so that temporary folders are removed."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, interrupt)
+
+
+def df11(*arguments: object) -> list[str]:
+    """The df11 command line of this interpreter."""
+    return [sys.executable, "-m", "df11", *map(str, arguments)]
+
+
+def events(stdout: str) -> list[dict[str, Any]]:
+    """The JSON lines that ``df11 convert --json`` prints."""
+    return [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stored_bytes(path: Path, suffix: str = "") -> int:
+    """Size of a file, or of all files below a directory whose names end with ``suffix``."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob(f"*{suffix}") if file.is_file())
