@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -241,7 +242,7 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     signal.signal(signal.SIGTERM, _terminate)  # A cancelled CI job cleans up like an interrupted one.
     if "--quiet" not in arguments and "-q" not in arguments:
-        compiled.announce = lambda text: print(f"df11: {text}", file=sys.stderr)  # noqa: T201
+        compiled.announce = functools.cache(lambda text: print(f"df11: {text}", file=sys.stderr))  # noqa: T201 - once
     try:
         code = app(args=arguments or ["--help"], prog_name="df11", standalone_mode=False)
         if code == _INTERRUPTED:

@@ -83,6 +83,13 @@ def _verify(container: Container, source: Source | None, jobs: int, progress: Pr
     entries = {entry.name: entry for entry in container.source_header.entries}
     if source is not None and source.header.raw != container.source_header.raw:
         raise errors.DifferenceError("the source has another header than the file that was converted", file=source.path)
+    if source is not None and container.source.cast is not None:
+        # Values that differ may round to the same weights: only the hash can tell.
+        sha256 = source.sha256(ignore)
+        if sha256 != container.source.sha256:
+            raise errors.DifferenceError(
+                "this is not the file that was converted", file=source.path, expected=f"SHA-256 {container.source.sha256}", found=sha256
+            )
 
     def tasks() -> Iterator[_Task]:
         for name in container.keys():

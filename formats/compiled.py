@@ -7,6 +7,7 @@ compiled in a process of its own into one object file, named by everything that 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib
@@ -76,18 +77,7 @@ class Library:
             raise errors.missing_extra("numba", "convert") from None
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        with tempfile.TemporaryDirectory(prefix="df11-") as temporary:
-            path = self._path(llvm)
-            if not path.exists():
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    writable = os.access(path.parent, os.W_OK)
-                except OSError:
-                    writable = False
-                if not writable:
-                    path = Path(temporary) / path.name
-                self._compile(path)
-            names, code = _unpack(path.read_bytes(), path)
+        names, code = self._machine_code(self._file_name(llvm))
         for name in names["external"]:
             # The error paths of Numba's wrappers, which these kernels never take.
             if llvm.address_of_symbol(name) is None:
@@ -98,7 +88,24 @@ class Library:
         self._engine.finalize_object()
         return {name: Kernel(self._engine.get_function_address(_PREFIX + name)) for name in names["kernels"]}
 
-    def _path(self, llvm: Any) -> Path:
+    def _machine_code(self, name: str) -> tuple[dict[str, list[str]], bytes]:
+        # From the cache; compiled first if it is not there, or cannot be read; without a cache if there cannot be one.
+        folder = cache_folder()
+        if folder is not None:
+            try:
+                return _unpack((folder / name).read_bytes())
+            except (OSError, ValueError):
+                pass
+        with tempfile.TemporaryDirectory(prefix="df11-") as temporary:
+            target = Path(temporary) / name
+            self._compile(target)
+            data = target.read_bytes()
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                _store(folder / name, data)
+        return _unpack(data)
+
+    def _file_name(self, llvm: Any) -> str:
         digest = hashlib.sha256()
         for module in self._sources:
             spec = importlib.util.find_spec(module)
@@ -107,7 +114,7 @@ class Library:
             digest.update(Path(spec.origin).read_bytes())
         parts = (llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
         digest.update(repr(parts).encode())
-        return cache_folder() / f"{self._module}-{digest.hexdigest()[:20]}.kernels"
+        return f"{self._module}-{digest.hexdigest()[:20]}.kernels"
 
     def _compile(self, path: Path) -> None:
         announce("compiling for this processor, once; it takes some ten seconds")
@@ -120,11 +127,22 @@ class Library:
             raise RuntimeError(f"the kernels of {self._module} do not compile:\n{result.stderr}")
 
 
-def cache_folder() -> Path:
-    """Where machine code is kept: ``$DF11_CACHE_DIR``, else ``$XDG_CACHE_HOME/df11``, else ``~/.cache/df11``."""
+def cache_folder() -> Path | None:
+    """Where machine code is kept: ``$DF11_CACHE_DIR``, else ``$XDG_CACHE_HOME/df11``, else ``~/.cache/df11``; None without a home."""
     if folder := os.environ.get(CACHE_VARIABLE):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "df11"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "df11"
+    except RuntimeError:
+        return None
+
+
+def _store(path: Path, data: bytes) -> None:
+    # Several processes may do so at once; each renames a file of its own.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def _pack(names: dict[str, list[str]], code: bytes) -> bytes:
@@ -133,10 +151,10 @@ def _pack(names: dict[str, list[str]], code: bytes) -> bytes:
     return hashlib.sha256(body).digest() + body
 
 
-def _unpack(data: bytes, path: Path) -> tuple[dict[str, list[str]], bytes]:
+def _unpack(data: bytes) -> tuple[dict[str, list[str]], bytes]:
     body = data[32:]
     if hashlib.sha256(body).digest() != data[:32]:
-        raise errors.UsageError("the cached machine code is damaged", file=path, hint="delete this file")
+        raise ValueError("damaged")
     size = int.from_bytes(body[:8], "little")
     names: dict[str, list[str]] = json.loads(body[8 : 8 + size])
     return names, body[8 + size :]
@@ -163,13 +181,5 @@ def compile_module(module: str) -> bytes:
     return _pack({"kernels": list(exports), "external": external}, machine.emit_object(whole))
 
 
-def main(module: str, target: str) -> None:
-    """Compile ``module`` into the file ``target``, which appears when it is complete."""
-    data = compile_module(module)
-    with tempfile.NamedTemporaryFile(dir=Path(target).parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(target)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    Path(sys.argv[2]).write_bytes(compile_module(sys.argv[1]))

@@ -159,7 +159,7 @@ def _parse_entry(name: str, value: object, path: str | os.PathLike[str]) -> Entr
     bits = entry.elements * DTYPE_BITS[dtype]
     if bits % 8 or entry.size != bits // 8:
         raise errors.TensorSizeError(
-            "data_offsets do not fit dtype and shape", file=path, tensor=name, offset=entry.start, expected=f"{bits / 8:g} bytes", found=entry.size
+            "data_offsets do not fit dtype and shape", file=path, tensor=name, offset=entry.start, expected=f"{-(-bits // 8)} bytes", found=entry.size
         )
     return entry
 

