@@ -162,6 +162,8 @@ def _finished(job: FileJob, source: Source, cast: Cast, progress: Progress) -> F
             output_bytes = container.size
     except (errors.FormatError, errors.SafetensorsError):
         return None
+    if not any(entry.dtype == "F32" for entry in source.header.entries):
+        cast = None  # As it would be written: there is nothing to cast.
     if stored.bytes != source.size or stored.cast != cast or stored.sha256 != source.sha256(progress):
         return None
     casts = sum(info.exact is not None for info in infos)

@@ -28,7 +28,7 @@ class ContainerOutput:
     def __init__(self, writer: AtomicWriter, source: Source, plans: Sequence[TensorPlan], cast: Cast) -> None:
         self._writer = writer
         self._source = source
-        self._cast = cast
+        self._cast = cast if any(plan.cast for plan in plans) else None
         self._entries: dict[str, framing.Entry] = {}
         self._objects: dict[str, dict[str, Any]] = {}
         self._directory: list[dict[str, int]] = []

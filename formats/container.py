@@ -164,7 +164,11 @@ class Container:
             raise errors.MetadataError("unknown encoding", **where, found=repr(encoding)[:80])
         if not isinstance(dtype, str) or dtype not in framing.DTYPE_BITS or not isinstance(shape, list) or len(shape) > layout.MAX_DIMENSIONS:
             raise errors.MetadataError("dtype or shape is not as specified", **where)
-        if not all(type(size) is int and 0 <= size < 1 << 63 for size in shape) or exact not in (None, True, False):
+        if (
+            not all(type(size) is int and 0 <= size < 1 << 63 for size in shape)
+            or not isinstance(exact, bool | None)
+            or (exact is None and "exact" in value)
+        ):
             raise errors.MetadataError("shape or exact is not as specified", **where)
         if exact is not None and (self.source.cast is None or dtype != "BF16"):
             raise errors.MetadataError("exact is only for tensors that were cast", **where)
@@ -295,12 +299,15 @@ class Container:
             frame = base64.b64decode(self._header.metadata[layout.METADATA_SOURCE_HEADER], validate=True)
             if zstandard.frame_content_size(frame) not in (self.source.header_bytes, -1):
                 raise errors.SourceHeaderError("the stored source header has another size", **where, expected=self.source.header_bytes)
-            raw = zstandard.ZstdDecompressor().decompress(frame, max_output_size=self.source.header_bytes)
+            raw = zstandard.ZstdDecompressor().decompress(frame, max_output_size=self.source.header_bytes, allow_extra_data=False)
         except (binascii.Error, ValueError, zstandard.ZstdError) as error:
             raise errors.SourceHeaderError(f"the stored source header cannot be read ({error})", **where) from None
         if len(raw) != self.source.header_bytes:
             raise errors.SourceHeaderError("the stored source header has another size", **where, expected=self.source.header_bytes, found=len(raw))
-        header = framing.parse_header(raw, self.source.bytes - 8 - len(raw), self.path)
+        try:
+            header = framing.parse_header(raw, self.source.bytes - 8 - len(raw), self.path)
+        except (errors.SafetensorsError, errors.LimitError) as error:
+            raise errors.SourceHeaderError(f"the stored source header is not one of safetensors: {error.what}", **where) from None
         if {entry.name for entry in header.entries} != self._infos.keys():
             raise errors.SourceHeaderError("the source header names other tensors", **where)
         for entry in header.entries:

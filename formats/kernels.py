@@ -244,10 +244,13 @@ def _apply_exceptions(segment: np.ndarray, descriptor: int, end_bit: U64, weight
     # out: u16, the weights of the tile. end_bit: the bit after the last lane.
     count = np.int64(load_u64(segment, U64(descriptor)) >> U64(48))
     at = np.int64((end_bit + U64(31)) >> U64(5)) * 4
+    previous = np.int64(-1)
     for i in range(count):
         position = np.int64(segment[at + 4 * i]) | (np.int64(segment[at + 4 * i + 1]) << 8)
-        if position >= weights:
+        place = (((position >> 3) & (_LANES - 1)) << 16) | position  # Lane by lane.
+        if position >= weights or place <= previous:
             return BAD_EXCEPTION
+        previous = place
         out[position] = np.uint16(segment[at + 4 * i + 2]) | (np.uint16(segment[at + 4 * i + 3]) << np.uint16(8))
     return OK
 

@@ -304,5 +304,5 @@ class Segment:
             raise errors.DifferenceError(f"tile {tile}: decoded weights differ", **at)
         if status == native.BAD_LANE:
             raise errors.LaneError(f"tile {tile}: a lane does not end where its length says", **at)
-        what = "lane lengths or exceptions do not fit" if status == native.BAD_TILE else "an exception lies outside the tile"
+        what = "lane lengths or exceptions do not fit" if status == native.BAD_TILE else "an exception lies outside the tile or out of order"
         raise errors.TileError(f"tile {tile}: {what}", **at)

@@ -186,9 +186,12 @@ def decode_tile(
         start += length
         require(position == start, "a lane ends where its length says")
     fixes = {}
+    previous = (-1, -1)
     for i in range(exception_count):
         position, weight = struct.unpack_from("<HH", data, len(data) - 4 * exception_count + 4 * i)
-        require(position < m and position not in fixes, "exception position")
+        place = (position // 8 % 32, position)
+        require(position < m and place > previous, "exceptions lane by lane, by position")
+        previous = place
         fixes[position] = weight
     return exponents[:m], fixes
 
