@@ -31,9 +31,15 @@ GAUSSIAN_SHAPE: Final = (4096, 1024)
 LIMITS: Final = (10, 11, 12, 13, 14)
 WRITER: Final = (14.0, 15.0, 16.0, 17.0)
 UNLIMITED: Final = 32
-"""No Huffman code of a segment of 2**24 weights can be longer: the rarest symbol would be the 33rd Fibonacci number of pairs or more away."""
+"""A longer code needs at least F(35) = 9.2 million pairs (Fibonacci), more than a segment has."""
 ROUNDS: Final = 15
+OUTLIER_SPREAD: Final = 1.0
+"""Of the columns' log scales: of those in the stand-in (0.6 to 1.68) the one with the most uneven lanes."""
 U64 = np.uint64
+
+
+def _range(first: float, last: float) -> tuple[float, ...]:
+    return tuple(np.arange(first, last + 0.25, 0.5).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +285,16 @@ def measure(files: Sequence[File], choice: Choice) -> Counter[str]:
     return total
 
 
+def outliers() -> File:
+    """A matrix with a scale a row and a scale a column, as in the worst layers of the OmniGen2 stand-in: hard on lanes, which share columns."""
+    numbers = synthetic.generator("format-choices-outliers")
+    columns = 2048
+    values = numbers.standard_normal((2048, columns), dtype=np.float32)
+    values *= np.exp(synthetic.ROW_SPREAD * numbers.standard_normal((2048, 1), dtype=np.float32)) * np.float32(0.02)
+    values *= np.exp(np.float32(OUTLIER_SPREAD) * numbers.standard_normal(columns, dtype=np.float32))
+    return [matrix(synthetic.round_to_bf16(values.reshape(-1)), columns)]
+
+
 def check(files: Sequence[File]) -> None:
     """The model of version 1 must give the bytes of the encoder."""
     encoder = SegmentEncoder()
@@ -398,3 +414,186 @@ def decoding_speeds(weights: Words, choices: Sequence[Choice]) -> list[float]:
             case()
             best[i] = min(best[i], time.perf_counter() - start)
     return [best[0] / seconds for seconds in best]
+
+
+# The report
+
+
+class Report:
+    """Measures choices on the real and the Gaussian weights and prints tables."""
+
+    def __init__(self) -> None:
+        self.minilm = minilm()
+        self.gaussians = [gaussian(sigma) for sigma in SIGMAS]
+        self.sets: tuple[list[File], ...] = ([self.minilm], self.gaussians)
+        for files in self.sets:
+            check(files)
+        self._v1 = self.both(V1)
+
+    def both(self, choice: Choice) -> list[Counter[str]]:
+        """On either set."""
+        return [measure(files, choice) for files in self.sets]
+
+    def bits(self, totals: Sequence[Counter[str]]) -> list[str]:
+        """For either set: bits a weight, and how much more than version 1."""
+        cells = []
+        for total, v1 in zip(totals, self._v1, strict=True):
+            value, known = per_weight(total, "bits"), per_weight(v1, "bits")
+            cells += [f"{value:.4f}", f"{value - known:+.4f}"]
+        return cells
+
+    def totals(self) -> None:
+        """Version 1, part by part, and the references."""
+        parts = ("codes", "exceptions", "lanes", "descriptors", "tile padding", "table", "segment")
+        rows = [["sign and mantissa", "8", "8"]]
+        rows += [[part, *(f"{per_weight(total, part):.4f}" for total in self._v1)] for part in parts]
+        rows += [["**version 1**", *(f"**{per_weight(total, 'bits'):.4f}**" for total in self._v1)]]
+        for name, pairs in (("8 + entropy of single exponents", False), ("8 + entropy of pairs / 2", True)):
+            rows.append([f"{name}, by tensor", *(f"{8 + _entropy(files, pairs=pairs):.4f}" for files in self.sets)])
+        rows.append(["DFloat11, published, for other models", "10.8-11.1", "-"])
+        show("Total", ["bits a weight", "MiniLM", "Gaussian"], rows)
+        rows = []
+        for sigma, file in zip(SIGMAS, self.gaussians, strict=True):
+            floors = [f"{8 + _entropy([file], pairs=pairs):.4f}" for pairs in (False, True)]
+            rows.append([f"{sigma}", *floors, f"{per_weight(measure([file], V1), 'bits'):.4f}"])
+        show("Gaussian weights by sigma", ["sigma", "8 + H(single)", "8 + H(pair) / 2", "version 1"], rows)
+
+    def symbols(self, speeds: dict[Choice, list[str]]) -> None:
+        """Single exponents or pairs."""
+        wide = _range(4, 20)
+        cases = {
+            "pairs, at most 12 bits (version 1)": V1,
+            "pairs, no limit, no exceptions": replace(V1, limit=UNLIMITED, exception_bits=0),
+            "singles, at most 12 bits, no exceptions": SINGLES,
+            "singles, at most 12 bits, exceptions": replace(V1, pairs=False, thresholds=wide),
+            "singles, at most 6 bits, two a look-up": replace(V1, pairs=False, limit=6, thresholds=wide),
+        }
+        rows = []
+        for name, choice in cases.items():
+            totals = self.both(choice)
+            parts = [
+                f"{per_weight(total, 'codes'):.4f} + {per_weight(total, 'exceptions'):.4f} + {per_weight(total, 'table'):.4f}" for total in totals
+            ]
+            rows.append([name, *self.bits(totals), *parts, *speeds.get(choice, ["", ""])])
+        show("Symbols", ["symbols", *SIZES, "MiniLM: codes + exceptions + table", "Gaussian: same", *SPEEDS], rows)
+
+    def limits(self, speeds: dict[Choice, list[str]]) -> None:
+        """The longest code."""
+        rows = []
+        for choice in LIMIT_CHOICES:
+            totals = self.both(choice)
+            kept = [f"{total['number of codes'] / total['segments']:.0f}" for total in totals]
+            share = [f"{1e4 * per_weight(total, 'exceptional weights'):.1f}" for total in totals]
+            size = f"{4 << choice.limit:,}"
+            rows.append([str(choice.limit), size, *self.bits(totals), " / ".join(kept), " / ".join(share), *speeds.get(choice, ["", ""])])
+        head = ["limit", "table bytes", *SIZES, "codes a segment", "exceptions in 10^4", *SPEEDS]
+        show("Code length limit (MiniLM / Gaussian), pairs with a code chosen best for each", head, rows)
+
+    def lanes(self) -> None:
+        """Weights a lane, and how lanes are found."""
+        rows = []
+        hard = outliers()
+        tensors = [t.elements for name in synthetic.omnigen2()["files"] for t in synthetic.omnigen2_tensors(name)]
+        sizes = np.sort(tensors)
+        middle = int(sizes[np.searchsorted(np.cumsum(sizes), sizes.sum() / 2)])
+        for lane_weights in (64, 128, 256, 512):
+            for field in ("u8", "u16", "packed"):
+                choice = replace(V1, lane_weights=lane_weights, lane_field=field)
+                totals = self.both(choice)
+                worst = measure([hard], choice)
+                parts = [f"{per_weight(totals[0], part):.4f}" for part in ("lanes", "descriptors", "tile padding")]
+                excess = " / ".join(f"{t['excess'] / t['tiles']:.0f}, {t['longest excess']}" for t in (*totals, worst))
+                over = " / ".join("-" if field == "packed" else f"{t['tiles over']} of {t['tiles']}" for t in (*totals, worst))
+                warps = f"{-(-middle // (32 * lane_weights)):,}"
+                rows.append([f"{lane_weights} {field}", *self.bits(totals), f"{per_weight(worst, 'bits'):.4f}", *parts, excess, over, warps])
+        head = ["lane", *SIZES, "outliers", "lanes", "descriptors", "padding", "excess: mean, largest", "tiles that overflow", "warps"]
+        show("Weights a lane (MiniLM / Gaussian / outliers)", head, rows)
+        print(f"\nWarps: tiles of a matrix of {middle:,} weights; half of OmniGen2's weights are in matrices of at most that size.")
+
+    def simple(self, title: str, first: str, cases: dict[str, Choice], extra: dict[str, Callable[[Counter[str]], str]]) -> None:
+        """A table of choices with further columns, each for both sets."""
+        rows = []
+        for name, choice in cases.items():
+            totals = self.both(choice)
+            rows.append([name, *self.bits(totals), *(" / ".join(cell(total) for total in totals) for cell in extra.values())])
+        show(title, [first, *SIZES, *extra], rows)
+
+
+SIZES: Final = ("MiniLM", "against v1", "Gaussian", "against v1")
+SPEEDS: Final = ("speed, MiniLM", "speed, Gaussian")
+SINGLES: Final = replace(V1, pairs=False, exception_bits=0)
+LIMIT_CHOICES: Final = tuple(replace(V1, limit=limit, thresholds=_range(limit - 1, limit + 9)) for limit in LIMITS)
+WIDE: Final = LIMIT_CHOICES[2].thresholds
+
+
+def per_weight(total: Counter[str], part: str) -> float:
+    """Bits (or whatever is counted) a weight."""
+    return total[part] / total["weights"]
+
+
+def _entropy(files: Sequence[File], *, pairs: bool) -> float:
+    items = [item for file in files for item in file]
+    bits = sum(len(item.weights) * entropy(np.bincount(item.pairs if pairs else item.exponents)) / (2 if pairs else 1) for item in items)
+    return bits / sum(len(item.weights) for item in items)
+
+
+def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a heading and a table."""
+    print(f"\n## {title}\n\n{table.markdown(head, rows)}", flush=True)
+
+
+def main() -> None:
+    """Measure everything."""
+    print(f"# What the format's choices cost\n\n{machine.as_text(machine.describe())}", flush=True)
+    report = Report()
+    report.totals()
+    timed = [LIMIT_CHOICES[2], LIMIT_CHOICES[1], LIMIT_CHOICES[3], SINGLES]
+    largest = max(report.minilm, key=lambda item: len(item.weights)).weights
+    samples = [decoding_speeds(weights[: V1.segment], timed) for weights in (largest, report.gaussians[1][0].weights)]
+    speeds = {choice: [f"{sample[i]:.2f}" for sample in samples] for i, choice in enumerate(timed)}
+    report.symbols({**speeds, V1: speeds[LIMIT_CHOICES[2]]})
+    report.limits(speeds)
+    report.lanes()
+    padding = {
+        "16 bytes, and 16 zero bytes a segment (version 1)": V1,
+        "4 bytes, 16 zero bytes a segment": replace(V1, tile_align=32),
+        "no alignment, 16 zero bytes a segment": replace(V1, tile_align=1),
+        "16 bytes, 8 zero bytes a tile": replace(V1, tile_zeros=64),
+        "4 bytes, 8 zero bytes a tile": replace(V1, tile_align=32, tile_zeros=64),
+    }
+    report.simple("Alignment and padding of tiles", "tiles", padding, {"tile padding": lambda t: f"{per_weight(t, 'tile padding'):.4f}"})
+    exceptions = {
+        "32 bits, version 1's writer": V1,
+        "32 bits, best of more thresholds": replace(V1, thresholds=WIDE),
+        "24 bits, best of more thresholds": replace(V1, exception_bits=24, thresholds=WIDE),
+        "none: all pairs have codes": replace(V1, exception_bits=0),
+    }
+    counts: dict[str, Callable[[Counter[str]], str]] = {
+        "exceptions in 10^4 weights": lambda t: f"{1e4 * per_weight(t, 'exceptional weights'):.1f}",
+        "their bits a weight": lambda t: f"{per_weight(t, 'exceptions'):.4f}",
+        "codes a segment": lambda t: f"{t['number of codes'] / t['segments']:.0f}",
+        "table bytes a segment": lambda t: f"{t['table'] / 8 / t['segments']:.0f}",
+    }
+    report.simple("Exceptions", "entry", exceptions, counts)
+    scopes = {
+        "file: all its tensors share one": replace(V1, segment=1 << 24, table="shared"),
+        **{f"tensor, at most 2^{power}": replace(V1, segment=1 << power) for power in range(24, 17, -1)},
+        "64 rows": replace(V1, rows=64),
+    }
+    scope_counts: dict[str, Callable[[Counter[str]], str]] = {
+        "codes + exceptions": lambda t: f"{per_weight(t, 'codes') + per_weight(t, 'exceptions'):.4f}",
+        "table + headers": lambda t: f"{per_weight(t, 'table') + per_weight(t, 'segment'):.4f}",
+        "segments": lambda t: f"{t['segments']}",
+        "16 KiB each, bits a weight": lambda t: f"{8 * 16384 * t['segments'] / t['weights']:.3f}",
+    }
+    report.simple("Scope of a table (2^21 is version 1)", "scope", scopes, scope_counts)
+    stored: dict[str, Callable[[Counter[str]], str]] = {
+        "bytes a table": lambda t: f"{t['table'] / 8 / t['segments']:.0f}",
+        "codes": lambda t: f"{t['number of codes'] / t['segments']:.0f}",
+    }
+    kinds = {"grid of 4-bit lengths (version 1)": V1, "list of 16-bit symbols": replace(V1, table="list")}
+    report.simple("Storing a table", "table", kinds, stored)
+
+
+if __name__ == "__main__":
+    main()
