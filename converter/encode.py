@@ -48,7 +48,7 @@ class SegmentEncoder:
             try:
                 Segment(data, place, Place()).compare(weights)
             except errors.FormatError as error:
-                raise errors.DifferenceError(f"what was encoded does not decode: {error}") from None
+                raise errors.DifferenceError(str(error)) from None
         return segment
 
     def _encode_coded(self, weights: Weights, out: Bytes) -> int:

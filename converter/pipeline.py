@@ -147,7 +147,7 @@ def _process_batches(
         def read(batch: Batch, slot: _Slot) -> tuple[Future[None], Future[list[_Outcome]]]:
             data = slot.input[: batch.size]
             source.read(batch.start, data)
-            return hasher.submit(digest.update, data), workers.submit(_process, batch, slot, verify=settings.verify)
+            return hasher.submit(digest.update, data), workers.submit(_process, batch, slot, source.path, verify=settings.verify)
 
         while True:
             while free and (following := next(ahead, None)) is not None:
@@ -162,7 +162,7 @@ def _process_batches(
             free.append(slot)
 
 
-def _process(batch: Batch, slot: _Slot, *, verify: bool) -> list[_Outcome]:
+def _process(batch: Batch, slot: _Slot, path: str, *, verify: bool) -> list[_Outcome]:
     outcomes = []
     used = 0
     for piece in batch.pieces:
@@ -173,7 +173,15 @@ def _process(batch: Batch, slot: _Slot, *, verify: bool) -> list[_Outcome]:
             outcomes.append(_Outcome(source, checksum, None, True))
             continue
         weights, exact = _weights(source, slot.weights, cast=piece.tensor.cast)
-        segment = slot.encoder.encode(weights, slot.output[used:], verify=verify)
+        try:
+            segment = slot.encoder.encode(weights, slot.output[used:], verify=verify)
+        except errors.DifferenceError as error:
+            raise errors.DifferenceError(
+                f"what was encoded does not decode to the source ({error})",
+                file=path,
+                tensor=piece.tensor.entry.name,
+                hint="this is a defect in df11 or in the memory of this machine: please report it",
+            ) from None
         used += len(segment.data)
         outcomes.append(_Outcome(source, checksum, segment, exact))
     return outcomes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
@@ -106,9 +107,10 @@ def read_header(file: IO[bytes], path: str | os.PathLike[str]) -> Header:
 def parse_header(raw: bytes, data_size: int, path: str | os.PathLike[str]) -> Header:
     """Check the JSON header ``raw`` against ``data_size``, the bytes that follow it in the file."""
     document = _parse_json(raw, path)
-    metadata = document.pop("__metadata__", {})
+    metadata = document.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise errors.HeaderJsonError("__metadata__ must map strings to strings", file=path)
+    _check_unicode(itertools.chain(document, metadata, metadata.values()), path)
     if len(document) > layout.MAX_TENSORS:
         raise errors.LimitError("too many tensors", file=path, expected=f"at most {layout.MAX_TENSORS}", found=len(document))
     entries = sorted((_parse_entry(name, value, path) for name, value in document.items()), key=lambda e: (e.start, e.end))
@@ -131,12 +133,16 @@ def _parse_json(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise errors.HeaderJsonError(f"not a safetensors file: its header is not JSON ({error})", file=path, offset=8) from None
     if not isinstance(document, dict):
         raise errors.HeaderJsonError("the header is not a JSON object", file=path, offset=8)
-    try:
-        for name in document:
-            name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise errors.HeaderJsonError("a tensor name is not valid Unicode", file=path, offset=8) from None
     return document
+
+
+def _check_unicode(texts: Iterable[str], path: str | os.PathLike[str]) -> None:
+    # JSON can spell half a surrogate pair, which no UTF-8 file can hold.
+    try:
+        for text in texts:
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise errors.HeaderJsonError("a name or the metadata are not valid Unicode", file=path, offset=8) from None
 
 
 def _is_size(value: object) -> bool:
@@ -144,8 +150,8 @@ def _is_size(value: object) -> bool:
 
 
 def _parse_entry(name: str, value: object, path: str | os.PathLike[str]) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise errors.HeaderJsonError("a tensor must have exactly dtype, shape and data_offsets", file=path, tensor=name)
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        raise errors.HeaderJsonError("a tensor must have dtype, shape and data_offsets", file=path, tensor=name)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise errors.DtypeError("unknown dtype", file=path, tensor=name, found=repr(dtype))
