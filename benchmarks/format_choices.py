@@ -29,16 +29,10 @@ File = list[Words]
 Total = Counter[str]
 Cell = Callable[[Total], str]
 
-MIN_WEIGHTS: Final = 10_000
 SIGMAS: Final = (0.01, 0.02, 0.03, 0.05)
-GAUSSIAN_SHAPE: Final = (4096, 1024)
-OUTLIER_SHAPE: Final = (2048, 2048)
-OUTLIER_SPREAD: Final = 1.0
-"""Of the logarithms of the columns' scales: of those in the OmniGen2 stand-in (0.6 to 1.68) the one with the most uneven lanes."""
-UNLIMITED: Final = 32
-"""A longer code needs at least F(35) = 9.2 million pairs (Fibonacci), more than a segment has."""
+SHAPE: Final = (2048, 2048)
+UNLIMITED: Final = 32  # A longer code needs at least F(35) = 9.2 million pairs (Fibonacci), more than a segment has.
 PARTS: Final = ("codes", "exceptions", "lane lengths", "tile descriptors", "tile padding", "tables", "headers, ends")
-ROUNDS: Final = 15
 U64 = np.uint64
 
 
@@ -84,26 +78,22 @@ class Code:
 
 def _minilm() -> File:
     path = synthetic.minilm_path()
-    tensors = [tensor for tensor in safetensors_file.read_header(path) if tensor.dtype == "F32" and tensor.elements >= MIN_WEIGHTS]
+    tensors = [tensor for tensor in safetensors_file.read_header(path) if tensor.dtype == "F32" and tensor.elements >= 10_000]
     with path.open("rb") as file:
         pieces = [next(safetensors_file.read_pieces(file, tensor, tensor.size)) for tensor in tensors]
     return [synthetic.round_to_bf16(piece.view(np.float32).copy()).reshape(t.shape) for piece, t in zip(pieces, tensors, strict=True)]
 
 
 def _gaussian(sigma: float) -> File:
-    values = synthetic.generator(f"format-choices-{sigma}").standard_normal(GAUSSIAN_SHAPE, dtype=np.float32)
-    return [synthetic.round_to_bf16(values * np.float32(sigma))]
+    return [synthetic.round_to_bf16(synthetic.generator(f"{sigma}").standard_normal(SHAPE, np.float32) * np.float32(sigma))]
 
 
-def _outliers() -> File:
-    # A scale a row and a scale a column, as in the worst layers of the stand-in: hard on lanes, as each sees an eighth of the columns or less.
-    numbers = synthetic.generator("format-choices-outliers")
-    values, rows, columns = (numbers.standard_normal(shape, dtype=np.float32) for shape in (OUTLIER_SHAPE, (OUTLIER_SHAPE[0], 1), OUTLIER_SHAPE[1]))
-    scales = np.float32(0.02) * np.exp(np.float32(synthetic.ROW_SPREAD) * rows + np.float32(OUTLIER_SPREAD) * columns)
+def _outliers(spread: float) -> File:
+    # A scale a row and a scale a column, as in the worst layers of the OmniGen2 stand-in: hard on lanes, which each have columns of their own here.
+    numbers = synthetic.generator(f"outliers {spread}")
+    values, rows, columns = (numbers.standard_normal(shape, np.float32) for shape in (SHAPE, (SHAPE[0], 1), SHAPE[1]))
+    scales = np.float32(0.02) * np.exp(np.float32(synthetic.ROW_SPREAD) * rows + np.float32(spread) * columns)
     return [synthetic.round_to_bf16(values * scales)]
-
-
-# The code
 
 
 def _package_merge(counts: Integers, limit: int) -> Integers:
@@ -156,9 +146,6 @@ def _best_code(symbols: npt.NDArray[Any], choice: Choice) -> Code:
     return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
-# Sizes
-
-
 def _symbols(weights: Words, choice: Choice) -> npt.NDArray[Any]:
     exponents = ((weights >> np.uint16(7)) & np.uint16(0xFF)).astype(np.uint8)
     return exponents.view(np.uint16) if choice.pairs else exponents
@@ -171,34 +158,29 @@ def _segments(file: File, choice: Choice) -> Iterator[Words]:
             yield item.reshape(-1)[first : first + step]
 
 
-def _up(bits: Any, alignment: int) -> Any:
-    return -(-bits // alignment) * alignment
-
-
 def _measure_segment(symbols: npt.NDArray[Any], n: int, code: Code, choice: Choice, total: Total) -> None:
     step = len(symbols) * 8 // n
     lengths = code.lengths[symbols].reshape(-1, step)
     chunks = sum((lengths[:, i] for i in range(step)), np.zeros(len(lengths), np.uint32)).reshape(-1, layout.LANES)
     lanes = np.add.reduceat(chunks, np.arange(0, len(chunks), choice.lane // 8), axis=0, dtype=np.int64)
     tiles = len(lanes)
-    changed = code.changed[symbols]
-    at = np.flatnonzero(changed)
-    exceptions = np.bincount(at // (4 * choice.lane * step), weights=changed[at], minlength=tiles).astype(np.int64)
+    at = np.flatnonzero(code.changed[symbols])
+    exceptions = np.bincount(at // (4 * choice.lane * step), weights=code.changed[symbols[at]], minlength=tiles).astype(np.int64)
     excess = lanes.max(axis=1) - lanes.min(axis=1)
-    over = (lanes[:, :-1].sum(axis=1) > 65535) if choice.field == "u16" else (excess > 255)
+    over = {"u8": excess > 255, "u16": lanes[:, :-1].sum(axis=1) > 65535, "packed": excess < 0}[choice.field]
     field_bits = {"u8": 8 * tiles, "u16": 16 * tiles, "packed": int(np.ceil(np.log2(excess + 1)).sum())}[choice.field]
-    fields = layout.LANES * field_bits * (2 if over.any() and choice.field != "packed" else 1)
+    fields = layout.LANES * field_bits * (2 if over.any() else 1)
     codes = lanes.sum(axis=1)
-    used = codes + choice.exceptions * exceptions
-    aligned = _up(codes, min(choice.align, 8 if choice.exceptions == 24 else 32)) + choice.exceptions * exceptions
-    stream = int(_up(aligned + choice.zeros, choice.align).sum())
+    listed = choice.exceptions * exceptions
+    grain = min(choice.align, 8 if choice.exceptions == 24 else 32)
+    stream = int((-(-(-(-codes // grain) * grain + listed + choice.zeros) // choice.align) * choice.align).sum())
     table_bits = 0 if choice.shared else code.grid_bits
     ends = 512 + (0 if choice.zeros else 128) + sum(-part % 128 for part in (table_bits, 64 * tiles, fields, 8 * n, stream))
-    bits = (int(codes.sum()), choice.exceptions * int(exceptions.sum()), fields, 64 * tiles, stream - int(used.sum()), table_bits, ends)
+    bits = (int(codes.sum()), int(listed.sum()), fields, 64 * tiles, stream - int((codes + listed).sum()), table_bits, ends)
     total.update(dict(zip(PARTS, bits, strict=True)))
     total.update({"bits": sum(bits) + 8 * n, "weights": n, "segments": 1, "tiles": tiles, "number of codes": code.codes})
     total.update({"excess": int(excess.sum()), "tiles over": int(over.sum()), "exceptional": int(exceptions.sum())})
-    total.update({"grid": code.grid_bits, "list": code.list_bits})
+    total.update({"grid": code.grid_bits, "list": code.list_bits, "segments over": int(over.any()), "expanded": int(not choice.shared)})
     total["largest excess"] = max(total["largest excess"], int(excess.max()))
 
 
@@ -209,7 +191,7 @@ def measure(files: Sequence[File], choice: Choice) -> Total:
         shared = None
         if choice.shared:
             shared = _best_code(np.concatenate([_symbols(item.reshape(-1), choice) for item in file]), choice)
-            total.update({"tables": shared.grid_bits, "bits": shared.grid_bits})
+            total.update({"tables": shared.grid_bits, "bits": shared.grid_bits, "expanded": 1})
         for weights in _segments(file, choice):
             symbols = _symbols(weights, choice)
             _measure_segment(symbols, len(weights), shared or _best_code(symbols, choice), choice, total)
@@ -229,9 +211,6 @@ def check(files: Sequence[File]) -> None:
     modelled = measure(files, V1)["bits"]
     if modelled != 8 * written:
         raise SystemExit(f"the model says {modelled / 8:,.0f} bytes, the encoder writes {written:,}")
-
-
-# Decoding speed
 
 
 @kernel
@@ -323,7 +302,7 @@ def decoding_speeds(weights: Words, choices: Sequence[Choice]) -> list[float]:
     """Speed relative to the first choice: the best of several rounds, each of which runs every decoder."""
     cases = [_speed_case(weights, choice) for choice in choices]
     best = [float("inf")] * len(cases)
-    for _ in range(ROUNDS):
+    for _ in range(100):
         for i, case in enumerate(cases):
             start = time.perf_counter()
             case()
@@ -331,19 +310,8 @@ def decoding_speeds(weights: Words, choices: Sequence[Choice]) -> list[float]:
     return [best[0] / seconds for seconds in best]
 
 
-# The report
-
-
-def _share(*parts: str, scale: float = 1, digits: int = 4) -> Cell:
-    return lambda total: f"{scale * sum(total[part] for part in parts) / total['weights']:.{digits}f}"
-
-
-def _each(part: str, of: str = "segments", scale: float = 1) -> Cell:
-    return lambda total: f"{scale * total[part] / total[of]:.0f}"
-
-
-def _show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(f"\n## {title}\n\n{table.markdown(head, rows)}", flush=True)
+def _share(*parts: str, of: str = "weights", scale: float = 1, digits: int = 4) -> Cell:
+    return lambda total: f"{scale * sum(total[part] for part in parts) / total[of]:.{digits}f}"
 
 
 def _totals(samples: Sequence[File]) -> None:
@@ -356,35 +324,37 @@ def _totals(samples: Sequence[File]) -> None:
     codes = [total["codes"] / total["weights"] for total in (measure([file], replace(SINGLES, limit=UNLIMITED)) for file in samples)]
     # Five bits for every 8 bytes of codes, four bytes for every 4096.
     rows.append(["DFloat11's layout, calculated, without tables", *(f"{8 + bits * (1 + 5 / 64 + 32 / 32768):.4f}" for bits in codes)])
-    _show("Total, bits a weight", ["part", "MiniLM", *(f"sigma {sigma}" for sigma in SIGMAS)], rows)
+    print("\n## Total, bits a weight\n\n" + table.markdown(["part", "MiniLM", *(f"sigma {sigma}" for sigma in SIGMAS)], rows), flush=True)
 
 
 def main() -> None:
     """Measure everything."""
     print(f"# What the format's choices cost\n\n{machine.as_text(machine.describe())}", flush=True)
-    real, gaussians, hard = _minilm(), [_gaussian(sigma) for sigma in SIGMAS], _outliers()
-    sets = ([real], gaussians, [hard])
+    real, gaussians = _minilm(), [_gaussian(sigma) for sigma in SIGMAS]
+    sets = ([real], gaussians, [_outliers(spread) for spread in synthetic.OUTLIER_COLUMN_SPREADS.values()])
     for files in sets:
         check(files)
     v1 = [measure(files, V1)["bits"] for files in sets]
 
     def compare(title: str, cases: dict[str, Choice], cells: dict[str, Cell], speeds: dict[Choice, str] | None = None, count: int = 2) -> None:
-        # A row a choice: size of each set and what that is more than version 1's, then the other cells of the sets.
+        # A row a choice: size of each set and what that is more than version 1's, then the other cells: one value a set, or one for all.
         rows = []
         for name, choice in cases.items():
             found = [measure(files, choice) for files in sets[:count]]
             row = [name]
             for total, bits in zip(found, v1, strict=False):
                 row += [_share("bits")(total), f"{(total['bits'] - bits) / total['weights']:+.4f}"]
-            row += [" / ".join(cell(total) for total in found) for cell in cells.values()]
+            for cell in cells.values():
+                values = [cell(total) for total in found]
+                row.append(" / ".join(values) if len(set(values)) > 1 else values[0])
             rows.append([*row, speeds.get(choice, "")] if speeds else row)
         head = [cell for name in ("MiniLM", "Gaussian", "outliers")[:count] for cell in (name, "to v1")]
-        _show(f"{title} ({', '.join(head[::2])})", ["", *head, *cells, *(["CPU speed"] if speeds else [])], rows)
+        text = table.markdown(["", *head, *cells, *(["CPU speed"] if speeds else [])], rows)
+        print(f"\n## {title} ({', '.join(head[::2])})\n\n{text}", flush=True)
 
     _totals([real, *gaussians])
     timed = [LIMIT[12], LIMIT[11], LIMIT[13], SINGLES]
-    samples = (max(real, key=lambda item: item.size), gaussians[1][0])
-    ratios = [decoding_speeds(item.reshape(-1)[: V1.segment], timed) for item in samples]
+    ratios = [decoding_speeds(item.reshape(-1)[: V1.segment], timed) for item in (max(real, key=len), gaussians[1][0])]
     speeds = {choice: " / ".join(f"{ratio[i]:.2f}" for ratio in ratios) for i, choice in enumerate(timed)}
     some = replace(V1, pairs=False, thresholds=tuple(np.arange(4, 20.5, 0.5).tolist()))
     symbols = {"pairs, at most 12 bits (v1)": V1, "pairs, all coded, no limit (bound)": replace(V1, limit=UNLIMITED, exceptions=0)}
@@ -392,35 +362,36 @@ def main() -> None:
     symbols |= {"singles, at most 6 bits, two a look-up": replace(some, limit=6)}
     cells = {part: _share(part) for part in ("codes", "exceptions", "tables")}
     compare("Symbols", symbols, cells, {**speeds, V1: speeds[LIMIT[12]]})
-    exceptions = {"codes a segment": _each("number of codes"), "exceptions in 10^4 weights": _share("exceptional", scale=1e4, digits=1)}
+    exceptions = {
+        "codes a segment": _share("number of codes", of="segments", digits=0),
+        "exceptions in 10^4 weights": _share("exceptional", scale=1e4, digits=1),
+    }
     limits = {f"{limit} bits, {4 << limit:,} bytes of table": choice for limit, choice in LIMIT.items()}
     compare("Code length limit, each with the best of 21 thresholds", limits, exceptions, speeds)
     lanes = {f"{lane} {field}": replace(V1, lane=lane, field=field) for lane in (64, 128, 256, 512) for field in ("u8", "u16", "packed")}
-    cells = {part: _share(part) for part in PARTS[2:5]}
-    cells |= {"mean excess": _each("excess", "tiles"), "largest": lambda t: f"{t['largest excess']}", "tiles over": lambda t: f"{t['tiles over']}"}
+    cells = {part: _share(part, digits=3) for part in PARTS[2:5]}
+    cells |= {"mean excess": _share("excess", of="tiles", digits=0), "largest": lambda t: f"{t['largest excess']}"}
+    cells |= {f"% of {part} over": _share(f"{part} over", of=part, scale=100, digits=1) for part in ("tiles", "segments")}
     compare("Weights a lane, and how lanes are found", lanes, cells, count=3)
     padding = {"16 bytes, and 16 zero bytes a segment (v1)": V1, "4 bytes, 16 a segment": replace(V1, align=32)}
-    padding |= {"none, 16 a segment": replace(V1, align=1), "16 bytes, 8 zero bytes a tile": replace(V1, zeros=64)}
-    padding |= {"4 bytes, 8 a tile": replace(V1, align=32, zeros=64)}
+    padding |= {"none, 16 a segment": replace(V1, align=1)}
+    padding |= {f"{align // 8} bytes, 8 zero bytes a tile": replace(V1, align=align, zeros=64) for align in (128, 32)}
     compare("Alignment and padding of tiles", padding, {PARTS[4]: _share(PARTS[4])})
     entries = {"32 bits, v1's writer": V1, "32 bits, best of 21 thresholds": LIMIT[12]}
     entries |= {"24 bits, best of 21 thresholds": replace(LIMIT[12], exceptions=24), "none: all pairs coded": replace(V1, exceptions=0)}
-    compare("Exceptions", entries, {**exceptions, "their bits": _share("exceptions"), "table bytes": _each("tables", scale=1 / 8)})
+    compare(
+        "Exceptions",
+        entries,
+        {**exceptions, "their bits": _share("exceptions"), "table bytes": _share("tables", of="segments", scale=1 / 8, digits=0)},
+    )
     scopes = {"file: its tensors share one": replace(V1, segment=1 << 24, shared=True)}
     scopes |= {f"tensor, at most 2^{power}": replace(V1, segment=1 << power) for power in range(24, 17, -1)} | {"64 rows": replace(V1, rows=64)}
-    cells = {
-        "codes + exceptions": _share("codes", "exceptions"),
-        "tables + headers": _share("tables", PARTS[-1]),
-        "segments": lambda t: f"{t['segments']}",
-    }
-    cells |= {"bytes as grid": _each("grid", scale=1 / 8), "as list": _each("list", scale=1 / 8)}
-    cells |= {"16 KiB each": lambda t: f"{8 * 16384 * t['segments'] / t['weights']:.3f}"}
+    cells = {"codes + exceptions": _share("codes", "exceptions"), "tables + headers": _share("tables", PARTS[-1])}
+    cells |= {"segments": lambda t: f"{t['segments']}", "16 KiB for each, bits a weight": _share("expanded", scale=8 * 16384, digits=3)}
+    cells |= {f"bytes as {kind}": _share(kind, of="segments", scale=1 / 8, digits=0) for kind in ("grid", "list")}
     compare("Scope of a table", scopes, cells)
-    omnigen2 = [t.elements for name in synthetic.omnigen2()["files"] if name.startswith("transformer/") for t in synthetic.omnigen2_tensors(name)]
-    sizes = np.sort(omnigen2)
-    middle = int(sizes[np.searchsorted(np.cumsum(sizes), sizes.sum() / 2)])
-    warps = [[f"{lane}", f"{middle / 32 / lane:,.0f}"] for lane in (64, 128, 256, 512)]
-    _show(f"Tiles, that is warps, of a matrix of OmniGen2's transformer with {middle:,} weights (the median by weights)", ["lane", "tiles"], warps)
+    small = replace(LIMIT[13], exceptions=24, lane=512, field="packed", align=1, segment=1 << 20)
+    compare("Everything that makes files smaller, at once", {"13 bits, lanes of 512, packed, no alignment, 24-bit exceptions, 2^20": small}, {})
 
 
 if __name__ == "__main__":

@@ -56,8 +56,10 @@ class _Bar:
     def __init__(self, what: str, *, quiet: bool) -> None:
         self._bar: Any = None
         if not quiet and sys.stderr.isatty():
-            from tqdm import tqdm
-
+            try:
+                from tqdm import tqdm
+            except ModuleNotFoundError:
+                raise errors.missing_extra("tqdm", "convert") from None
             self._bar = tqdm(desc=what, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
 
     def __enter__(self) -> Self:

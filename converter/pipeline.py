@@ -26,6 +26,8 @@ from df11.formats.writer import AtomicWriter
 
 BASE_MEMORY: Final = 100 << 20
 """Bytes that the interpreter and its libraries take before any weight is read: 96 MiB measured on x86-64 Linux."""
+ENCODER_MEMORY: Final = 4 << 20
+"""Bytes that a thread takes to encode, besides its slot's buffers."""
 MIN_SLOTS: Final = 2
 
 
@@ -79,7 +81,8 @@ def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progr
     inexact: dict[str, None] = {}
     checksums: dict[str, list[int]] = {}
     digest = source.start_sha256()
-    for batch, outcomes in _process_batches(batches, slots, source, digest, settings):
+    progress(source.header.data_start)
+    for batch, outcomes in _process_batches(batches, list(slots), source, digest, settings):
         for piece, outcome in zip(batch.pieces, outcomes, strict=True):
             plan = piece.tensor
             checksums.setdefault(plan.entry.name, []).append(outcome.checksum)
@@ -96,7 +99,7 @@ def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progr
         progress(batch.size)
     deferred.sort(key=lambda plan: (-framing.DTYPE_BITS[plan.target_dtype], plan.entry.start))
     for plan in deferred:
-        _copy_deferred(plan, source, output, checksums.get(plan.entry.name, []), exact=plan.entry.name not in inexact)
+        _copy_deferred(plan, source, slots[0], output, checksums.get(plan.entry.name, []), exact=plan.entry.name not in inexact)
     source.check_unchanged()
     sha256 = digest.hexdigest()
     output.finish(sha256)
@@ -109,8 +112,7 @@ def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> lis
     write = max((batch.output_size for batch in batches), default=0)
     # A cast needs a place to put its weights; so does a tensor that does not start where its weights can be read.
     weights = max((p.weights for p, b in pieces if p.tensor.fate is Fate.CODE and (p.tensor.cast or (p.start - b.start) % 2)), default=0)
-    # Pages that are never written to take no memory, and weights that do not compress are rare: count what is usual.
-    each = read + write * 3 // 4 + 2 * weights + (2 << 20)
+    each = read + write + 2 * weights + ENCODER_MEMORY
     count = (settings.max_memory - BASE_MEMORY) // each
     if count < MIN_SLOTS:
         raise errors.BudgetError(
@@ -119,7 +121,7 @@ def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> lis
             expected=f"at least {_mebibytes(BASE_MEMORY + MIN_SLOTS * each)}",
             found=_mebibytes(settings.max_memory),
         )
-    count = min(count, settings.jobs + 2, max(len(batches), 1))
+    count = max(min(count, settings.jobs + 2, len(batches)), 1)
     return [_Slot(np.empty(read, np.uint8), np.empty(write, np.uint8), np.empty(weights, np.uint16), SegmentEncoder()) for _ in range(count)]
 
 
@@ -202,15 +204,15 @@ def _weights(source: Bytes, scratch: Weights, *, cast: bool) -> tuple[Weights, b
     return weights, True
 
 
-def _copy_deferred(plan: TensorPlan, source: Source, output: ContainerOutput, checksums: list[int], *, exact: bool) -> None:
+def _copy_deferred(plan: TensorPlan, source: Source, slot: _Slot, output: ContainerOutput, checksums: list[int], *, exact: bool) -> None:
     # Read a tensor once more; its bytes must be those that were hashed.
     if not plan.entry.size:
         output.write_verbatim(plan, np.empty(0, np.uint8), last=True, exact=exact)
     for piece, checksum in zip(split_tensor(plan), checksums, strict=True):
-        data = np.empty(piece.size, np.uint8)
+        data = slot.input[: piece.size]
         source.read(piece.start, data)
         if xxhash.xxh3_64_intdigest(data) != checksum:
             raise source.changed(plan.entry.name)
         if plan.cast:
-            data = _weights(data, np.empty(piece.weights, np.uint16), cast=True)[0].view(np.uint8)
+            data = _weights(data, slot.weights, cast=True)[0].view(np.uint8)
         output.write_verbatim(plan, data, last=piece.last, exact=exact)

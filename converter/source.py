@@ -76,6 +76,7 @@ class Source:
     def sha256(self, progress: Progress) -> str:
         """SHA-256 of the whole file, in hexadecimal."""
         digest = self.start_sha256()
+        progress(self.header.data_start)
         buffer = np.empty(4 << 20, np.uint8)
         size = self.size - self.header.data_start
         for start in range(0, size, len(buffer)):

@@ -112,16 +112,20 @@ def _verify(container: Container, source: Source | None, jobs: int, progress: Pr
         source.read(task.source_start + width * place.first_element, data)
         segment.compare(_cast(data, decoded) if task.cast else data.view(np.uint16))
 
+    left = container.size
     for task, _ in ordered(check, tasks(), jobs):
-        progress(task.record.segments[task.index].size)
+        size = task.record.segments[task.index].size
+        left -= size
+        progress(size)
     for name in container.keys():
         if container.info(name).encoding == "verbatim":
-            _verify_verbatim(container, source, name, entries[name].start, progress)
+            _verify_verbatim(container, source, name, entries[name].start)
+    progress(left)
     if source is not None:
         source.check_unchanged()
 
 
-def _verify_verbatim(container: Container, source: Source | None, name: str, start: int, progress: Progress) -> None:
+def _verify_verbatim(container: Container, source: Source | None, name: str, start: int) -> None:
     cast = container.info(name).exact is not None
     for chunk in container.verbatim_chunks(name):
         if source is not None:
@@ -130,7 +134,6 @@ def _verify_verbatim(container: Container, source: Source | None, name: str, sta
             start += len(data)
             if not np.array_equal(_cast(data, np.empty(len(chunk) // 2, np.uint16)).view(np.uint8) if cast else data, chunk):
                 raise errors.DifferenceError("the bytes differ from the source's", file=container.path, tensor=name)
-        progress(len(chunk))
 
 
 def _cast(data: Bytes, out: Weights) -> Weights:

@@ -107,7 +107,8 @@ def read_header(file: IO[bytes], path: str | os.PathLike[str]) -> Header:
 def parse_header(raw: bytes, data_size: int, path: str | os.PathLike[str]) -> Header:
     """Check the JSON header ``raw`` against ``data_size``, the bytes that follow it in the file."""
     document = _parse_json(raw, path)
-    metadata = document.pop("__metadata__", None) or {}
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise errors.HeaderJsonError("__metadata__ must map strings to strings", file=path)
     _check_unicode(itertools.chain(document, metadata, metadata.values()), path)

@@ -293,8 +293,10 @@ class Segment:
             weights = self.data[begin : begin + 2 * len(out)].view("<u2")
             if not compare:
                 out[:] = weights
-            elif not np.array_equal(out, weights):
-                raise errors.DifferenceError("decoded weights differ", **self._at(0))
+                return
+            for start in range(0, len(out), layout.TILE_WEIGHTS):  # A little at a time, as a comparison takes memory.
+                if not np.array_equal(out[start : start + layout.TILE_WEIGHTS], weights[start : start + layout.TILE_WEIGHTS]):
+                    raise errors.DifferenceError("decoded weights differ", **self._at(begin + 2 * start))
             return
         status, tile = native.decode_tiles(self.data, self.table, self.entry.elements, header, first, last, out, compare=compare)
         if status == native.OK:
