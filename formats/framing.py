@@ -126,10 +126,13 @@ def _parse_json(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
             raise errors.HeaderJsonError("the header names the same thing twice", file=path)
         return result
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
     if not raw.startswith(b"{"):
         raise errors.HeaderJsonError("not a safetensors file: its header does not start with '{'", file=path, offset=8, found=repr(raw[:1]))
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise errors.HeaderJsonError(f"not a safetensors file: its header is not JSON ({error})", file=path, offset=8) from None
     if not isinstance(document, dict):

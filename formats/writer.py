@@ -79,7 +79,10 @@ class AtomicWriter:
 
     def rewind(self, position: int) -> None:
         """Drop everything from ``position`` on."""
-        os.ftruncate(self._file.fileno(), position)
+        try:
+            os.ftruncate(self._file.fileno(), position)
+        except OSError as error:
+            raise errors.from_os_error(error, file=self.path) from None
         self.position = position
 
     def commit(self) -> None:
@@ -89,6 +92,7 @@ class AtomicWriter:
                 self._flush.result()
             self._sync()
             self.partial.replace(self.path)
+            self._committed = True
             directory = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(directory)
@@ -96,7 +100,6 @@ class AtomicWriter:
                 os.close(directory)
         except OSError as error:
             raise errors.from_os_error(error, file=self.path) from None
-        self._committed = True
 
     def __enter__(self) -> Self:
         return self

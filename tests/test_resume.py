@@ -76,6 +76,16 @@ def test_another_cast_needs_force(source, tmp_path):
     assert convert(source, target, cast="bf16").status == "skipped"
 
 
+def test_a_cast_with_nothing_to_cast_changes_nothing(tmp_path):
+    source, target = sources.write(tmp_path / "x.safetensors", [bf16("a", (900,))]), tmp_path / "x.df11"
+    convert(source, target)
+    before = target.read_bytes()
+    assert convert(source, target, cast="bf16").status == "skipped"
+    assert convert(source, target, cast="bf16", force=True).status == "converted"
+    assert target.read_bytes() == before
+    assert convert(source, target).status == "skipped"
+
+
 def test_force_converts_what_is_finished(source, tmp_path):
     target = tmp_path / "x.df11"
     convert(source, target)
