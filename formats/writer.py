@@ -67,12 +67,14 @@ class AtomicWriter:
             while view:
                 count = os.pwrite(self._file.fileno(), view, start)
                 view, start = view[count:], start + count
+            self.position = max(self.position, end)
+            if self.position - self._flushed >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
+                if self._flush is not None:
+                    self._flush.result()  # The kernel reports an error of write-back once: not to us again.
+                self._flushed = self.position
+                self._flush = self._flusher.submit(self._sync)
         except OSError as error:
             raise errors.from_os_error(error, file=self.path) from None
-        self.position = max(self.position, end)
-        if self.position - self._flushed >= FLUSH_BYTES and (self._flush is None or self._flush.done()):
-            self._flushed = self.position
-            self._flush = self._flusher.submit(self._sync)
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())

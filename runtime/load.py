@@ -34,10 +34,10 @@ _TORCH_NAMES: Final = {
 }
 
 
-def load_file(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda") -> dict[str, torch.Tensor]:
     """All tensors of a `.df11` file, decoded and checked, as ``safetensors.torch.load_file`` gives those of a safetensors file.
 
-    Decoding takes place on the processor; tensors for another ``device`` are then copied there.
+    Decoding takes place on the processor for now; the tensors are then copied to ``device``.
     """
     try:
         import torch

@@ -141,8 +141,11 @@ def test_a_header_that_no_container_could_hold_is_refused(tmp_path):
     # The container's header holds each name twice: it must not pass the limit that its readers keep.
     source = sources.write(tmp_path / "x.safetensors", [Tensor("x" * 51_000_000, "U8", (1,), b"x")])
     with pytest.raises(df11.Df11Error) as caught:
-        df11.convert(source, tmp_path / "x.df11")
+        df11.convert(source, tmp_path / "x.df11", max_memory="16GiB")
     assert caught.value.exit_code == 2
+    # Nor does a header of that size fit the memory that df11 promises to keep to.
+    with pytest.raises(errors.BudgetError):
+        df11.convert(source, tmp_path / "x.df11")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     source.unlink()
 
@@ -410,6 +413,8 @@ def wrong_encoder(monkeypatch):
 @pytest.mark.usefixtures("wrong_encoder")
 def test_what_is_encoded_is_proven_before_it_is_written(source, tmp_path):
     commands.run("convert", source, tmp_path / "x.df11").error(1, source, "'w'")
+    with pytest.raises(errors.DifferenceError):
+        df11.convert(source, tmp_path / "x.df11")
     assert set(tree_bytes(tmp_path)) == {"x.safetensors"}
 
 

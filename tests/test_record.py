@@ -207,6 +207,17 @@ def test_damage_never_makes_the_decoder_read_elsewhere(guarded: Guarded, weights
         return
 
 
+@pytest.mark.parametrize("weights", [8192, 8192 + 256, 257])
+def test_lanes_that_run_on_stay_in_the_segment(guarded: Guarded, weights: int) -> None:
+    # All bits are ones, which are codes of 12 bits, and all lanes say that they have one bit for each code: they would go on for 176 bytes.
+    lengths = forge.staircase(range(13))
+    codes = dict.fromkeys(lengths, "1")
+    segment = forge.coded_segment([0] * weights, lengths, codes=codes, pad=0xFF)
+    held = guarded.hold(segment, at_end=True)
+    with pytest.raises(errors.LaneError):
+        opened_segment(held, weights).decode_range(weights - 1, weights, np.empty(1, np.uint16))
+
+
 def test_the_largest_lies_allocate_nothing() -> None:
     # 5 MB that say to hold 2**40 weights.
     count = 1 << 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -303,6 +304,12 @@ def test_a_source_that_is_missing_or_none(paths, tmp_path):
     result = commands.run("verify", container, "--against", source)
     assert result.code in (1, 2)
     result.error(result.code, source)
+
+
+def test_a_source_that_changes_while_it_is_compared(paths):
+    source, container = paths
+    with pytest.raises(errors.ConflictError):
+        df11.verify(container, source, on_progress=lambda _: os.utime(source, (1, 1)))
 
 
 # What it says.
