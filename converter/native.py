@@ -22,6 +22,11 @@ ENCODE_SCRATCH: Final = 2336 + 1024
 _LIBRARY: Final = Library("df11.converter.kernels", "df11.converter.native", "df11.formats.kernels", "df11.formats.layout", "df11.formats.native")
 
 
+def load() -> None:
+    """Load the encoding kernels; see :func:`df11.formats.native.load`."""
+    _LIBRARY.load()
+
+
 @dataclass(frozen=True, slots=True)
 class Code:
     """The code of a segment. ``section``: code table section; ``bits``: of all codes and exceptions; ``filler``: a symbol."""

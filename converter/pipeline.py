@@ -15,17 +15,20 @@ from typing import Any, Final
 import numpy as np
 import xxhash
 
+from df11.converter import native
 from df11.converter.encode import EncodedSegment, SegmentEncoder
-from df11.converter.native import cast_f32
 from df11.converter.output import ContainerOutput
 from df11.converter.plan import Batch, Cast, Fate, TensorPlan, plan_batches, plan_tensors, split_tensor
 from df11.converter.source import Progress, Source
 from df11.formats import errors, framing
+from df11.formats import native as decoding
 from df11.formats.record import Bytes, Weights
 from df11.formats.writer import AtomicWriter
 
-BASE_MEMORY: Final = 100 << 20
-"""Bytes that the interpreter and its libraries take before any weight is read: 96 MiB measured on x86-64 Linux."""
+LOADING_MEMORY: Final = 168 << 20
+"""Bytes that loading the kernels takes for a moment, before there are any buffers: up to 157 MiB measured on x86-64 Linux."""
+BASE_MEMORY: Final = 80 << 20
+"""Bytes that the interpreter and its libraries keep: up to 66 MiB measured."""
 HEADER_MEMORY: Final = 28
 """Bytes that the plan, the directory and the new header take for each byte of the source's header: 26 measured on 300,000 tiny tensors."""
 ENCODER_MEMORY: Final = 4 << 20
@@ -75,6 +78,9 @@ class _Outcome:
 
 def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progress: Progress) -> Converted:
     """Convert one source into one container, ready to be committed. Raises a Df11Error; the caller drops the writer then."""
+    native.load()
+    if settings.verify:
+        decoding.load()
     plans = plan_tensors(source.header, settings.cast)
     batches = plan_batches(plans)
     slots = _make_slots(batches, source, settings)
@@ -117,11 +123,12 @@ def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> lis
     each = read + write + 2 * weights + ENCODER_MEMORY
     base = BASE_MEMORY + HEADER_MEMORY * len(source.header.raw)
     count = (settings.max_memory - base) // each
-    if count < MIN_SLOTS:
+    needed = max(base + MIN_SLOTS * each, LOADING_MEMORY)
+    if settings.max_memory < needed:
         raise errors.BudgetError(
             "--max-memory is too small for this file",
             file=source.path,
-            expected=f"at least {_mebibytes(base + MIN_SLOTS * each)}",
+            expected=f"at least {_mebibytes(needed)}",
             found=_mebibytes(settings.max_memory),
         )
     count = max(min(count, settings.jobs + 2, len(batches)), 1)
@@ -199,7 +206,7 @@ def _weights(source: Bytes, scratch: Weights, *, cast: bool) -> tuple[Weights, b
         if not bits.flags.aligned:
             bits = bits.copy()
         out = scratch[: len(bits)]
-        return out, cast_f32(bits, out)
+        return out, native.cast_f32(bits, out)
     weights = source.view(np.uint16)
     if not weights.flags.aligned:
         scratch[: len(weights)] = weights

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -64,11 +65,16 @@ class Library:
         self._kernels: dict[str, Kernel] | None = None
         self._engine: Any = None
 
-    def __getitem__(self, name: str) -> Kernel:
+    def load(self) -> dict[str, Kernel]:
+        """Load the kernels, if that has not been done, and return them."""
         with self._lock:
             if self._kernels is None:
                 self._kernels = self._load()
-        return self._kernels[name]
+                _give_back_llvm()
+        return self._kernels
+
+    def __getitem__(self, name: str) -> Kernel:
+        return self.load()[name]
 
     def _load(self) -> dict[str, Kernel]:
         try:
@@ -125,6 +131,22 @@ class Library:
             if "No module named 'numba'" in result.stderr:
                 raise errors.missing_extra("numba", "convert")
             raise RuntimeError(f"the kernels of {self._module} do not compile:\n{result.stderr}")
+
+
+def _give_back_llvm() -> None:
+    # LLVM has done its work: drop its code and constants from memory. These pages are never written to, so they come back from the file
+    # if they are needed. Depending on the page cache, they are up to 100 MiB of what counts as this process's memory.
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for line in maps.read_text().splitlines():
+        addresses, permissions, offset, *_ = line.split()
+        # Of the read-only parts only the one at the start of the file: a later one has been relocated, and must stay.
+        if "libllvmlite" in line and (permissions.startswith("r-x") or (permissions.startswith("r--") and int(offset, 16) == 0)):
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            madvise(start, end - start, mmap.MADV_DONTNEED)
 
 
 def cache_folder() -> Path | None:

@@ -24,6 +24,11 @@ DECODE_SCRATCH: Final = 128 + 2048 + 2048
 _LIBRARY: Final = Library("df11.formats.kernels", "df11.formats.layout", "df11.formats.native")
 
 
+def load() -> None:
+    """Load the decoding kernels now rather than at their first call: loading takes memory that can be used for other things afterwards."""
+    _LIBRARY.load()
+
+
 def build_decode_table(section: npt.NDArray[np.uint8], alphabet_size: int, table: npt.NDArray[np.uint32]) -> int:
     """Expand a code table section into the decoding table u32[4096]; see :func:`df11.formats.kernels.build_decode_table`."""
     return _LIBRARY["build_decode_table"](section, alphabet_size, table, np.empty(26, np.int64))

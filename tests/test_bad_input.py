@@ -143,11 +143,17 @@ def test_a_header_that_no_container_could_hold_is_refused(tmp_path):
     with pytest.raises(df11.Df11Error) as caught:
         df11.convert(source, tmp_path / "x.df11", max_memory="16GiB")
     assert caught.value.exit_code == 2
-    # Nor does a header of that size fit the memory that df11 promises to keep to.
-    with pytest.raises(errors.BudgetError):
-        df11.convert(source, tmp_path / "x.df11")
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     source.unlink()
+
+
+def test_a_header_that_memory_could_not_hold_is_refused(tmp_path):
+    source = sources.write(tmp_path / "x.safetensors", [Tensor("x" * 12_000_000, "U8", (1,), b"x")])
+    commands.run("convert", source, tmp_path / "x.df11").error(6, source, "--max-memory")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    commands.run("convert", source, tmp_path / "x.df11", "--max-memory", "16GiB").fine()
+    for path in tmp_path.iterdir():
+        path.unlink()
 
 
 # Paths.

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -328,8 +329,13 @@ def test_a_source_header_larger_than_it_says_is_refused(tmp_path: Path, with_siz
 
     path = tmp_path / "a.df11"
     path.write_bytes(forge.container(TENSORS, edit=edit))
-    with df11.open(path) as container, pytest.raises(errors.SourceHeaderError):
-        container.source_header  # noqa: B018 - read and checked when first asked for
+    tracemalloc.start()
+    try:
+        with df11.open(path) as container, pytest.raises(errors.SourceHeaderError):
+            container.source_header  # noqa: B018 - read and checked when first asked for
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
 
 
 def test_every_numpy_dtype_has_the_size_of_its_tensor() -> None:

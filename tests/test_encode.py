@@ -204,6 +204,18 @@ def test_lanes_that_differ_much_take_two_bytes(seed: int) -> None:
     assert layout.SEGMENT_HEADER.unpack(encoded(strategies.make("gaussian", 8192, seed)).data)["lane_bytes"] == 1
 
 
+@pytest.mark.parametrize(("shorter", "lane_bytes"), [(1, 1), (0, 2)])
+def test_one_byte_says_a_difference_of_255_bits_not_256(shorter: int, lane_bytes: int) -> None:
+    # Codes of 1, 2, 3 and 3 bits: lane 0 has 128 codes of 3 bits, but for one or none of 2; the shortest lane has 128 of 1 bit.
+    pairs = np.full((32, 32, 4), forge.symbol(120, 120))
+    pairs[:, 0] = [forge.symbol(121, 120), forge.symbol(120, 121)] * 2
+    pairs[:, 1:5, 0] = forge.symbol(121, 121)
+    pairs[:shorter, 0, 0] = forge.symbol(121, 121)
+    weights = (np.stack([pairs.reshape(-1) & 255, pairs.reshape(-1) >> 8], axis=1).reshape(-1) << 7).astype(np.uint16)
+    assert sorted(code_of(weights).values()) == [1, 2, 3, 3]
+    assert layout.SEGMENT_HEADER.unpack(encoded(weights).data)["lane_bytes"] == lane_bytes
+
+
 @pytest.mark.parametrize("exponent", [0, 5, 120, 250])
 def test_a_last_weight_without_a_partner_and_without_a_code(exponent: int) -> None:
     # Its exponent occurs nowhere else, or only as the second of pairs, or in pairs that have a code.

@@ -385,5 +385,8 @@ case("exceptions_not_in_order_of_lanes", "exceptions are listed lane by lane", e
 BACK: Final = excepted(*((at, WEIGHTS[at]) for at in (257, 2, 299)))
 case("exceptions_not_in_order_of_positions", "within a lane exceptions are listed by rising position", errors.TileError, coded(edit=BACK))
 MANY: Final = [120 << 7] * 8193
+ALL_ZEROS: Final = forge.coded_segment(MANY, ONE_BIT)
+SECOND: Final = one(forge.record([(ALL_ZEROS[:56] + bytes(4) + ALL_ZEROS[60:], MANY)]), MANY)
+case("stream_position_of_the_second_tile", "a tile lies where the one before it ends", errors.TileError, SECOND)
 TWICE: Final = excepted((0, 0), (0, 120 << 7))
 case("exceptions_more_than_weights", "a tile has at most as many exceptions as weights", errors.TileError, coded(MANY, ONE_BIT, edit=TWICE))
