@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -232,6 +233,23 @@ def test_threads_share_a_container(folder: Path) -> None:
 
     with df11.open(path) as container, ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda i: read(container, f"w{i % 8}"), range(160)))
+
+
+def test_short_reads_go_on(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, views, offset: honest(descriptor, [views[0][:7]], offset))
+    assert read_all(small) == {tensor.name: (tensor.dtype, tensor.shape, tensor.decoded) for tensor in TENSORS}
+
+
+def test_a_disk_that_fails(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with df11.open(small) as container:
+        monkeypatch.setattr(os, "preadv", fail)
+        for name in ("a/record", "numbers"):
+            with pytest.raises(errors.UsageError, match="Input/output error"):
+                container.tensor(name)
 
 
 # Damage.

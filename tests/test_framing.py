@@ -6,6 +6,7 @@ import io
 import json
 import re
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,13 @@ def open_file(path: Path) -> framing.Header:
 def test_files_refused(tmp_path: Path, content: bytes, error: type[errors.Df11Error]) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    with pytest.raises(errors.Df11Error) as caught:
-        open_file(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.Df11Error) as caught:
+            open_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20  # Sizes are checked before memory is taken.
+    finally:
+        tracemalloc.stop()
     assert type(caught.value) is error
     assert caught.value.file == str(path)
 

@@ -261,7 +261,7 @@ def unsorted_header() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def cast() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """Tensors cast from F32: exact and not, a record and verbatim; the source of the exact one ends with 16 zero bits a value."""
+    """Tensors cast from F32, in records and verbatim: exact ones, and one that was rounded, so that the source cannot be written back."""
     lengths = forge.balanced(PAIRS)
     weights = weights_of(drawn(lengths, 300, 12))
     stored = coded("", weights, lengths).stored
@@ -270,6 +270,19 @@ def cast() -> tuple[bytes, Sequence[forge.Tensor]]:
         forge.Tensor("exact", "BF16", (20, 30), forge.u16s(weights), stored, True, widened(weights)),
         forge.Tensor("rounded", "BF16", (600,), forge.u16s(weights), stored, False, widened(weights, 1)),
         forge.Tensor("verbatim", "BF16", (2, 7), forge.u16s(few), None, True, widened(few)),
+    ]
+    return file_of(*tensors)
+
+
+@golden
+def cast_exact() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """Tensors cast from F32 that are all exact: the source, with 16 zero bits below each weight, can be written back."""
+    lengths = forge.balanced(PAIRS[:3])
+    weights = weights_of(drawn(lengths, 300, 13))
+    few = [weight for weight in SPECIAL if weight & 0x7FFF <= 0x7F80] + [0xFFFF]
+    tensors = [
+        forge.Tensor("record", "BF16", (600,), forge.u16s(weights), coded("", weights, lengths).stored, True, widened(weights)),
+        forge.Tensor("verbatim", "BF16", (10,), forge.u16s(few), None, True, widened(few)),
     ]
     return file_of(*tensors)
 

@@ -221,14 +221,14 @@ for name, key, value in (
 SOURCE_HEADER: Final = forge.safetensors_file([RECORD, NUMBERS])[0]
 
 
-def source_header(text: bytes, frame: bytes | None = None) -> bytes:
+def source_header(text: bytes, frame: bytes | None = None, data_size: int = len(RECORD.decoded) + 8) -> bytes:
     """A container whose source header is another one; its size in df11.source is right unless a frame is given."""
 
     def change(header: dict[str, Any]) -> None:
         stored = base64.b64encode(forge.raw_frame(text) if frame is None else frame).decode()
         header["__metadata__"]["df11.source_header"] = stored
         with forge.json_value(header, "df11.source") as source:
-            source["bytes"] += len(text) - source["header_bytes"]
+            source["bytes"] = 8 + len(text) + data_size
             source["header_bytes"] = len(text)
 
     return changed(change)
@@ -246,6 +246,8 @@ for name, rule, text, frame in (
     ("source_header_hole", "the source is a safetensors file: no holes", SOURCE_HEADER.replace(b"[600,608]", b"[601,609]"), None),
 ):
     case(name, rule, errors.SourceHeaderError, source_header(text, frame), reference=False)
+FEWER: Final = source_header(forge.safetensors_file([RECORD])[0], data_size=len(RECORD.decoded))
+case("source_header_lacks_a_name", "the source has all tensors", errors.SourceHeaderError, FEWER, reference=False)
 case(
     "source_header_not_base64",
     "df11.source_header is base64",
