@@ -21,8 +21,9 @@ _LIMIT: Final = CODE_LIMIT
 _KRAFT: Final = 1 << CODE_LIMIT
 
 EXCEPTION_BITS: Final = 32
-FIRST_IS_EXCEPTION: Final = 0x40
-SECOND_IS_EXCEPTION: Final = 0x80
+FIRST_IS_EXCEPTION: Final = 1 << 24
+SECOND_IS_EXCEPTION: Final = 1 << 25
+_CODE_AND_LENGTH: Final = U64(0xFFFFFF)
 
 
 @kernel
@@ -300,17 +301,22 @@ def _encode_lanes(
             b = U64(table[(q >> U64(16)) & U64(0xFFFF)])
             c = U64(table[(q >> U64(32)) & U64(0xFFFF)])
             d = U64(table[q >> U64(48)])
-            if (a | b | c | d) & U64(FIRST_IS_EXCEPTION | SECOND_IS_EXCEPTION):
+            # Lengths are the low six bits of entries and, as they stay below 64, of sums of four; flags are above all codes in both.
+            first_two = a + b
+            all_four = first_two + (c + d)
+            if all_four > _CODE_AND_LENGTH:
                 marked[groups] = offset >> U64(1)
                 groups += 1
+                a &= _CODE_AND_LENGTH
+                b &= _CODE_AND_LENGTH
+                c &= _CODE_AND_LENGTH
+                d &= _CODE_AND_LENGTH
             offset += U64(_CHUNK_BYTES)
-            # Lengths are the low six bits of entries and, as they stay below 64, of sums of four.
             low = (a >> U64(8)) | ((b >> U64(8)) << (a & U64(63)))
             high = (c >> U64(8)) | ((d >> U64(8)) << (c & U64(63)))
-            bits = (a + b + (c + d)) & U64(63)
-            pending |= (low | (high << ((a + b) & U64(63)))) << pending_bits
+            pending |= (low | (high << (first_two & U64(63)))) << pending_bits
             store_u64(stream, at, pending)
-            pending_bits += bits
+            pending_bits += all_four & U64(63)
             at += pending_bits >> U64(3)
             pending >>= pending_bits & U64(0x78)
             pending_bits &= U64(7)

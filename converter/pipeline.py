@@ -78,9 +78,6 @@ class _Outcome:
 
 def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progress: Progress) -> Converted:
     """Convert one source into one container, ready to be committed. Raises a Df11Error; the caller drops the writer then."""
-    native.load()
-    if settings.verify:
-        decoding.load()
     plans = plan_tensors(source.header, settings.cast)
     batches = plan_batches(plans)
     slots = _make_slots(batches, source, settings)
@@ -155,6 +152,8 @@ def _process_batches(
         workers = pool(min(settings.jobs, len(free)), "df11-encode")
         hasher = pool(1, "df11-hash")
         reader = pool(1, "df11-read")
+        # First of all, and while the first batches are read and hashed: it takes memory that the buffers do not need yet.
+        loading = workers.submit(_load_kernels, decoder=settings.verify)
 
         def read(batch: Batch, slot: _Slot) -> tuple[Future[None], Future[list[_Outcome]]]:
             data = slot.input[: batch.size]
@@ -168,10 +167,17 @@ def _process_batches(
             if not waiting:
                 break
             batch, slot, reading = waiting.popleft()
+            loading.result()
             hashing, processing = reading.result()
             yield batch, processing.result()
             hashing.result()
             free.append(slot)
+
+
+def _load_kernels(*, decoder: bool) -> None:
+    native.load()
+    if decoder:
+        decoding.load()
 
 
 def _process(batch: Batch, slot: _Slot, path: str, *, verify: bool) -> list[_Outcome]:

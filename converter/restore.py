@@ -121,12 +121,12 @@ def _restore_shard(job: FileJob, bf16: bool, force: bool, jobs: int, progress: P
     with Container(job.source) as container:
         target = _layout(container, bf16=bf16)
         converted = target.sha256 is None
-        if job.target.exists() and not force:
-            sha256 = _sha256(job.target)
-            if sha256 != target.sha256:
-                raise already_there(job.target)
+        existing = _sha256(job.target) if job.target.exists() and not force else None
+        if existing is not None and existing == target.sha256:
             progress(target.size)
-            return RestoredFile(str(job.source), str(job.target), target.size, sha256, converted, "skipped")
+            return RestoredFile(str(job.source), str(job.target), target.size, existing, converted, "skipped")
+        if existing is not None and not converted:
+            raise already_there(job.target)
         make_parents(job.target)
         with AtomicWriter(job.target) as writer:
             sha256 = _write(container, target, writer, jobs, progress)
@@ -134,8 +134,12 @@ def _restore_shard(job: FileJob, bf16: bool, force: bool, jobs: int, progress: P
                 raise errors.DifferenceError(
                     "what was restored is not the source", file=job.source, expected=f"SHA-256 {target.sha256}", found=sha256
                 )
-            writer.commit()
-    return RestoredFile(str(job.source), str(job.target), target.size, sha256, converted, "restored")
+            if existing is None:
+                writer.commit()
+            elif existing != sha256:
+                raise already_there(job.target)
+    status: Literal["restored", "skipped"] = "restored" if existing is None else "skipped"
+    return RestoredFile(str(job.source), str(job.target), target.size, sha256, converted, status)
 
 
 def _write(container: Container, target: _Layout, writer: AtomicWriter, jobs: int, progress: Progress) -> str:

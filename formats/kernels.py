@@ -191,9 +191,11 @@ def _decode_lanes(segment: np.ndarray, table: np.ndarray, position: np.ndarray, 
             window >>= c & U64(63)
             d = U64(table[window & _WINDOW])
             position[U64(lane)] = min(bit + ((a + b + c + d) & U64(63)), limit)
-            store_u64(pairs, target, a | (b << U64(32)))
-            store_u64(pairs, target + U64(8), c | (d << U64(32)))
-            target += U64(16)
+            pairs[target] = a
+            pairs[target + U64(1)] = b
+            pairs[target + U64(2)] = c
+            pairs[target + U64(3)] = d
+            target += U64(4)
 
 
 @kernel

@@ -180,11 +180,12 @@ def _check_directory(header: dict[str, int], directory: bytes, place: Place) -> 
 class Segment:
     """One segment in memory, checked: stored checksum, header, code table, tiles."""
 
-    def __init__(self, data: Bytes, entry: SegmentPlace, place: Place) -> None:
+    def __init__(self, data: Bytes, entry: SegmentPlace, place: Place, *, fresh: bool = False) -> None:
+        """``fresh``: the stored checksum has just been made from ``data``."""
         self.data = data
         self.entry = entry
         self.place = place
-        stored = xxhash.xxh3_64_intdigest(data)
+        stored = entry.stored_checksum if fresh else xxhash.xxh3_64_intdigest(data)
         if stored != entry.stored_checksum:
             raise errors.ChecksumError(
                 "the stored bytes are damaged", **place.at(entry.offset), expected=f"{entry.stored_checksum:016x}", found=f"{stored:016x}"
