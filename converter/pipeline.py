@@ -69,7 +69,8 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    # Of one piece: its bytes in the source and their checksum; its segment, or None if it is verbatim; whether its cast was exact.
+    # Of one piece: its bytes in the source; a checksum, of its weights if it is coded, else of its bytes; its segment, or None if it is
+    # verbatim; whether its cast was exact.
     source: Bytes
     checksum: int
     segment: EncodedSegment | None
@@ -200,8 +201,7 @@ def _process(batch: Batch, slot: _Slot, path: str, *, verify: bool) -> list[_Out
                 hint="this is a defect in df11 or in the memory of this machine: please report it",
             ) from None
         used += len(segment.data)
-        checksum = xxhash.xxh3_64_intdigest(source) if piece.tensor.cast else segment.decoded_checksum
-        outcomes.append(_Outcome(source, checksum, segment, exact))
+        outcomes.append(_Outcome(source, segment.decoded_checksum, segment, exact))
     return outcomes
 
 
@@ -227,8 +227,8 @@ def _copy_deferred(plan: TensorPlan, source: Source, slot: _Slot, output: Contai
     for piece, checksum in zip(split_tensor(plan), checksums, strict=True):
         data = slot.input[: piece.size]
         source.read(piece.start, data)
-        if xxhash.xxh3_64_intdigest(data) != checksum:
-            raise source.changed(plan.entry.name)
         if plan.cast:
             data = _weights(data, slot.weights, cast=True)[0].view(np.uint8)
+        if xxhash.xxh3_64_intdigest(data) != checksum:
+            raise source.changed(plan.entry.name)
         output.write_verbatim(plan, data, last=piece.last, exact=exact)

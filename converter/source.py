@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from typing import IO, Self
+from typing import IO, Final, Self
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from df11.formats.record import Bytes
 
 Progress = Callable[[int], None]
 """Called with the bytes of source that have been dealt with since the last call."""
+
+
+AHEAD_BYTES: Final = 32 << 20
+"""How far the kernel is asked to read ahead: enough that no thread waits for a disk that is fast enough."""
 
 
 def ignore(_: object) -> None:
@@ -64,6 +68,8 @@ class Source:
     def read(self, start: int, out: Bytes) -> None:
         """Fill ``out`` with the data from byte ``start`` of the data on."""
         view, position = memoryview(out), self.header.data_start + start
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), position + len(view), AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
         while view:
             try:
                 count = os.preadv(self._file.fileno(), [view], position)
