@@ -67,17 +67,11 @@ class Source:
 
     def read(self, start: int, out: Bytes) -> None:
         """Fill ``out`` with the data from byte ``start`` of the data on."""
-        view, position = memoryview(out), self.header.data_start + start
+        position = self.header.data_start + start
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), position + len(view), AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        while view:
-            try:
-                count = os.preadv(self._file.fileno(), [view], position)
-            except OSError as error:
-                raise errors.from_os_error(error, file=self.path) from None
-            if not count:
-                raise self.changed()
-            view, position = view[count:], position + count
+            os.posix_fadvise(self._file.fileno(), position + len(out), AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        if not framing.read_at(self._file, position, out, self.path):
+            raise self.changed()
 
     def sha256(self, progress: Progress) -> str:
         """SHA-256 of the whole file, in hexadecimal."""

@@ -218,15 +218,8 @@ class Container:
 
     def read(self, offset: int, out: Bytes) -> None:
         """Fill ``out`` with the data from byte ``offset`` of the data on."""
-        view, position = memoryview(out), self._header.data_start + offset
-        while view:
-            try:
-                count = os.preadv(self._file.fileno(), [view], position)
-            except OSError as error:
-                raise errors.from_os_error(error, file=self.path) from None
-            if not count:
-                raise errors.TruncatedFileError("the file has become shorter while it was read", file=self.path, offset=position)
-            view, position = view[count:], position + count
+        if not framing.read_at(self._file, self._header.data_start + offset, out, self.path):
+            raise errors.TruncatedFileError("the file has become shorter while it was read", file=self.path)
 
     def record(self, name: str) -> Record:
         """The record of a tensor with encoding ``df11``, its header and directory checked."""

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from df11.formats import errors, layout
 
 DTYPE_BITS: Final[Mapping[str, int]] = {
@@ -102,6 +105,20 @@ def read_header(file: IO[bytes], path: str | os.PathLike[str]) -> Header:
     if len(raw) != length:
         raise errors.TruncatedFileError("the file ends inside its header", file=path, expected=f"{length} bytes", found=len(raw))
     return parse_header(raw, size - 8 - length, path)
+
+
+def read_at(file: IO[bytes], position: int, out: npt.NDArray[np.uint8], path: str | os.PathLike[str]) -> bool:
+    """Fill ``out`` with the bytes from ``position`` on; returns False if the file ends before that. Safe in several threads."""
+    view = memoryview(out)
+    while view:
+        try:
+            count = os.preadv(file.fileno(), [view], position)
+        except OSError as error:
+            raise errors.from_os_error(error, file=path) from None
+        if not count:
+            return False
+        view, position = view[count:], position + count
+    return True
 
 
 def parse_header(raw: bytes, data_size: int, path: str | os.PathLike[str]) -> Header:
