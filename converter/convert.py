@@ -101,7 +101,7 @@ def convert(
     sizes = {}
     for job in shards:
         with Source(job.source) as source:  # Every header is checked before the first byte is written.
-            sizes[job] = (source.size, source.header)
+            sizes[job] = (source.size, len(source.header.entries))
     for job in plan:
         if job.kind == "index":
             read_index(job, SAFETENSORS, DF11)
@@ -109,8 +109,8 @@ def convert(
     reports = []
     for job in shards:
         if dry_run:
-            size, header = sizes[job]
-            report = FileReport(str(job.source), str(job.target), size, None, None, len(header.entries), "planned", 0, 0)
+            size, tensors = sizes[job]
+            report = FileReport(str(job.source), str(job.target), size, None, None, tensors, "planned", 0, 0)
         else:
             report = _convert_shard(job, threads, memory, cast, verify, resume, force, on_progress)
         on_file(report)

@@ -60,7 +60,7 @@ class Library:
     def __init__(self, module: str, *sources: str) -> None:
         """``module`` has the table EXPORTS; ``sources``: the other modules that its machine code depends on."""
         self._module = module
-        self._sources = (module, *sources)
+        self._sources = (module, __spec__.name, *sources)
         self._lock = threading.Lock()
         self._kernels: dict[str, Kernel] | None = None
         self._engine: Any = None
@@ -124,8 +124,9 @@ class Library:
 
     def _compile(self, path: Path) -> None:
         announce("compiling for this processor, once; it takes some ten seconds")
-        command = [sys.executable, "-m", "df11.formats.compiled", self._module, str(path)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        # Never from the working folder: it may be a model from anywhere, and hold a numba.py.
+        command = [sys.executable, "-P", "-m", "df11.formats.compiled", self._module, str(path)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)  # noqa: S603 - our own module
         if result.returncode:
             if "No module named 'numba'" in result.stderr:

@@ -181,10 +181,11 @@ class Segment:
     """One segment in memory, checked: stored checksum, header, code table, tiles."""
 
     def __init__(self, data: Bytes, entry: SegmentPlace, place: Place, *, fresh: bool = False) -> None:
-        """``fresh``: the stored checksum has just been made from ``data``."""
+        """``fresh``: both checksums have just been made, from ``data`` and from the weights, and need no check."""
         self.data = data
         self.entry = entry
         self.place = place
+        self._fresh = fresh
         stored = entry.stored_checksum if fresh else xxhash.xxh3_64_intdigest(data)
         if stored != entry.stored_checksum:
             raise errors.ChecksumError(
@@ -267,7 +268,10 @@ class Segment:
     def decode(self, out: Weights) -> None:
         """Decode all weights into ``out`` and check the decoded checksum."""
         self._decode_tiles(0, layout.tile_count(self.entry.elements), out, compare=False)
-        decoded = xxhash.xxh3_64_intdigest(out)
+        self._check_decoded(out)
+
+    def _check_decoded(self, weights: Weights) -> None:
+        decoded = xxhash.xxh3_64_intdigest(weights)
         if decoded != self.entry.decoded_checksum:
             raise errors.ChecksumError(
                 "the decoded weights are not those that were encoded",
@@ -284,8 +288,10 @@ class Segment:
         out[:] = whole[first - tile * layout.TILE_WEIGHTS : last - tile * layout.TILE_WEIGHTS]
 
     def compare(self, weights: Weights) -> None:
-        """Decode all weights and compare them with ``weights``; a DifferenceError names the tile that differs."""
+        """Decode all weights, compare them with ``weights``, check the decoded checksum; a DifferenceError names the tile that differs."""
         self._decode_tiles(0, layout.tile_count(self.entry.elements), weights, compare=True)
+        if not self._fresh:
+            self._check_decoded(weights)
 
     def _decode_tiles(self, first: int, last: int, out: Weights, *, compare: bool) -> None:
         header = self.header

@@ -49,6 +49,9 @@ class AtomicWriter:
             except BlockingIOError:
                 file.close()
                 raise errors.ConflictError("another process is writing this file", file=self.path, hint="wait for it to end") from None
+            except OSError as error:  # Some network file systems have no locks.
+                file.close()
+                raise errors.from_os_error(error, file=self.path) from None
             try:
                 if os.fstat(file.fileno()).st_ino == self.partial.stat().st_ino:
                     break

@@ -39,9 +39,9 @@ def opened(record: bytes) -> Record:
     return open_record(read, len(record), Place("file", "tensor"))
 
 
-def opened_segment(segment: bytes | Bytes, elements: int) -> Segment:
+def opened_segment(segment: bytes | Bytes, elements: int, decoded_checksum: int = 0) -> Segment:
     data = np.frombuffer(bytearray(segment), np.uint8) if isinstance(segment, bytes) else segment
-    return Segment(data, SegmentPlace(0, len(data), elements, forge.xxh3(data.tobytes()), 0, 0), Place())
+    return Segment(data, SegmentPlace(0, len(data), elements, forge.xxh3(data.tobytes()), decoded_checksum, 0), Place())
 
 
 @given(strategies.weights())
@@ -91,7 +91,7 @@ def test_only_the_segments_of_a_range_are_read() -> None:
 
 @given(st.data(), strategies.weights(9000))
 def test_compare_finds_any_difference(data: st.DataObject, weights: Weights) -> None:
-    segment = opened_segment(encode_segment(weights), len(weights))
+    segment = opened_segment(encode_segment(weights), len(weights), forge.xxh3(weights.tobytes()))
     segment.compare(weights)
     at = data.draw(st.integers(0, len(weights) - 1))
     other = weights.copy()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import df11
-from df11.formats import errors
+from df11.formats import errors, layout
+from df11.formats.record import header_checksum
 from tests import commands, sources
 from tests.sources import SEGMENT, Tensor, bf16, f32, random_tensor
 
@@ -345,3 +346,17 @@ def test_what_cannot_be_verified(paths, tmp_path):
     commands.run("verify", tmp_path / "none").error(4, "none")
     commands.run("verify", tmp_path / "empty").error(2, "empty")
     commands.run("verify", source).error(1, source, "container")
+
+
+@pytest.mark.parametrize("with_source", [False, True])
+def test_a_wrong_decoded_checksum_is_found(paths, with_source):
+    source, container = paths
+    data = bytearray(container.read_bytes())
+    record = data.index(b"DF11\x01\x01")
+    entry = record + layout.RECORD_HEADER.size
+    data[entry + 24] ^= 1  # decoded_checksum of the first record's only segment
+    checksum = header_checksum(bytes(data[record:entry]), bytes(data[entry : entry + layout.DIRECTORY_ENTRY.size]))
+    data[record + 32 : record + 40] = checksum.to_bytes(8, "little")
+    container.write_bytes(data)
+    with pytest.raises(errors.ChecksumError, match="decoded weights"):
+        df11.verify(container, source if with_source else None)
