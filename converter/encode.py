@@ -46,7 +46,7 @@ class SegmentEncoder:
         if verify:
             place = SegmentPlace(0, size, n, segment.stored_checksum, segment.decoded_checksum, 0)
             try:
-                Segment(data, place, Place(), fresh=True).compare(weights)
+                Segment(data, place, Place(), trusted=True).compare(weights)
             except errors.FormatError as error:
                 raise errors.DifferenceError(str(error)) from None
         return segment

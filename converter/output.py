@@ -14,7 +14,7 @@ from df11.converter.encode import EncodedSegment
 from df11.converter.plan import SEGMENT_WEIGHTS, Cast, TensorPlan
 from df11.converter.source import Source
 from df11.formats import errors, framing, layout
-from df11.formats.record import Bytes, header_checksum
+from df11.formats.record import Bytes, SegmentPlace, pack_front
 from df11.formats.writer import AtomicWriter
 from df11.version import __version__
 
@@ -31,7 +31,7 @@ class ContainerOutput:
         self._cast = cast if any(plan.cast for plan in plans) else None
         self._entries: dict[str, framing.Entry] = {}
         self._objects: dict[str, dict[str, Any]] = {}
-        self._directory: list[dict[str, int]] = []
+        self._directory: list[SegmentPlace] = []
         self._checksum = xxhash.xxh3_64()
         self._source_header = base64.b64encode(zstandard.ZstdCompressor(level=SOURCE_HEADER_LEVEL).compress(source.header.raw)).decode()
         self._data_start = layout.align(8 + self._header_room(plans), layout.DATA_ALIGNMENT)
@@ -51,15 +51,8 @@ class ContainerOutput:
             self._start = self._writer.position
             segments = -(-plan.entry.elements // SEGMENT_WEIGHTS)
             self._writer.position += layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size * segments
-        self._directory.append(
-            {
-                "segment_offset": self._writer.position - self._start,
-                "segment_size": len(segment.data),
-                "element_count": segment.elements,
-                "stored_checksum": segment.stored_checksum,
-                "decoded_checksum": segment.decoded_checksum,
-            }
-        )
+        offset = self._writer.position - self._start
+        self._directory.append(SegmentPlace(offset, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0))
         self._writer.write(segment.data)
 
     def end_record(self, plan: TensorPlan, *, exact: bool) -> bool:
@@ -69,21 +62,7 @@ class ContainerOutput:
         if size >= plan.target_size:
             self._writer.rewind(self._start)
             return False
-        fields: dict[str, Any] = {
-            "magic": layout.MAGIC,
-            "version": layout.VERSION,
-            "dtype": layout.DTYPE_BF16,
-            "reserved_0": 0,
-            "element_count": plan.entry.elements,
-            "record_size": size,
-            "segment_count": len(directory),
-            "segment_elements": SEGMENT_WEIGHTS,
-            "header_checksum": 0,
-            "reserved_1": 0,
-        }
-        entries = b"".join(layout.DIRECTORY_ENTRY.pack(**entry) for entry in directory)
-        fields["header_checksum"] = header_checksum(layout.RECORD_HEADER.pack(**fields), entries)
-        self._writer.write(layout.RECORD_HEADER.pack(**fields) + entries, self._start)
+        self._writer.write(pack_front(directory, SEGMENT_WEIGHTS), self._start)
         self._add(plan, _record_entry(plan, self._start - self._data_start, size), _record_object(plan, exact))
         return True
 

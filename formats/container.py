@@ -238,19 +238,38 @@ class Container:
             )
         return record
 
+    def span(self, name: str) -> tuple[int, int]:
+        """First byte and the one after the last of a tensor's entry, from the start of the data."""
+        self.info(name)
+        return self._entries[name].start, self._entries[name].end
+
     def verbatim_chunks(self, name: str) -> Iterator[Bytes]:
         """The bytes of a verbatim tensor, a few MiB at a time; raises ChecksumError after the last if they are damaged."""
-        self.info(name)
-        entry, checksum = self._entries[name], xxhash.xxh3_64()
-        for start in range(entry.start, entry.end, CHUNK_BYTES):
-            chunk = np.empty(min(CHUNK_BYTES, entry.end - start), np.uint8)
-            self.read(start, chunk)
+        start, end = self.span(name)
+        checksum = xxhash.xxh3_64()
+        for position in range(start, end, CHUNK_BYTES):
+            chunk = np.empty(min(CHUNK_BYTES, end - position), np.uint8)
+            self.read(position, chunk)
             checksum.update(chunk)
             yield chunk
+        self.check_verbatim(name, checksum.intdigest())
+
+    def read_verbatim(self, name: str, out: Bytes) -> None:
+        """Fill ``out``, u8 [stored_bytes], with a verbatim tensor; raises ChecksumError if its bytes are damaged."""
+        start, end = self.span(name)
+        checksum = xxhash.xxh3_64()
+        for position in range(0, end - start, CHUNK_BYTES):
+            chunk = out[position : position + CHUNK_BYTES]  # Hashed while it is in the cache.
+            self.read(start + position, chunk)
+            checksum.update(chunk)
+        self.check_verbatim(name, checksum.intdigest())
+
+    def check_verbatim(self, name: str, found: int) -> None:
+        """Raise ChecksumError unless ``found`` is the XXH3 that the file gives for a verbatim tensor."""
         expected = self._checksums[name]
-        if checksum.intdigest() != expected:
+        if found != expected:
             raise errors.ChecksumError(
-                "the stored bytes are damaged", file=self.path, tensor=name, expected=f"{expected:016x}", found=checksum.hexdigest()
+                "the stored bytes are damaged", file=self.path, tensor=name, expected=f"{expected:016x}", found=f"{found:016x}"
             )
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
@@ -259,10 +278,7 @@ class Container:
         if info.encoding == "df11":
             return self.record(name).decode().reshape(info.shape)
         data = np.empty(info.stored_bytes, np.uint8)
-        position = 0
-        for chunk in self.verbatim_chunks(name):
-            data[position : position + len(chunk)] = chunk
-            position += len(chunk)
+        self.read_verbatim(name, data)
         return data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape) if info.dtype in NUMPY_DTYPES else data
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:

@@ -62,6 +62,10 @@ class MissingExtraError(Df11Error):
     """An optional dependency is not installed."""
 
 
+class DeviceError(Df11Error):
+    """There is no GPU that the kernels can run on, or something between it and Python is missing."""
+
+
 class NotAllowedError(Df11Error):
     """The operating system or the Hub refuses access."""
 

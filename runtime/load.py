@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import xxhash
 
 from df11.formats import errors
 from df11.formats.container import Container
+from df11.formats.record import Record, Scratch
+from df11.runtime import cpu, gpu, pieces
+from df11.runtime.kernels import Range
 
 if TYPE_CHECKING:
     import torch
+
+    from df11.runtime.operators import Decoder
+
+SLOTS: Final = 4
+SLOT_BYTES: Final = 16 << 20
+"""Of the ring of pinned memory through which a file goes to a GPU, and as much there: read, checked, copied and decoded at once."""
 
 _TORCH_NAMES: Final = {
     "BOOL": "bool",
@@ -35,22 +52,175 @@ _TORCH_NAMES: Final = {
 
 
 def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda") -> dict[str, torch.Tensor]:
-    """All tensors of a `.df11` file, decoded and checked, as ``safetensors.torch.load_file`` gives those of a safetensors file.
+    """All tensors of a `.df11` file, decoded, on a device, as ``safetensors.torch.load_file`` gives those of a safetensors file.
 
-    Decoding takes place on the processor for now; the tensors are then copied to ``device``.
+    On the processor all cores read and decode, and stored and decoded checksums are checked. To a GPU the file goes compressed, through a
+    ring of pinned memory; every stored checksum is checked on the way, and the kernels check that each lane ends where it should.
+    Raises a :class:`~df11.formats.errors.Df11Error` for damage, for too little memory, and where there is no usable GPU.
     """
     try:
         import torch
     except ModuleNotFoundError:
         raise errors.missing_extra("torch", "torch") from None
+    from df11.runtime import operators
+
+    target = torch.device(device)
     with Container(path) as container:
-        return {name: _tensor(container, name, torch).to(device) for name in container.keys()}
+        decoder = operators.decoder_of(target)  # Before the file is read: it says whether there is a GPU.
+        dtypes = {name: _torch_dtype(container, name) for name in container.keys()}
+        size = sum(container.info(name).elements * dtype.itemsize for name, dtype in dtypes.items())
+        with gpu.enough_memory(target, size + 2 * SLOTS * SLOT_BYTES):
+            tensors = {name: torch.empty(container.info(name).shape, dtype=dtype, device=target) for name, dtype in dtypes.items()}
+            if target.type == "cpu":
+                load_on_cores(container, tensors)
+            else:
+                load_through_ring(container, tensors, target, decoder)
+    return tensors
 
 
-def _tensor(container: Container, name: str, torch: Any) -> Any:
-    info = container.info(name)
-    dtype = getattr(torch, _TORCH_NAMES.get(info.dtype, ""), None)
+def _torch_dtype(container: Container, name: str) -> torch.dtype:
+    import torch
+
+    found = container.info(name).dtype
+    dtype: torch.dtype | None = getattr(torch, _TORCH_NAMES.get(found, ""), None)
     if dtype is None:
-        raise errors.DtypeError("torch has no such dtype", file=container.path, tensor=name, found=info.dtype)
-    array = container.tensor(name)
-    return torch.from_numpy(array.reshape(-1)).view(dtype).reshape(info.shape)
+        raise errors.DtypeError("torch has no such dtype", file=container.path, tensor=name, found=found)
+    return dtype
+
+
+def load_on_cores(container: Container, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill tensors in the processor's memory: each segment, and each verbatim tensor, is a task for some core."""
+    import torch
+
+    scratch = threading.local()
+
+    def decode(record: Record, index: int, out: Any) -> None:
+        if not hasattr(scratch, "memory"):
+            scratch.memory = Scratch()
+        entry = record.segments[index]
+        record.read_segment(index, scratch.memory).decode(out[entry.first_element : entry.first_element + entry.elements])
+
+    tasks: list[Future[None]] = []
+    try:
+        for name, tensor in tensors.items():
+            if container.info(name).encoding == "df11":
+                record, out = container.record(name), tensor.view(-1).view(torch.int16).numpy().view(np.uint16)
+                tasks += [cpu.pool().submit(decode, record, index, out) for index in range(len(record.segments))]
+            else:
+                tasks.append(cpu.pool().submit(container.read_verbatim, name, _bytes_of(tensor).numpy()))
+        for task in tasks:
+            task.result()
+    finally:
+        for task in tasks:  # The file is closed after an error; nobody may still read from it.
+            if not task.cancel():
+                task.exception()
+
+
+def load_through_ring(
+    container: Container, tensors: dict[str, torch.Tensor], device: torch.device, decoder: Decoder, capacity: int = SLOT_BYTES
+) -> None:
+    """Fill tensors in a device's memory: threads read and check pieces of the file, which are copied and decoded there in turn."""
+    ring = deque(_Slot(device, capacity) for _ in range(SLOTS))
+    reading: deque[tuple[pieces.Piece, _Slot, Future[None]]] = deque()
+    checksums: dict[str, xxhash.xxh3_64] = {}
+
+    def finish() -> None:
+        piece, slot, read = reading.popleft()
+        ring.append(slot)
+        read.result()
+        for part in piece.verbatim:
+            checksum = checksums.setdefault(part.name, xxhash.xxh3_64())
+            checksum.update(slot.bytes[part.start : part.start + part.size])
+            if part.last:
+                container.check_verbatim(part.name, checksum.intdigest())
+        slot.copy(piece, tensors)
+        decoder.decode([slot.range_of(part, tensors[part.name]) for part in piece.records])
+        slot.used()
+
+    with _side_stream(device):
+        try:
+            for piece in pieces.cut(container, capacity):
+                if len(reading) == SLOTS:
+                    finish()
+                slot = ring.popleft()
+                slot.prepare(piece.size)
+                reading.append((piece, slot, cpu.pool().submit(piece.read, container, slot.bytes[: piece.size])))
+            while reading:
+                finish()
+            decoder.raise_damage()
+        finally:
+            for _, _, read in reading:
+                if not read.cancel():
+                    read.exception()
+
+
+class _Slot:
+    """A place of the ring: pinned memory, and as much on the device."""
+
+    def __init__(self, device: torch.device, capacity: int) -> None:
+        import torch
+
+        self._device = device
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._allocate(capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        import torch
+
+        self._pinned = torch.empty(capacity, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self._staging = torch.empty(capacity, dtype=torch.uint8, device=self._device)
+        self.bytes = self._pinned.numpy()
+
+    def prepare(self, size: int) -> None:
+        """Wait until the slot is no longer in use; make it larger if a single segment asks for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        if size > len(self.bytes):
+            self._allocate(size)
+
+    def copy(self, piece: pieces.Piece, tensors: dict[str, torch.Tensor]) -> None:
+        """Start copying: records to the device's half of the slot, verbatim bytes to their tensors."""
+        if piece.records:
+            end = piece.records[-1].start + piece.records[-1].size
+            self._staging[:end].copy_(self._pinned[:end], non_blocking=True)
+        for part in piece.verbatim:
+            target = _bytes_of(tensors[part.name])[part.offset : part.offset + part.size]
+            target.copy_(self._pinned[part.start : part.start + part.size], non_blocking=True)
+
+    def range_of(self, part: pieces.RecordPart, tensor: torch.Tensor) -> Range:
+        """What decodes a record of the piece into its tensor."""
+        return Range(
+            self._staging.data_ptr() + part.start,
+            part.size,
+            part.elements,
+            part.segment_elements,
+            0,
+            part.elements,
+            tensor.data_ptr() + 2 * part.first_element,
+        )
+
+    def used(self) -> None:
+        """Note that all work with the slot has been launched."""
+        if self._event is not None:
+            self._event.record()
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    # A stream of our own, so that the caller's work goes on; at the end his stream waits for it.
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return tensor.view(-1).view(torch.uint8)

@@ -1,0 +1,115 @@
+"""The processor as a decoding device: the same interface as :class:`df11.runtime.gpu.Gpu`, on all cores."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from df11.formats import errors
+from df11.formats.record import Bytes, Place, Record, Segment, open_record
+from df11.runtime.kernels import Range
+
+_pools: Final[dict[int, ThreadPoolExecutor]] = {}
+
+
+def pool() -> ThreadPoolExecutor:
+    """Threads for decoding, one a core, of this process: a forked child gets its own."""
+    process = os.getpid()
+    if process not in _pools:
+        _pools.clear()
+        _pools[process] = ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="df11")
+    return _pools[process]
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    data: Bytes
+    record: Record
+
+    def segment(self, index: int) -> Segment:
+        entry = self.record.segments[index]
+        return Segment(self.data[entry.offset : entry.offset + entry.size], entry, self.record.place, trusted=True)
+
+
+class Cpu:
+    """Decodes records in memory, whose checksums were checked when they were read. Damage raises at once."""
+
+    def decode(self, ranges: Sequence[Range], *, background: bool = False) -> None:  # noqa: ARG002 - the interface of Gpu
+        """Decode ranges: each segment of each is a task of its own."""
+        tasks = [(record, index, part) for part in ranges if part.first < part.last for record in [_open(part)] for index in _segments(part)]
+        if len(tasks) == 1:
+            _decode_segment(*tasks[0])
+            return
+        for done in [pool().submit(_decode_segment, *task) for task in tasks]:
+            done.result()
+
+    def gather_rows(self, matrix: Range, ids: int, count: int, row_weights: int, rows: int) -> None:
+        """Decode ``count`` rows of a matrix: ``ids`` is the address of their numbers, i64."""
+        if not count or not row_weights:
+            return
+        numbers = _array(ids, count, np.dtype(np.int64))
+        wrong = numbers[(numbers < 0) | (numbers >= rows)]
+        if wrong.size:
+            raise errors.UsageError("no such row", expected=f"0 to {rows - 1}", found=int(wrong[0]))
+        record = _open(matrix)
+        held: tuple[int, Segment] | None = None
+        for place in np.argsort(numbers, kind="stable"):  # Rows of a segment one after another: its table is expanded once.
+            first = int(numbers[place]) * row_weights
+            out = _array(matrix.output + 2 * int(place) * row_weights, row_weights, np.dtype(np.uint16))
+            for index in range(first // matrix.segment_elements, (first + row_weights - 1) // matrix.segment_elements + 1):
+                if held is None or held[0] != index:
+                    held = index, record.segment(index)
+                start = index * matrix.segment_elements
+                low, high = max(first, start), min(first + row_weights, start + matrix.segment_elements)
+                held[1].decode_range(low - start, high - start, out[low - first : high - first])
+
+    def raise_damage(self) -> None:
+        """Nothing is left to raise."""
+
+
+def _open(part: Range) -> _Opened:
+    data = _array(part.record, part.record_size, np.dtype(np.uint8))
+
+    def read(offset: int, out: Bytes) -> None:
+        out[:] = data[offset : offset + len(out)]
+
+    record = open_record(read, part.record_size, Place())
+    if (record.element_count, record.segment_elements) != (part.element_count, part.segment_elements):
+        raise errors.EntryError(
+            "the record holds other weights",
+            expected=(part.element_count, part.segment_elements),
+            found=(record.element_count, record.segment_elements),
+        )
+    return _Opened(data, record)
+
+
+def _segments(part: Range) -> range:
+    return range(part.first // part.segment_elements, (part.last - 1) // part.segment_elements + 1)
+
+
+def _decode_segment(record: _Opened, index: int, part: Range) -> None:
+    start = index * part.segment_elements
+    segment = record.segment(index)
+    low = max(part.first - start, 0)
+    high = min(part.last - start, segment.entry.elements)
+    out = _array(part.output + 2 * (start + low - part.first), high - low, np.dtype(np.uint16))
+    if low == 0 and high == segment.entry.elements:
+        segment.decode(out)
+    else:
+        segment.decode_range(low, high, out)
+
+
+def _array(address: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    return np.frombuffer((ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address), dtype)

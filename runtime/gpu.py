@@ -1,0 +1,164 @@
+"""A CUDA device: is it there, is it usable, the kernels compiled for it, their launches.
+
+torch owns the memory and the streams, CuPy compiles and launches; they share the device's context, and only addresses pass between them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from df11.formats import errors, layout
+from df11.runtime import kernels
+from df11.runtime.kernels import Range
+
+if TYPE_CHECKING:
+    import torch
+
+_CUPY_BUILDS: Final = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
+
+
+class Gpu:
+    """The kernels on one CUDA device. Launches go to torch's current stream and allocate nothing, so that a CUDA graph can capture them."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Check the device and compile the kernels (or take them from CuPy's cache). Raises DeviceError or MissingExtraError."""
+        import torch
+
+        self.device = device
+        check_device(device)
+        self._cupy = _import_cupy()
+        properties = torch.cuda.get_device_properties(device)
+        self.multiprocessors: int = properties.multi_processor_count
+        module = self._cupy.RawModule(code=kernels.SOURCE.read_text(encoding="utf-8"), options=kernels.NVRTC_OPTIONS)
+        try:
+            with self._cupy.cuda.Device(device.index):
+                self._kernels = {name: module.get_function(name) for name in kernels.THREADS}
+                for kernel in self._kernels.values():
+                    kernel.compile()
+        except Exception as error:  # CuPy's, NVRTC's and the driver's classes have no common base.
+            raise errors.DeviceError(
+                f"the kernels do not compile or load on {properties.name}: {_first_line(error)}",
+                hint="update the driver, or CuPy to the newest release for its CUDA version",
+            ) from error
+        self.status = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def decode(self, ranges: Sequence[Range], *, background: bool = False, tiles_per_block: int | None = None) -> None:
+        """Decode ranges, 64 in a launch. ``background`` takes the kernel with few registers and little shared memory, to run beside others."""
+        name = kernels.DECODE_SMALL if background else kernels.DECODE
+        if tiles_per_block is None:
+            tiles_per_block = kernels.tiles_per_block(name, sum(layout.tile_count(part.last - part.first) for part in ranges), self.multiprocessors)
+        for start in range(0, len(ranges), kernels.MOST_RANGES):
+            arguments, blocks = kernels.pack(ranges[start : start + kernels.MOST_RANGES], tiles_per_block)
+            if blocks:
+                self._launch(name, blocks, *arguments, np.uint64(self.status.data_ptr()))
+
+    def gather_rows(self, matrix: Range, ids: int, count: int, row_weights: int, rows: int) -> None:
+        """Decode ``count`` rows of a matrix: ``ids`` is the address of their numbers, i64. ``matrix``: the whole record, the output of all rows."""
+        if count and row_weights:
+            arguments = (kernels.pack_one(matrix), np.uint64(ids), np.uint64(row_weights), np.uint64(rows))
+            self._launch(kernels.GATHER_ROWS, count, *arguments, np.uint64(self.status.data_ptr()))
+
+    def _launch(self, name: str, blocks: int, *arguments: Any) -> None:
+        import torch
+
+        cuda = self._cupy.cuda
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        with cuda.Device(self.device.index), cuda.ExternalStream(stream, self.device.index):
+            self._kernels[name]((blocks,), (kernels.THREADS[name],), arguments)
+
+    def raise_damage(self) -> None:
+        """Wait for the current stream; raise the error if a kernel has met damaged bytes since the last call."""
+        status = int(self.status.item())
+        if status:
+            self.status.zero_()
+        kernels.raise_damage(status)
+
+
+_lock: Final = threading.Lock()
+_gpus: Final[dict[int, Gpu]] = {}
+
+
+def of(device: torch.device) -> Gpu:
+    """The kernels on a CUDA device, compiled when first asked for."""
+    import torch
+
+    index: int | None = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    with _lock:
+        if index not in _gpus:
+            _gpus[index] = Gpu(torch.device("cuda", index))
+        return _gpus[index]
+
+
+def check_device(device: torch.device) -> None:
+    """Raise a DeviceError that says why this device cannot be used, if it cannot."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise errors.DeviceError(f"this torch ({torch.__version__}) is built without CUDA", hint="install a CUDA build of torch, or use device='cpu'")
+    if not torch.cuda.is_available():
+        raise errors.DeviceError("torch finds no CUDA GPU or no driver", hint="check nvidia-smi, or use device='cpu'")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise errors.DeviceError(f"there is no device {device}", expected=f"an index below {torch.cuda.device_count()}", found=device.index)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < kernels.OLDEST_CAPABILITY:
+        raise errors.DeviceError(
+            f"{torch.cuda.get_device_name(device)} is too old",
+            expected=f"compute capability {_dotted(kernels.OLDEST_CAPABILITY)} or higher",
+            found=_dotted(capability),
+            hint="use device='cpu'",
+        )
+
+
+def _import_cupy() -> Any:
+    import torch
+
+    installed = [name for name in _CUPY_BUILDS if _is_installed(name)]
+    if len(installed) > 1:
+        raise errors.DeviceError(f"several builds of CuPy are installed: {', '.join(installed)}", hint="pip uninstall all but one")
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise
+        raise errors.missing_extra("cupy", "cuda13" if (torch.version.cuda or "").startswith("13") else "cuda12") from None
+    except ImportError as error:
+        raise errors.DeviceError(f"CuPy cannot be imported: {_first_line(error)}", hint="reinstall the build that fits your CUDA") from error
+    return cupy
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+@contextmanager
+def enough_memory(device: torch.device, needed: int) -> Iterator[None]:
+    """Turn torch's out-of-memory error into a BudgetError that names ``needed`` bytes and what is free."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        raise errors.BudgetError(
+            f"too little memory on {device}", expected=f"{needed:,} bytes", found=f"{free:,} free" if free is not None else None
+        ) from error

@@ -1,0 +1,124 @@
+"""The CUDA kernels, and what the host must know of them. ``decode.cu`` is compiled for the GPU at hand when it is first used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from df11.formats import errors, layout
+
+SOURCE: Final = Path(__file__).with_name("decode.cu")
+NVRTC_OPTIONS: Final = ("--std=c++17",)
+
+DECODE: Final = "df11_decode"
+DECODE_SMALL: Final = "df11_decode_small"
+GATHER_ROWS: Final = "df11_gather_rows"
+THREADS: Final = {DECODE: 256, DECODE_SMALL: 128, GATHER_ROWS: 128}
+"""Threads of a block; each warp decodes one tile at a time."""
+OLDEST_CAPABILITY: Final = (8, 0)
+
+MOST_RANGES: Final = 64
+"""Ranges of one launch: they are passed by value, and parameters have 4 KB."""
+RANGE: Final = np.dtype(
+    [
+        ("record", "<u8"),
+        ("output", "<u8"),
+        ("record_size", "<u8"),
+        ("element_count", "<u8"),
+        ("first", "<u8"),
+        ("last", "<u8"),
+        ("segment_elements", "<u4"),
+        ("first_block", "<u4"),
+    ]
+)
+"""``struct Range`` of decode.cu: weights first to last (exclusive) of a record, and the addresses of both ends."""
+RANGES: Final = np.dtype([("range", RANGE, (MOST_RANGES,))])
+
+DAMAGE: Final[dict[int, tuple[type[errors.Df11Error], str]]] = {
+    1: (errors.SegmentHeaderError, "a segment's place, encoding or sections"),
+    2: (errors.CodeTableError, "a code table that is not complete"),
+    4: (errors.TileError, "a tile's place, lane lengths or exceptions"),
+    8: (errors.LaneError, "a lane that does not end where its length says"),
+    16: (errors.TileError, "an exception outside its tile"),
+    32: (errors.UsageError, "a row index outside the matrix; the row was filled with NaN"),
+}
+"""Bits that the kernels set in the status word."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Weights ``first`` to ``last`` (exclusive) of a record in the device's memory, and where they go.
+
+    ``record``, ``output``: addresses, of the record's first byte (a multiple of 16) and of the first weight written. Who makes a Range
+    answers for the sizes: ``record_size`` bytes can be read, ``last - first`` weights written, and ``last <= element_count``.
+    """
+
+    record: int
+    record_size: int
+    element_count: int
+    segment_elements: int
+    first: int
+    last: int
+    output: int
+
+
+def blocks_of_range(first: int, last: int, segment_elements: int, tiles_per_block: int) -> int:
+    """Blocks of a launch that decode the weights ``first`` to ``last`` (exclusive) of a record: some for each segment that holds any."""
+    if first >= last:
+        return 0
+    segments = (last - 1) // segment_elements - first // segment_elements + 1
+    return segments * -(-segment_elements // (layout.TILE_WEIGHTS * tiles_per_block))
+
+
+def tiles_per_block(kernel: str, tiles: int, multiprocessors: int) -> int:
+    """Tiles for each block of a launch over this many tiles.
+
+    A block expands a code table, which costs about a quarter of what its warps do for one tile each; so several tiles a warp save work. But
+    there should be a few blocks for each place where one can run, so that the last ones do not run alone.
+    """
+    warps = THREADS[kernel] // layout.LANES
+    places = 4 * multiprocessors * warps
+    return warps * max(1, min(4, tiles // (4 * places)))
+
+
+def pack(ranges: Sequence[Range], tiles: int) -> tuple[tuple[Any, ...], int]:
+    """The first arguments of a decoding launch, and its blocks. ``tiles`` is the number of tiles for each block."""
+    table = np.zeros(1, RANGES)
+    blocks = 0
+    packed = 0
+    for part in ranges:
+        if part.first < part.last:
+            table["range"][0, packed] = _fields(part, blocks)
+            blocks += blocks_of_range(part.first, part.last, part.segment_elements, tiles)
+            packed += 1
+    return (table, np.uint32(packed), np.uint32(tiles)), blocks
+
+
+def pack_one(part: Range) -> npt.NDArray[Any]:
+    """The first argument of a gathering launch."""
+    return np.array([_fields(part, 0)], RANGE)
+
+
+def _fields(part: Range, first_block: int) -> tuple[int, ...]:
+    return (
+        part.record,
+        part.output,
+        part.record_size,
+        part.element_count,
+        part.first,
+        part.last,
+        part.segment_elements,
+        first_block,
+    )
+
+
+def raise_damage(status: int) -> None:
+    """Raise the error for a status word that a kernel has written; 0 is none."""
+    found = [entry for bit, entry in DAMAGE.items() if status & bit]
+    if found:
+        raise found[0][0](f"decoding on the GPU found {'; '.join(what for _, what in found)}", hint="check the file: df11 verify FILE")

@@ -1,0 +1,551 @@
+// Decoding of df11 records on a GPU. What the bytes mean is in formats/SPEC.md; section numbers below are its.
+//
+// A warp decodes a tile, a thread its lane. A lane always codes 256 weights, so every thread knows where to write before it decodes: one pass,
+// no scan over counts of symbols, no barrier in the loop. A block expands the code table of one segment and decodes some of its tiles.
+//
+// The loop, for 8 weights of a lane (a chunk): three words of the lane's stream make a window of at least 50 bits, enough for four codes of at
+// most 12; each look-up gives the exponents of two weights where two BF16 values in a word have them, and below them the length of the code.
+// A byte permute brings two sign/mantissa bytes to their places, one logic operation joins them. 32 threads load 256 bytes and store 512.
+//
+// A record is not trusted. The host has checked the sizes in Range against its buffers; everything that is read from the record is checked or
+// clamped here, so that no bytes of a record can make a kernel read or write elsewhere. What is found to be wrong is noted in *status.
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+constexpr u32 LANES = 32;
+constexpr u32 CHUNK_LANE_WEIGHTS = 8;
+constexpr u32 CHUNK_WEIGHTS = LANES * CHUNK_LANE_WEIGHTS;
+constexpr u32 TILE_WEIGHTS = 8192;
+constexpr u32 TILE_CHUNKS = TILE_WEIGHTS / CHUNK_WEIGHTS;
+constexpr u32 CODE_LIMIT = 12;
+constexpr u32 TABLE_ENTRIES = 1 << CODE_LIMIT;
+constexpr u32 RECORD_HEADER_BYTES = 48;
+constexpr u32 DIRECTORY_ENTRY_BYTES = 32;
+constexpr u32 SEGMENT_HEADER_BYTES = 32;
+constexpr u32 STREAM_END = 16;
+constexpr u32 EVERY_LANE = 0xFFFFFFFF;
+
+// Bits of *status; df11.runtime.kernels has their meaning in words.
+constexpr u32 BAD_SEGMENT = 1;
+constexpr u32 BAD_CODE = 2;
+constexpr u32 BAD_TILE = 4;
+constexpr u32 BAD_LANE = 8;
+constexpr u32 BAD_EXCEPTION = 16;
+constexpr u32 BAD_ROW = 32;
+
+// A warp's copy of a tile's bytes. The slack in front lets a window start two bits before its code; the slack behind is more than the 192 bytes
+// by which damaged codes can run past a lane. A tile that is larger (3.75 bits an exponent) is read where it lies.
+constexpr u32 STAGE_FRONT = 16;
+constexpr u32 STAGE_TILE = 3840;
+constexpr u32 STAGE_BYTES = STAGE_FRONT + STAGE_TILE + 208;
+constexpr u32 WIDE_THREADS = 256;
+constexpr u32 SMALL_THREADS = 128;
+
+// Weights first to last (exclusive) of a record, and where they go.
+struct Range {
+    u64 record;         // address, a multiple of 16
+    u64 output;         // address of weight `first`, a multiple of 2
+    u64 record_size;    // bytes
+    u64 element_count;  // weights of the record
+    u64 first;
+    u64 last;
+    u32 segment_elements;  // a multiple of 8192, at most 2^24
+    u32 first_block;       // of the launch
+};
+
+constexpr u32 MOST_RANGES = 64;
+
+struct Ranges {
+    Range range[MOST_RANGES];
+};
+
+// A segment whose section offsets lie inside it (section 5).
+struct Segment {
+    const u8* data;
+    u32 size;
+    u32 elements;
+    bool sound;
+    bool coded;
+    u32 alphabet_size;
+    u32 lane_bytes;
+    u32 tiles_offset;
+    u32 lanes_offset;
+    u32 sign_mantissa_offset;
+    u32 stream_offset;
+};
+
+__device__ __forceinline__ u32 align16(u32 value) { return (value + 15) & ~15u; }
+
+__device__ __forceinline__ u32 lane_index() { return threadIdx.x % LANES; }
+
+template <class T>
+__device__ __forceinline__ T load(const u8* address) {
+    return __ldg(reinterpret_cast<const T*>(address));
+}
+
+__device__ __forceinline__ void note(u32* status, u32 what) { atomicOr(status, what); }
+
+__device__ __forceinline__ void copy_to_stage(void* stage, const void* source) {
+#ifdef CUDA_ON_CPU
+    *static_cast<uint4*>(stage) = *static_cast<const uint4*>(source);
+#else
+    const u32 address = static_cast<u32>(__cvta_generic_to_shared(stage));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_stage() {
+#ifndef CUDA_ON_CPU
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+    __syncwarp();
+}
+
+__device__ __forceinline__ void prefetch(const u8* address) {
+#ifdef CUDA_ON_CPU
+    (void)address;
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// Segment `index` of a record, by its directory (section 4) and its header (section 5).
+__device__ Segment open_segment(const Range& range, u64 index) {
+    Segment segment{};
+    const u8* record = reinterpret_cast<const u8*>(range.record);
+    const u64 first = index * range.segment_elements;
+    const u64 entry = RECORD_HEADER_BYTES + DIRECTORY_ENTRY_BYTES * index;
+    segment.elements = static_cast<u32>(min(static_cast<u64>(range.segment_elements), range.element_count - first));
+    if (entry + DIRECTORY_ENTRY_BYTES > range.record_size) return segment;
+    const u64 offset = load<u64>(record + entry);
+    segment.size = load<u32>(record + entry + 8);
+    if (offset % 16 || segment.size % 16 || segment.size < SEGMENT_HEADER_BYTES || offset > range.record_size || segment.size > range.record_size - offset)
+        return segment;
+    segment.data = record + offset;
+    const u32 head = load<u32>(segment.data);
+    segment.coded = (head & 0xFF) == 1;
+    if (!segment.coded) {
+        segment.stream_offset = SEGMENT_HEADER_BYTES;
+        segment.sound = head == 0 && SEGMENT_HEADER_BYTES + 2 * segment.elements <= segment.size;
+        return segment;
+    }
+    segment.lane_bytes = head >> 8 & 0xFF;
+    segment.alphabet_size = head >> 16;
+    if (segment.lane_bytes < 1 || segment.lane_bytes > 2 || segment.alphabet_size < 1 || segment.alphabet_size > 256) return segment;
+    const u32 tiles = (segment.elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS;
+    const u32 cells = segment.alphabet_size * segment.alphabet_size;
+    segment.tiles_offset = align16(SEGMENT_HEADER_BYTES + segment.alphabet_size + (cells + 1) / 2);
+    segment.lanes_offset = align16(segment.tiles_offset + 8 * tiles);
+    segment.sign_mantissa_offset = segment.lanes_offset + LANES * segment.lane_bytes * tiles;
+    segment.stream_offset = align16(segment.sign_mantissa_offset + segment.elements);
+    segment.sound = segment.stream_offset + STREAM_END <= segment.size;
+    return segment;
+}
+
+// What a block shares while it expands a code table.
+struct CodeScratch {
+    u32 counts[16];  // codes of each length
+    u32 first[16];   // the first code of each length, its bits to the left of 12
+    u32 limit[16];   // the one after the last
+    u32 offset[16];  // symbols with shorter codes
+};
+
+// Expand the code table (section 6). Entry = e1 << 23 | e0 << 7 | length, indexed by the next 12 bits of a lane.
+//
+// The symbols are sorted by code first: warp w ranks the codes of the lengths w + 1, w + 1 + warps, ... The list lies in the lower half of the
+// table. Then thread t finds the codes of consecutive 12-bit values v, which are those table slots whose lower bits are t: a slot is v with
+// its bits reversed. So stores meet no bank twice. Odd v are slots of the upper half and stored at once, even v when all have read the list.
+template <u32 THREADS>
+__device__ void expand_code_table(const Segment& segment, u32* table, CodeScratch& scratch, u32* status) {
+    constexpr u32 WARPS = THREADS / LANES;
+    constexpr u32 VALUES = TABLE_ENTRIES / THREADS;
+    constexpr u32 THREAD_BITS = THREADS == 256 ? 8 : 7;
+    static_assert(1 << THREAD_BITS == THREADS, "threads of a block");
+    u16* symbols = reinterpret_cast<u16*>(table);
+    const u8* alphabet = segment.data + SEGMENT_HEADER_BYTES;
+    const u8* grid = alphabet + segment.alphabet_size;
+    const u32 cells = segment.alphabet_size * segment.alphabet_size;
+    const u32 bytes = (cells + 1) / 2;
+    const u32 thread = threadIdx.x;
+    const u32 lane = lane_index();
+
+    if (thread < 16) scratch.counts[thread] = 0;
+    __syncthreads();
+    for (u32 i = thread; i < bytes; i += THREADS) {
+        const u32 pair = load<u8>(grid + i);
+        if (pair & 15) atomicAdd(&scratch.counts[pair & 15], 1);
+        if (pair >> 4) atomicAdd(&scratch.counts[pair >> 4], 1);
+    }
+    __syncthreads();
+
+    if (thread < LANES) {
+        // Codes are consecutive: the first of a length is the sum of what the shorter ones take, in units of codes of 12 bits.
+        const u32 count = lane >= 1 && lane <= CODE_LIMIT ? scratch.counts[lane] : 0;
+        u32 codes = count;
+        u32 taken = count << (CODE_LIMIT - min(lane, CODE_LIMIT));
+        const u32 mine = taken;
+        for (u32 step = 1; step < 16; step *= 2) {
+            const u32 codes_before = __shfl_up_sync(EVERY_LANE, codes, step);
+            const u32 taken_before = __shfl_up_sync(EVERY_LANE, taken, step);
+            if (lane >= step) codes += codes_before, taken += taken_before;
+        }
+        if (lane < 16) {
+            scratch.first[lane] = taken - mine;
+            scratch.limit[lane] = lane > CODE_LIMIT ? EVERY_LANE : taken;
+            scratch.offset[lane] = codes - count;
+        }
+        if (lane == CODE_LIMIT) {
+            const bool single = codes == 1 && taken == TABLE_ENTRIES / 2;
+            if ((taken != TABLE_ENTRIES && !single) || scratch.counts[13] + scratch.counts[14] + scratch.counts[15]) note(status, BAD_CODE);
+            if (codes == 0) symbols[0] = 0;
+        }
+    }
+    __syncthreads();
+
+    for (u32 length = 1 + thread / LANES; length <= CODE_LIMIT; length += WARPS) {
+        u32 rank = scratch.offset[length];
+        const u32 before = (1u << lane) - 1;
+        for (u32 start = 0; start < bytes; start += LANES) {
+            const u32 i = start + lane;
+            const u32 pair = i < bytes ? load<u8>(grid + i) : 0;
+            const bool low = (pair & 15) == length;
+            const bool high = pair >> 4 == length;
+            const u32 lows = __ballot_sync(EVERY_LANE, low);
+            const u32 highs = __ballot_sync(EVERY_LANE, high);
+            u32 mine = rank + __popc(lows & before) + __popc(highs & before);
+            for (u32 half = 0; half < 2; ++half) {
+                const u32 cell = 2 * i + half;
+                if ((half ? high : low) && cell < cells && mine < TABLE_ENTRIES) {
+                    const u32 e0 = load<u8>(alphabet + cell % segment.alphabet_size);
+                    const u32 e1 = load<u8>(alphabet + cell / segment.alphabet_size);
+                    symbols[mine] = static_cast<u16>(e1 << 8 | e0);
+                }
+                mine += half ? 0 : low;
+            }
+            rank += __popc(lows) + __popc(highs);
+        }
+    }
+    __syncthreads();
+
+    const u32 value = (__brev(thread) >> (32 - THREAD_BITS)) * VALUES;
+    u32 length = 1;
+    const auto entry_of = [&](u32 v) {  // v must not descend
+        while (v >= scratch.limit[length]) ++length;  // The limit of 13 is beyond every value.
+        // After the last code comes, in a sound table, only the bit 1 of a single code: its symbol is the first.
+        const bool coded = length <= CODE_LIMIT;
+        const u32 rank = coded ? scratch.offset[length] + ((v - scratch.first[length]) >> (CODE_LIMIT - length)) : 0;
+        const u32 symbol = symbols[min(rank, TABLE_ENTRIES - 1)];
+        return (symbol & 0xFF00) << 15 | (symbol & 0xFF) << 7 | (coded ? length : 1);
+    };
+    const auto slot_of = [&](u32 j) { return (__brev(j) >> (32 - CODE_LIMIT + THREAD_BITS)) << THREAD_BITS | thread; };
+#pragma unroll 1
+    for (u32 j = 1; j < VALUES; j += 2) table[slot_of(j)] = entry_of(value + j);
+    length = 1;
+    u32 kept[VALUES / 2];
+#pragma unroll
+    for (u32 j = 0; j < VALUES; j += 2) kept[j / 2] = entry_of(value + j);
+    __syncthreads();
+#pragma unroll
+    for (u32 j = 0; j < VALUES; j += 2) table[slot_of(j)] = kept[j / 2];
+    __syncthreads();
+}
+
+// Where the words of a tile's code stream are read. Bit 0 of `position` is bit 0 of word 0; the window starts there.
+struct StagedWords {
+    const u8* words;  // shared memory
+
+    __device__ __forceinline__ void load3(u32 position, u32& a, u32& b, u32& c) const {
+        const u32* word = reinterpret_cast<const u32*>(words + (position >> 3 & ~3u));
+        a = word[0], b = word[1], c = word[2];
+    }
+};
+
+struct SegmentWords {
+    const u8* words;  // the segment, in global memory
+    u32 last;         // word from which three can be read
+
+    __device__ __forceinline__ void load3(u32 position, u32& a, u32& b, u32& c) const {
+        const u32* word = reinterpret_cast<const u32*>(words) + min(position >> 5, last);
+        a = __ldg(word), b = __ldg(word + 1), c = __ldg(word + 2);
+    }
+};
+
+// `window` holds the next bits from bit 2 on, so that they are the entry's byte offset already.
+__device__ __forceinline__ u32 look_up(const u32* table, u32 window) {
+    return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(table) + (window & (TABLE_ENTRIES - 1) << 2));
+}
+
+// Decode 4 codes, move `position` (two bits before the next code) on, and join them with 8 sign/mantissa bytes.
+// Funnel shifts take their amount modulo 32, so an entry serves as one: only its length lies in these bits.
+template <class Words>
+__device__ __forceinline__ void decode_codes(const Words& words, const u32* table, u32& position, u32 (&pairs)[4]) {
+    u32 a, b, c;
+    words.load3(position, a, b, c);
+    const u32 low = __funnelshift_r(a, b, position);
+    const u32 high = __funnelshift_r(b, c, position);
+    pairs[0] = look_up(table, low);
+    pairs[1] = look_up(table, __funnelshift_r(low, high, pairs[0]));
+    const u32 half = pairs[0] + pairs[1];
+    const u32 rest = __funnelshift_r(low, high, half);
+    pairs[2] = look_up(table, rest);
+    pairs[3] = look_up(table, __funnelshift_r(rest, high, pairs[2]));
+    position += (half + pairs[2] + pairs[3]) & 0x7F;
+}
+
+__device__ __forceinline__ u32 join(u32 pair, u32 sign_mantissa, u32 selector) {
+    const u32 spread = __byte_perm(sign_mantissa, 0, selector);
+    return (spread & 0x807F807F) | (pair & 0x7F807F80);
+}
+
+__device__ __forceinline__ uint4 join_chunk(const u32 (&pairs)[4], uint2 sign_mantissa) {
+    return make_uint4(join(pairs[0], sign_mantissa.x, 0x1100), join(pairs[1], sign_mantissa.x, 0x3322), join(pairs[2], sign_mantissa.y, 0x1100),
+                      join(pairs[3], sign_mantissa.y, 0x3322));
+}
+
+// Store those of 8 weights, of which the first is weight j of the tile, that lie in low .. high - 1.
+__device__ __forceinline__ void store_some(u16* tile, u32 j, u32 low, u32 high, uint4 weights) {
+    const u32 words[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+    for (u32 i = 0; i < CHUNK_LANE_WEIGHTS; ++i)
+        if (j + i >= low && j + i < high) tile[j + i] = static_cast<u16>(words[i / 2] >> 16 * (i % 2));
+}
+
+// A tile that a warp has looked at: its descriptor, this thread's lane.
+struct Tile {
+    u32 index;       // in the segment
+    u32 weights;
+    u32 begin;       // byte of the segment where its codes begin
+    u32 lane_start;  // bits from there
+    u32 lane_bits;
+    u32 code_bytes;
+    u32 exceptions;
+    bool staged;
+};
+
+// Read a tile's descriptor and lane lengths (section 7). With a stage, start copying its bytes there, if they fit.
+__device__ Tile open_tile(const Segment& segment, u32 index, u8* stage, u32* status) {
+    const u32 lane = lane_index();
+    Tile tile;
+    tile.index = index;
+    tile.weights = min(TILE_WEIGHTS, segment.elements - index * TILE_WEIGHTS);
+    const uint2 descriptor = load<uint2>(segment.data + segment.tiles_offset + 8 * index);
+    const u8* lengths = segment.data + segment.lanes_offset + segment.lane_bytes * (LANES * index + lane);
+    const u32 excess = segment.lane_bytes == 1 ? load<u8>(lengths) : load<u16>(lengths);
+    tile.lane_bits = (descriptor.y & 0xFFFF) + excess;
+    u32 end = tile.lane_bits;
+    for (u32 step = 1; step < LANES; step *= 2) {
+        const u32 before = __shfl_up_sync(EVERY_LANE, end, step);
+        if (lane >= step) end += before;
+    }
+    tile.lane_start = end - tile.lane_bits;
+    tile.code_bytes = (__shfl_sync(EVERY_LANE, end, LANES - 1) + 31) / 32 * 4;
+    tile.exceptions = descriptor.y >> 16;
+    const u32 bytes = tile.code_bytes + 4 * tile.exceptions;
+    const u32 room = segment.size - STREAM_END - segment.stream_offset;
+    const bool sound = descriptor.x <= room / 16 && bytes <= room - 16 * descriptor.x && tile.exceptions <= tile.weights;
+    tile.begin = segment.stream_offset + (sound ? 16 * descriptor.x : 0);
+    if (!sound) {
+        tile.exceptions = 0;
+        if (lane == 0) note(status, BAD_TILE);
+    }
+    tile.staged = stage && sound && tile.code_bytes <= STAGE_TILE;
+    if (tile.staged) {
+        __syncwarp();  // All have read the tile before.
+        for (u32 i = 16 * lane; i < tile.code_bytes; i += 16 * LANES) copy_to_stage(stage + STAGE_FRONT + i, segment.data + tile.begin + i);
+    }
+    return tile;
+}
+
+// All 8192 weights of a tile, to an output that is aligned to 16 bytes.
+// The bytes of the next GROUP chunks are loaded while one group is decoded.
+template <u32 GROUP, class Words>
+__device__ __forceinline__ void decode_whole(const Words& words, const u32* table, u32& position, const u8* sign_mantissa, u16* output) {
+    const uint2* source = reinterpret_cast<const uint2*>(sign_mantissa) + lane_index();
+    uint4* target = reinterpret_cast<uint4*>(output) + lane_index();
+    uint2 next[GROUP];
+#pragma unroll
+    for (u32 i = 0; i < GROUP; ++i) next[i] = __ldcs(source + i * LANES);
+#pragma unroll 1
+    for (u32 chunk = GROUP; chunk <= TILE_CHUNKS; chunk += GROUP) {
+        uint2 now[GROUP];
+#pragma unroll
+        for (u32 i = 0; i < GROUP; ++i) now[i] = next[i];
+        source += GROUP * LANES;
+        if (chunk < TILE_CHUNKS) {
+#pragma unroll
+            for (u32 i = 0; i < GROUP; ++i) next[i] = __ldcs(source + i * LANES);
+        }
+#pragma unroll
+        for (u32 i = 0; i < GROUP; ++i) {
+            u32 pairs[4];
+            decode_codes(words, table, position, pairs);
+            target[i * LANES] = join_chunk(pairs, now[i]);
+        }
+        target += GROUP * LANES;
+    }
+}
+
+// The weights low .. high - 1 of a tile, whatever they are and wherever they go: the last tile of a tensor, the first and last of some rows.
+template <class Words>
+__device__ __forceinline__ void decode_part(const Words& words, const u32* table, u32& position, const u8* sign_mantissa, u16* output, u32 low,
+                                            u32 high) {
+    const bool aligned = reinterpret_cast<u64>(output) % 16 == 0;
+#pragma unroll 1
+    for (u32 chunk = 0; chunk * CHUNK_WEIGHTS < high; ++chunk) {
+        u32 pairs[4];
+        decode_codes(words, table, position, pairs);
+        const u32 j = chunk * CHUNK_WEIGHTS + CHUNK_LANE_WEIGHTS * lane_index();
+        if (j + CHUNK_LANE_WEIGHTS <= low || j >= high) continue;
+        const uint4 weights = join_chunk(pairs, load<uint2>(sign_mantissa + j));
+        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high)
+            *reinterpret_cast<uint4*>(output + j) = weights;
+        else
+            store_some(output, j, low, high, weights);
+    }
+}
+
+// Decode the weights low .. high - 1 of an opened tile. `output` is the address that weight 0 of the tile has, or would have.
+template <bool STAGED>
+__device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& tile, u32 low, u32 high, u16* output, const u32* table, const u8* stage,
+                            u32* status) {
+    const u8* sign_mantissa = segment.data + segment.sign_mantissa_offset + TILE_WEIGHTS * tile.index;
+    const bool whole = low == 0 && high == TILE_WEIGHTS && reinterpret_cast<u64>(output) % 16 == 0;
+    const u8* exceptions = segment.data + tile.begin + tile.code_bytes;
+    const SegmentWords segment_words{segment.data, segment.size / 4 - 3};
+    u32 start = 8 * tile.begin + tile.lane_start - 2;
+    u32 position = start;
+    if (STAGED) wait_for_stage();
+    if (STAGED && tile.staged && whole) {
+        start = position = 8 * STAGE_FRONT + tile.lane_start - 2;
+        decode_whole<4>(StagedWords{stage}, table, position, sign_mantissa, output);
+    } else if (!STAGED && whole) {
+        decode_whole<2>(segment_words, table, position, sign_mantissa, output);
+    } else {
+        decode_part(segment_words, table, position, sign_mantissa, output, low, high);
+    }
+    const bool to_the_end = high + CHUNK_WEIGHTS > tile.weights + (CHUNK_WEIGHTS - 1 - (tile.weights - 1) % CHUNK_WEIGHTS);
+    if (to_the_end && position - start != tile.lane_bits) note(status, BAD_LANE);
+    if (tile.exceptions == 0) return;
+    __syncwarp();  // The weights that exceptions replace have been stored by other threads.
+    for (u32 i = lane_index(); i < tile.exceptions; i += LANES) {
+        const u32 exception = load<u32>(exceptions + 4 * i);
+        const u32 j = exception & 0xFFFF;
+        if (j >= low && j < high) output[j] = static_cast<u16>(exception >> 16);
+        if (j >= tile.weights) note(status, BAD_EXCEPTION);
+    }
+}
+
+// Weights low .. high - 1 of a tile of a raw segment; without a source, NaN.
+__device__ void copy_tile(const u8* source, u32 low, u32 high, u16* output) {
+    const bool aligned = reinterpret_cast<u64>(output) % 16 == 0;
+    for (u32 j = CHUNK_LANE_WEIGHTS * lane_index(); j < high; j += CHUNK_WEIGHTS) {
+        if (j + CHUNK_LANE_WEIGHTS <= low) continue;
+        const uint4 weights = source ? load<uint4>(source + 2 * j) : make_uint4(EVERY_LANE, EVERY_LANE, EVERY_LANE, EVERY_LANE);
+        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high)
+            *reinterpret_cast<uint4*>(output + j) = weights;
+        else
+            store_some(output, j, low, high, weights);
+    }
+}
+
+// A block decodes the weights low .. high - 1 of a segment, as far as they lie in the tiles first_tile .. last_tile - 1.
+// `output`: the address that weight 0 of the segment has, or would have. `stage`: this warp's, or null.
+template <u32 THREADS, bool STAGED>
+__device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_tile, u32 last_tile, u32 low, u32 high, u16* output, u32* table,
+                             CodeScratch& scratch, u8* stage, u32* status) {
+    constexpr u32 WARPS = THREADS / LANES;
+    u32 index = first_tile + threadIdx.x / LANES;
+    const auto low_of = [&](u32 tile) { return max(low, tile * TILE_WEIGHTS) - tile * TILE_WEIGHTS; };
+    const auto high_of = [&](u32 tile) { return min(high - tile * TILE_WEIGHTS, TILE_WEIGHTS); };
+    if (!segment.sound || !segment.coded) {
+        if (!segment.sound && threadIdx.x == 0) note(status, BAD_SEGMENT);
+        const u8* source = segment.sound ? segment.data + segment.stream_offset : nullptr;
+        for (; index < last_tile; index += WARPS)
+            copy_tile(source ? source + 2 * TILE_WEIGHTS * index : nullptr, low_of(index), high_of(index), output + TILE_WEIGHTS * index);
+        return;
+    }
+    Tile tile{};
+    if (index < last_tile) {
+        // On their way while the table is expanded: the tile's codes, and its sign/mantissa bytes as far as the second-level cache.
+        tile = open_tile(segment, index, stage, status);
+        const u8* bytes = segment.data + segment.sign_mantissa_offset + TILE_WEIGHTS * index;
+        for (u32 i = 128 * lane_index(); i < tile.weights; i += 128 * LANES) prefetch(bytes + i);
+    }
+    expand_code_table<THREADS>(segment, table, scratch, status);
+    while (index < last_tile) {
+        decode_tile<STAGED>(segment, tile, low_of(index), high_of(index), output + TILE_WEIGHTS * index, table, stage, status);
+        index += WARPS;
+        if (index < last_tile) tile = open_tile(segment, index, stage, status);
+    }
+}
+
+// A block of a launch over several ranges: find its range, its segment, its tiles.
+template <u32 THREADS, bool STAGED>
+__device__ __forceinline__ void decode_ranges(const Ranges& ranges, u32 range_count, u32 tiles_per_block, u32* table, CodeScratch& scratch, u8* stage,
+                                              u32* status) {
+    u32 found = 0;
+    for (u32 step = MOST_RANGES / 2; step; step /= 2)
+        if (found + step < range_count && ranges.range[found + step].first_block <= blockIdx.x) found += step;
+    const Range& range = ranges.range[found];
+    const u32 tiles_per_segment = range.segment_elements / TILE_WEIGHTS;
+    const u32 blocks_per_segment = (tiles_per_segment + tiles_per_block - 1) / tiles_per_block;
+    const u32 block = blockIdx.x - range.first_block;
+    const u64 index = range.first / range.segment_elements + block / blocks_per_segment;
+    const u64 segment_first = index * range.segment_elements;
+    if (segment_first >= range.last) return;
+    const u64 segment_last = min(segment_first + range.segment_elements, range.last);
+    const u32 low = static_cast<u32>(max(segment_first, range.first) - segment_first);
+    const u32 high = static_cast<u32>(segment_last - segment_first);
+    const u32 first_tile = block % blocks_per_segment * tiles_per_block;
+    const u32 last_tile = min(first_tile + tiles_per_block, (high + TILE_WEIGHTS - 1) / TILE_WEIGHTS);
+    if (max(first_tile, low / TILE_WEIGHTS) >= last_tile) return;
+    u16* output = reinterpret_cast<u16*>(range.output) + static_cast<i64>(segment_first - range.first);
+    decode_tiles<THREADS, STAGED>(open_segment(range, index), max(first_tile, low / TILE_WEIGHTS), last_tile, low, high, output, table, scratch, stage,
+                                  status);
+}
+
+// Decode ranges of records. Grid: for each range, blocks_per_segment blocks for each segment that it touches.
+extern "C" __global__ void __launch_bounds__(WIDE_THREADS, 4)
+    df11_decode(const __grid_constant__ Ranges ranges, u32 range_count, u32 tiles_per_block, u32* status) {
+    __shared__ alignas(16) u32 table[TABLE_ENTRIES];
+    __shared__ alignas(16) u8 stages[WIDE_THREADS / LANES * STAGE_BYTES];
+    __shared__ CodeScratch scratch;
+    decode_ranges<WIDE_THREADS, true>(ranges, range_count, tiles_per_block, table, scratch, stages + threadIdx.x / LANES * STAGE_BYTES, status);
+}
+
+// The same with few registers and little shared memory, to run beside other kernels.
+extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 10)
+    df11_decode_small(const __grid_constant__ Ranges ranges, u32 range_count, u32 tiles_per_block, u32* status) {
+    __shared__ alignas(16) u32 table[TABLE_ENTRIES];
+    __shared__ CodeScratch scratch;
+    decode_ranges<SMALL_THREADS, false>(ranges, range_count, tiles_per_block, table, scratch, nullptr, status);
+}
+
+// Decode given rows of a matrix of `rows` rows of `row_weights`: output row i is row ids[i]; a row that does not exist becomes NaN.
+// `range` is the whole record, its output that of row 0. Grid: a block for each of ids.
+extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 8)
+    df11_gather_rows(const __grid_constant__ Range range, const i64* ids, u64 row_weights, u64 rows, u32* status) {
+    __shared__ alignas(16) u32 table[TABLE_ENTRIES];
+    __shared__ CodeScratch scratch;
+    const i64 id = ids[blockIdx.x];
+    u16* output = reinterpret_cast<u16*>(range.output) + blockIdx.x * row_weights;
+    if (id < 0 || static_cast<u64>(id) >= rows) {
+        for (u64 j = threadIdx.x; j < row_weights; j += SMALL_THREADS) output[j] = 0xFFFF;
+        if (threadIdx.x == 0) note(status, BAD_ROW);
+        return;
+    }
+    const u64 first = id * row_weights;
+    const u64 last = first + row_weights;
+    for (u64 index = first / range.segment_elements; index * range.segment_elements < last; ++index) {
+        const u64 segment_first = index * range.segment_elements;
+        const u32 low = static_cast<u32>(max(segment_first, first) - segment_first);
+        const u32 high = static_cast<u32>(min(segment_first + range.segment_elements, last) - segment_first);
+        decode_tiles<SMALL_THREADS, false>(open_segment(range, index), low / TILE_WEIGHTS, (high + TILE_WEIGHTS - 1) / TILE_WEIGHTS, low, high,
+                                           output + static_cast<i64>(segment_first - first), table, scratch, nullptr, status);
+        __syncthreads();
+    }
+}

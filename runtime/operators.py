@@ -1,0 +1,140 @@
+"""The custom operators ``torch.ops.df11.*``: decoding as torch sees it, for torch.compile, CUDA graphs and fake tensors.
+
+All take records as u8 tensors, one-dimensional, aligned to 16 bytes, on any device that has a decoder, and give BF16 tensors there.
+A matrix is given by its ``shape``; ``segment_elements`` is the record's own (weights of each segment but the last).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from df11.formats import errors, layout
+from df11.runtime import cpu, gpu
+from df11.runtime.kernels import Range
+
+
+class Decoder(Protocol):
+    """What a device that decodes must offer; see :class:`df11.runtime.gpu.Gpu`."""
+
+    def decode(self, ranges: Sequence[Range], *, background: bool = False) -> None:
+        """Decode ranges of records."""
+
+    def gather_rows(self, matrix: Range, ids: int, count: int, row_weights: int, rows: int) -> None:
+        """Decode the rows of a matrix whose numbers are given."""
+
+    def raise_damage(self) -> None:
+        """Raise the error for damage that was met and not yet raised."""
+
+
+_CPU = cpu.Cpu()
+
+
+def decoder_of(device: torch.device) -> Decoder:
+    """The decoder of a device. Raises DeviceError where there is none."""
+    if device.type == "cpu":
+        return _CPU
+    if device.type == "cuda":
+        return gpu.of(device)
+    raise errors.DeviceError(f"records cannot be decoded on the device {device}", hint="use 'cuda' or 'cpu'")
+
+
+def check_record(record: torch.Tensor, weights: int, segment_elements: int) -> None:
+    """Raise a UsageError if a tensor cannot be a record of this many weights."""
+    if record.dtype != torch.uint8 or record.dim() != 1 or not record.is_contiguous():
+        raise errors.UsageError("a record is a contiguous u8 tensor of one dimension", found=f"{record.dtype} {tuple(record.shape)}")
+    if record.data_ptr() % layout.RECORD_ALIGNMENT:
+        raise errors.UsageError("a record must be aligned to 16 bytes in memory", found=hex(record.data_ptr()), hint="pass a clone()")
+    if not 0 < segment_elements <= layout.MAX_SEGMENT_WEIGHTS or segment_elements % layout.TILE_WEIGHTS:
+        raise errors.UsageError("segment_elements", expected="a multiple of 8192 up to 2^24", found=segment_elements)
+    smallest = layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size * -(-weights // segment_elements) + weights
+    if not 1 <= weights <= layout.MAX_RECORD_WEIGHTS or record.numel() < smallest or record.numel() % layout.RECORD_ALIGNMENT:
+        raise errors.UsageError(f"a record of {weights} weights cannot have this size", expected=f"{smallest} bytes or more", found=record.numel())
+
+
+def _range(record: torch.Tensor, weights: int, segment_elements: int, first: int, out: torch.Tensor) -> Range:
+    check_record(record, weights, segment_elements)
+    if out.dtype != torch.bfloat16 or not out.is_contiguous() or out.device != record.device:
+        raise errors.UsageError(
+            "the output must be a contiguous BF16 tensor on the record's device",
+            expected=record.device,
+            found=f"{out.dtype} on {out.device}{'' if out.is_contiguous() else ', not contiguous'}",
+        )
+    last = first + out.numel()
+    if not 0 <= first <= last <= weights:
+        raise errors.UsageError("no such weights", expected=f"within 0 to {weights}", found=(first, last))
+    return Range(record.data_ptr(), record.numel(), weights, segment_elements, first, last, out.data_ptr())
+
+
+@torch.library.custom_op("df11::decode", mutates_args=())
+def decode(record: torch.Tensor, shape: list[int], segment_elements: int, background: bool = False) -> torch.Tensor:
+    """All weights of a record, BF16 of ``shape``. ``background``: with the kernel that runs beside others."""
+    out = record.new_empty(shape, dtype=torch.bfloat16)
+    decoder_of(record.device).decode([_range(record, out.numel(), segment_elements, 0, out)], background=background)
+    return out
+
+
+@decode.register_fake
+def _(record: torch.Tensor, shape: list[int], segment_elements: int, background: bool = False) -> torch.Tensor:  # noqa: ARG001
+    return record.new_empty(shape, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("df11::decode_rows", mutates_args=())
+def decode_rows(record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False) -> torch.Tensor:
+    r"""The rows ``start`` to ``stop`` (exclusive) of the first dimension, BF16 [stop - start, \*shape[1:]]."""
+    if not 0 <= start <= stop <= shape[0]:
+        raise errors.UsageError("no such rows", expected=f"within 0 to {shape[0]}", found=(start, stop))
+    out = record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
+    first = start * math.prod(shape[1:])
+    decoder_of(record.device).decode([_range(record, math.prod(shape), segment_elements, first, out)], background=background)
+    return out
+
+
+@decode_rows.register_fake
+def _(record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False) -> torch.Tensor:  # noqa: ARG001
+    return record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("df11::gather_rows", mutates_args=())
+def gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:
+    r"""The rows whose numbers are in ``ids`` (i64 or i32, any shape), BF16 [\*ids.shape, \*shape[1:]].
+
+    A number outside the matrix raises on the processor; on a GPU its row becomes NaN, and the next check for damage raises.
+    """
+    if ids.dtype not in (torch.int64, torch.int32) or ids.device != record.device:
+        raise errors.UsageError("row numbers must be i64 or i32 on the record's device", expected=record.device, found=f"{ids.dtype} on {ids.device}")
+    numbers = ids.to(torch.int64).contiguous()
+    out = record.new_empty([*ids.shape, *shape[1:]], dtype=torch.bfloat16)
+    weights, row_weights = math.prod(shape), math.prod(shape[1:])
+    check_record(record, weights, segment_elements)
+    matrix = Range(record.data_ptr(), record.numel(), weights, segment_elements, 0, weights, out.data_ptr())
+    decoder_of(record.device).gather_rows(matrix, numbers.data_ptr(), numbers.numel(), row_weights, shape[0])
+    return out
+
+
+@gather_rows.register_fake
+def _(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+    return record.new_empty([*ids.shape, *shape[1:]], dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("df11::decode_into", mutates_args=("out",))
+def decode_into(
+    records: list[torch.Tensor], weights: list[int], segment_elements: list[int], first: list[int], out: list[torch.Tensor], background: bool = False
+) -> None:
+    """Decode of each record (of ``weights`` weights) as many weights as its output holds, from weight ``first`` on: one launch for 64 of them."""
+    if not len(records) == len(weights) == len(segment_elements) == len(first) == len(out):
+        raise errors.UsageError("lists of different lengths")
+    if not records:
+        return
+    if len({record.device for record in records}) > 1:
+        raise errors.UsageError("records on several devices", found=", ".join(sorted({str(record.device) for record in records})))
+    ranges = [_range(*part) for part in zip(records, weights, segment_elements, first, out, strict=True)]
+    decoder_of(records[0].device).decode(ranges, background=background)
+
+
+@decode_into.register_fake
+def _(*_arguments: object, **_options: object) -> None:
+    return None

@@ -1,0 +1,117 @@
+"""A container cut into pieces: runs of its data that are read at once, checked, copied to a device and decoded there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from df11.formats import layout
+from df11.formats.container import Container
+from df11.formats.record import Bytes, Place, Record, SegmentPlace, pack_front
+from df11.runtime.kernels import MOST_RANGES
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPart:
+    """A record in a piece, whole, or some of its segments behind a front of their own."""
+
+    name: str
+    start: int
+    """Byte of the piece."""
+    size: int
+    elements: int
+    segment_elements: int
+    first_element: int
+    """Of the tensor, the first weight that is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerbatimPart:
+    """Bytes of a verbatim tensor in a piece."""
+
+    name: str
+    start: int
+    size: int
+    offset: int
+    """Of the tensor, the first byte that is here."""
+    last: bool
+
+
+@dataclass(slots=True)
+class Piece:
+    """``front``, then the bytes ``begin`` to ``end`` of the container's data."""
+
+    begin: int
+    end: int
+    front: bytes = b""
+    records: list[RecordPart] = field(default_factory=list)
+    verbatim: list[VerbatimPart] = field(default_factory=list)
+    segments: list[tuple[int, SegmentPlace, Place]] = field(default_factory=list)
+    """Byte of the piece, segment, its record's place in the file: what is checked when it has been read."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.front) + self.end - self.begin
+
+    def read(self, container: Container, out: Bytes) -> None:
+        """Fill ``out``, u8 [size], and check the stored checksums of its segments."""
+        out[: len(self.front)] = np.frombuffer(self.front, np.uint8)
+        container.read(self.begin, out[len(self.front) :])
+        for start, segment, place in self.segments:
+            segment.check_stored(out[start : start + segment.size], place)
+
+
+def cut(container: Container, capacity: int) -> Iterator[Piece]:
+    """All tensors of a container that are not empty, in the order of its data. Only a single segment may make a piece larger than ``capacity``."""
+    piece = Piece(0, 0)
+    for name in container.keys():
+        begin, end = container.span(name)
+        coded = container.info(name).encoding == "df11"
+        if piece.size and (piece.size + end - begin > capacity or len(piece.records) == MOST_RANGES):
+            yield piece
+            piece = Piece(begin, begin)
+        if end - begin > capacity:
+            yield from _record_pieces(container.record(name), name, begin, capacity) if coded else _verbatim_pieces(name, begin, end, capacity)
+            piece = Piece(end, end)
+            continue
+        start = piece.size
+        piece.end = end
+        if not coded:
+            piece.verbatim.append(VerbatimPart(name, start, end - begin, 0, True))
+            continue
+        record = container.record(name)
+        piece.records.append(RecordPart(name, start, record.size, record.element_count, record.segment_elements, 0))
+        piece.segments += [(start + segment.offset, segment, record.place) for segment in record.segments]
+    if piece.size:
+        yield piece
+
+
+def _verbatim_pieces(name: str, begin: int, end: int, capacity: int) -> Iterator[Piece]:
+    for start in range(begin, end, capacity):
+        stop = min(start + capacity, end)
+        yield Piece(start, stop, verbatim=[VerbatimPart(name, 0, stop - start, start - begin, stop == end)])
+
+
+def _record_pieces(record: Record, name: str, begin: int, capacity: int) -> Iterator[Piece]:
+    first = 0
+    while first < len(record.segments):
+        last = first + 1
+        size = layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size + record.segments[first].size
+        while last < len(record.segments) and size + layout.DIRECTORY_ENTRY.size + record.segments[last].size <= capacity:
+            size += layout.DIRECTORY_ENTRY.size + record.segments[last].size
+            last += 1
+        segments = record.segments[first:last]
+        front = pack_front(segments, record.segment_elements)
+        elements = sum(segment.elements for segment in segments)
+        shift = len(front) - segments[0].offset
+        yield Piece(
+            begin + segments[0].offset,
+            begin + segments[-1].offset + segments[-1].size,
+            front,
+            [RecordPart(name, 0, size, elements, record.segment_elements, segments[0].first_element)],
+            segments=[(segment.offset + shift, segment, record.place) for segment in segments],
+        )
+        first = last
