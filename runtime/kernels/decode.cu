@@ -87,14 +87,26 @@ __device__ __forceinline__ T load(const u8* address) {
     return __ldg(reinterpret_cast<const T*>(address));
 }
 
+// Shared memory by its 32-bit address: compilers that are left to find out make 64-bit sums of it.
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
+__device__ __forceinline__ u32 load_shared(u32 address) {
+#ifdef CUDA_ON_CPU
+    return *static_cast<const u32*>(__cvta_shared_to_generic(address));
+#else
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+    return value;
+#endif
+}
+
 __device__ __forceinline__ void note(u32* status, u32 what) { atomicOr(status, what); }
 
 __device__ __forceinline__ void copy_to_stage(void* stage, const void* source) {
 #ifdef CUDA_ON_CPU
     *static_cast<uint4*>(stage) = *static_cast<const uint4*>(source);
 #else
-    const u32 address = static_cast<u32>(__cvta_generic_to_shared(stage));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(stage)), "l"(source) : "memory");
 #endif
 }
 
@@ -254,13 +266,11 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
     __syncthreads();
 }
 
-// Where the words of a tile's code stream are read. Bit 0 of `position` is bit 0 of word 0; the window starts there.
+// Where the words of a tile's code stream are read. A window starts at bit `position`, counted from where the words' addresses count.
 struct StagedWords {
-    const u8* words;  // shared memory
-
     __device__ __forceinline__ void load3(u32 position, u32& a, u32& b, u32& c) const {
-        const u32* word = reinterpret_cast<const u32*>(words + (position >> 3 & ~3u));
-        a = word[0], b = word[1], c = word[2];
+        const u32 address = position >> 3 & ~3u;
+        a = load_shared(address), b = load_shared(address + 4), c = load_shared(address + 8);
     }
 };
 
@@ -274,15 +284,13 @@ struct SegmentWords {
     }
 };
 
-// `window` holds the next bits from bit 2 on, so that they are the entry's byte offset already.
-__device__ __forceinline__ u32 look_up(const u32* table, u32 window) {
-    return *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(table) + (window & (TABLE_ENTRIES - 1) << 2));
-}
+// `window` holds the next bits from bit 2 on, so that they are the entry's byte offset already; the table's address has zeros there.
+__device__ __forceinline__ u32 look_up(u32 table, u32 window) { return load_shared((window & (TABLE_ENTRIES - 1) << 2) | table); }
 
 // Decode 4 codes, move `position` (two bits before the next code) on, and join them with 8 sign/mantissa bytes.
 // Funnel shifts take their amount modulo 32, so an entry serves as one: only its length lies in these bits.
 template <class Words>
-__device__ __forceinline__ void decode_codes(const Words& words, const u32* table, u32& position, u32 (&pairs)[4]) {
+__device__ __forceinline__ void decode_codes(const Words& words, u32 table, u32& position, u32 (&pairs)[4]) {
     u32 a, b, c;
     words.load3(position, a, b, c);
     const u32 low = __funnelshift_r(a, b, position);
@@ -363,7 +371,7 @@ __device__ Tile open_tile(const Segment& segment, u32 index, u8* stage, u32* sta
 // All 8192 weights of a tile, to an output that is aligned to 16 bytes.
 // The bytes of the next GROUP chunks are loaded while one group is decoded.
 template <u32 GROUP, class Words>
-__device__ __forceinline__ void decode_whole(const Words& words, const u32* table, u32& position, const u8* sign_mantissa, u16* output) {
+__device__ __forceinline__ void decode_whole(const Words& words, u32 table, u32& position, const u8* sign_mantissa, u16* output) {
     const uint2* source = reinterpret_cast<const uint2*>(sign_mantissa) + lane_index();
     uint4* target = reinterpret_cast<uint4*>(output) + lane_index();
     uint2 next[GROUP];
@@ -391,7 +399,7 @@ __device__ __forceinline__ void decode_whole(const Words& words, const u32* tabl
 
 // The weights low .. high - 1 of a tile, whatever they are and wherever they go: the last tile of a tensor, the first and last of some rows.
 template <class Words>
-__device__ __forceinline__ void decode_part(const Words& words, const u32* table, u32& position, const u8* sign_mantissa, u16* output, u32 low,
+__device__ __forceinline__ void decode_part(const Words& words, u32 table, u32& position, const u8* sign_mantissa, u16* output, u32 low,
                                             u32 high) {
     const bool aligned = reinterpret_cast<u64>(output) % 16 == 0;
 #pragma unroll 1
@@ -410,7 +418,7 @@ __device__ __forceinline__ void decode_part(const Words& words, const u32* table
 
 // Decode the weights low .. high - 1 of an opened tile. `output` is the address that weight 0 of the tile has, or would have.
 template <bool STAGED>
-__device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& tile, u32 low, u32 high, u16* output, const u32* table, const u8* stage,
+__device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& tile, u32 low, u32 high, u16* output, u32 table, const u8* stage,
                             u32* status) {
     const u8* sign_mantissa = segment.data + segment.sign_mantissa_offset + TILE_WEIGHTS * tile.index;
     const bool whole = low == 0 && high == TILE_WEIGHTS && reinterpret_cast<u64>(output) % 16 == 0;
@@ -420,8 +428,8 @@ __device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& 
     u32 position = start;
     if (STAGED) wait_for_stage();
     if (STAGED && tile.staged && whole) {
-        start = position = 8 * STAGE_FRONT + tile.lane_start - 2;
-        decode_whole<4>(StagedWords{stage}, table, position, sign_mantissa, output);
+        start = position = 8 * (shared_address(stage) + STAGE_FRONT) + tile.lane_start - 2;
+        decode_whole<4>(StagedWords{}, table, position, sign_mantissa, output);
     } else if (!STAGED && whole) {
         decode_whole<2>(segment_words, table, position, sign_mantissa, output);
     } else {
@@ -477,7 +485,7 @@ __device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_t
     }
     expand_code_table<THREADS>(segment, table, scratch, status);
     while (index < last_tile) {
-        decode_tile<STAGED>(segment, tile, low_of(index), high_of(index), output + TILE_WEIGHTS * index, table, stage, status);
+        decode_tile<STAGED>(segment, tile, low_of(index), high_of(index), output + TILE_WEIGHTS * index, shared_address(table), stage, status);
         index += WARPS;
         if (index < last_tile) tile = open_tile(segment, index, stage, status);
     }
@@ -509,18 +517,18 @@ __device__ __forceinline__ void decode_ranges(const Ranges& ranges, u32 range_co
 }
 
 // Decode ranges of records. Grid: for each range, blocks_per_segment blocks for each segment that it touches.
-extern "C" __global__ void __launch_bounds__(WIDE_THREADS, 4)
+extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
     df11_decode(const __grid_constant__ Ranges ranges, u32 range_count, u32 tiles_per_block, u32* status) {
-    __shared__ alignas(16) u32 table[TABLE_ENTRIES];
+    __shared__ alignas(4 * TABLE_ENTRIES) u32 table[TABLE_ENTRIES];
     __shared__ alignas(16) u8 stages[WIDE_THREADS / LANES * STAGE_BYTES];
     __shared__ CodeScratch scratch;
     decode_ranges<WIDE_THREADS, true>(ranges, range_count, tiles_per_block, table, scratch, stages + threadIdx.x / LANES * STAGE_BYTES, status);
 }
 
 // The same with few registers and little shared memory, to run beside other kernels.
-extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 10)
+extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 8)
     df11_decode_small(const __grid_constant__ Ranges ranges, u32 range_count, u32 tiles_per_block, u32* status) {
-    __shared__ alignas(16) u32 table[TABLE_ENTRIES];
+    __shared__ alignas(4 * TABLE_ENTRIES) u32 table[TABLE_ENTRIES];
     __shared__ CodeScratch scratch;
     decode_ranges<SMALL_THREADS, false>(ranges, range_count, tiles_per_block, table, scratch, nullptr, status);
 }
@@ -529,7 +537,7 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 10)
 // `range` is the whole record, its output that of row 0. Grid: a block for each of ids.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 8)
     df11_gather_rows(const __grid_constant__ Range range, const i64* ids, u64 row_weights, u64 rows, u32* status) {
-    __shared__ alignas(16) u32 table[TABLE_ENTRIES];
+    __shared__ alignas(4 * TABLE_ENTRIES) u32 table[TABLE_ENTRIES];
     __shared__ CodeScratch scratch;
     const i64 id = ids[blockIdx.x];
     u16* output = reinterpret_cast<u16*>(range.output) + blockIdx.x * row_weights;
