@@ -65,11 +65,7 @@ class Gpu:
             self._launch(kernels.GATHER_ROWS, count, *arguments, np.uint64(self.status.data_ptr()))
 
     def _launch(self, name: str, blocks: int, *arguments: Any) -> None:
-        import torch
-
-        cuda = self._cupy.cuda
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        with cuda.Device(self.device.index), cuda.ExternalStream(stream, self.device.index):
+        with self._cupy.cuda.Device(self.device.index), current_stream(self._cupy, self.device):
             self._kernels[name]((blocks,), (kernels.THREADS[name],), arguments)
 
     def raise_damage(self) -> None:
@@ -115,6 +111,25 @@ def check_device(device: torch.device) -> None:
             found=_dotted(capability),
             hint="use device='cpu'",
         )
+
+
+class _Handle:
+    # A stream of another library, as CuPy takes it.
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+def current_stream(cupy: Any, device: torch.device) -> Any:
+    """Torch's current stream of a device, for ``with``: what CuPy launches inside goes there. The device must be CuPy's current one."""
+    import torch
+
+    pointer = torch.cuda.current_stream(device).cuda_stream
+    if hasattr(cupy.cuda.Stream, "from_external"):  # From CuPy 14 on, which deprecates the other.
+        return cupy.cuda.Stream.from_external(_Handle(pointer))
+    return cupy.cuda.ExternalStream(pointer)
 
 
 def _import_cupy() -> Any:

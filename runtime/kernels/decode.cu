@@ -44,6 +44,7 @@ constexpr u32 STAGE_TILE = 3840;
 constexpr u32 STAGE_BYTES = STAGE_FRONT + STAGE_TILE + 208;
 constexpr u32 WIDE_THREADS = 256;
 constexpr u32 SMALL_THREADS = 128;
+constexpr u32 SMALL_BLOCKS = 8;  // of a multiprocessor, so at most 64 registers
 
 // Weights first to last (exclusive) of a record, and where they go.
 struct Range {
@@ -526,7 +527,7 @@ extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
 }
 
 // The same with few registers and little shared memory, to run beside other kernels.
-extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 8)
+extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
     df11_decode_small(const __grid_constant__ Ranges ranges, u32 range_count, u32 tiles_per_block, u32* status) {
     __shared__ alignas(4 * TABLE_ENTRIES) u32 table[TABLE_ENTRIES];
     __shared__ CodeScratch scratch;
@@ -535,7 +536,7 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 8)
 
 // Decode given rows of a matrix of `rows` rows of `row_weights`: output row i is row ids[i]; a row that does not exist becomes NaN.
 // `range` is the whole record, its output that of row 0. Grid: a block for each of ids.
-extern "C" __global__ void __launch_bounds__(SMALL_THREADS, 8)
+extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
     df11_gather_rows(const __grid_constant__ Range range, const i64* ids, u64 row_weights, u64 rows, u32* status) {
     __shared__ alignas(4 * TABLE_ENTRIES) u32 table[TABLE_ENTRIES];
     __shared__ CodeScratch scratch;

@@ -1,0 +1,12 @@
+// The kernels of selftest.cu that can be launched.
+CUDA_ON_CPU_KERNEL(warp_primitives)
+CUDA_ON_CPU_KERNEL(scan)
+CUDA_ON_CPU_KERNEL(exchange)
+CUDA_ON_CPU_KERNEL(order)
+CUDA_ON_CPU_KERNEL(read_unwritten)
+CUDA_ON_CPU_KERNEL(diverge)
+CUDA_ON_CPU_KERNEL(stray)
+CUDA_ON_CPU_KERNEL(intrinsics)
+CUDA_ON_CPU_KERNEL(atomics)
+CUDA_ON_CPU_KERNEL(busy)
+CUDA_ON_CPU_KERNEL(deep)

@@ -1,0 +1,175 @@
+"""What stands between a user and the GPU: one clear line for each."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from df11 import runtime
+from df11.formats import errors, layout
+from df11.runtime import gpu, kernels
+from df11.runtime.kernels import DECODE, DECODE_SMALL, Range
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A machine with a GPU, as torch tells it; the tests break one thing each."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(name="A GPU", multi_processor_count=132))
+    monkeypatch.setattr(gpu, "_gpus", {})
+    monkeypatch.setattr(gpu, "_is_installed", lambda name: name == "cupy-cuda12x")
+    return SimpleNamespace(cupy=lambda module: monkeypatch.setitem(sys.modules, "cupy", module))
+
+
+def refused(device: str | torch.device = "cuda") -> errors.Df11Error:
+    with pytest.raises(errors.Df11Error) as caught:
+        runtime.warm_up(device)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_gpus", {})
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in str(refused())
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    error = refused()
+    assert "no driver" in str(error)
+    assert "device='cpu'" in str(error)
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_no_such_device() -> None:
+    assert "there is no device cuda:1" in str(refused("cuda:1"))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_too_old_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    assert "A GPU is too old (expected compute capability 8.0 or higher, found 7.5)" in str(refused())
+
+
+def test_no_cupy(a_gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_gpu.cupy(None)
+    monkeypatch.setattr(gpu, "_is_installed", lambda _name: False)
+    assert "'cupy' is not installed; run: pip install 'df11[cuda12]'" in str(refused())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "pip install 'df11[cuda13]'" in str(refused())
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_two_builds_of_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_is_installed", lambda name: name.startswith("cupy-cuda1"))
+    error = refused()
+    assert "cupy-cuda12x, cupy-cuda13x" in str(error)
+    assert "uninstall" in str(error)
+
+
+def test_cupy_cannot_be_imported(a_gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "cupy":
+                raise ImportError("libcudart.so.12: cannot open shared object file\nand more")
+
+    a_gpu.cupy(ModuleType("cupy"))
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert "CuPy cannot be imported: libcudart.so.12" in str(refused())
+
+
+def test_kernels_that_do_not_compile(a_gpu: SimpleNamespace) -> None:
+    def fail() -> None:
+        raise RuntimeError("\nnvrtc: error: invalid value for --gpu-architecture\nmore")
+
+    class Device:
+        def __init__(self, _index: int) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    module = SimpleNamespace(get_function=lambda _name: SimpleNamespace(compile=fail))
+    a_gpu.cupy(SimpleNamespace(RawModule=lambda **_: module, cuda=SimpleNamespace(Device=Device)))
+    error = refused()
+    assert isinstance(error, errors.DeviceError)
+    assert "do not compile or load on A GPU: nvrtc: error: invalid value" in str(error)
+    assert "update" in str(error)
+
+
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
+    with (
+        pytest.raises(errors.BudgetError, match=r"too little memory on cuda:0 \(expected 5,000 bytes, found 1,000 free\)"),
+        gpu.enough_memory(CUDA, 5000),
+    ):
+        raise torch.OutOfMemoryError
+    assert errors.BudgetError.exit_code == 6
+
+
+def test_a_device_without_a_decoder() -> None:
+    assert "cannot be decoded on the device mps" in str(refused("mps"))
+
+
+def test_installed_builds_are_found_by_their_metadata() -> None:
+    assert gpu._is_installed("numpy")
+    assert not gpu._is_installed("cupy-cuda99x")
+    assert metadata.version("numpy")
+
+
+# Launches.
+
+
+def a_range(first: int, last: int, segment_elements: int = 8192 * 4) -> Range:
+    return Range(0x1000, 64, 10**7, segment_elements, first, last, 0x2000)
+
+
+def test_each_tile_has_its_block() -> None:
+    # What decode.cu does with the numbers: block -> segment, tiles; counted over all blocks, each tile of the range comes up once.
+    for segment_tiles in (1, 3, 4, 256):
+        for tiles in (1, 2, 8, 32):
+            for first, last in ((0, 1), (0, 8192), (5, 8193), (100_000, 300_000), (8192 * 3, 8192 * 9)):
+                elements = segment_tiles * layout.TILE_WEIGHTS
+                (table, count, per_block), blocks = kernels.pack([a_range(first, last, elements)], tiles)
+                assert (count, per_block) == (1, tiles)
+                assert table["range"][0, 0]["first_block"] == 0
+                blocks_per_segment = -(-segment_tiles // tiles)
+                covered = [
+                    segment * segment_tiles + tile
+                    for block in range(blocks)
+                    for segment in [first // elements + block // blocks_per_segment]
+                    for tile in range(block % blocks_per_segment * tiles, min((block % blocks_per_segment + 1) * tiles, segment_tiles))
+                ]
+                assert len(covered) == len(set(covered))
+                assert set(range(first // 8192, (last - 1) // 8192 + 1)) <= set(covered)
+                assert blocks <= ((last - 1) // elements - first // elements + 1) * blocks_per_segment
+
+
+def test_blocks_of_several_ranges_follow_one_another() -> None:
+    (table, count, _), blocks = kernels.pack([a_range(0, 8192 * 8), a_range(5, 5), a_range(0, 1)], 2)
+    assert count == 2
+    assert table["range"][0]["first_block"][:2].tolist() == [0, 4]
+    assert blocks == 6
+    assert kernels.pack([a_range(7, 7)], 8)[1] == 0
+
+
+@pytest.mark.parametrize("kernel", [DECODE, DECODE_SMALL])
+def test_tiles_of_a_block(kernel: str) -> None:
+    warps = kernels.THREADS[kernel] // 32
+    chosen = [kernels.tiles_per_block(kernel, tiles, 132) for tiles in (1, 100, 3150, 12_700, 40_000, 10**6)]
+    assert chosen == sorted(chosen)
+    assert chosen[0] == warps
+    assert chosen[-1] == 4 * warps
