@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from df11.formats import errors
-from df11.formats.record import Bytes, Place, Record, Segment, open_record
+from df11.formats import errors, layout
+from df11.formats.record import Bytes, Place, Record, Segment, Weights, open_record
 from df11.runtime.kernels import Range
 
 _pools: Final[dict[int, ThreadPoolExecutor]] = {}
@@ -63,17 +64,17 @@ class Cpu:
         wrong = numbers[(numbers < 0) | (numbers >= rows)]
         if wrong.size:
             raise errors.UsageError("no such row", expected=f"0 to {rows - 1}", found=int(wrong[0]))
-        record = _open(matrix)
-        held: tuple[int, Segment] | None = None
-        for place in np.argsort(numbers, kind="stable"):  # Rows of a segment one after another: its table is expanded once.
-            first = int(numbers[place]) * row_weights
-            out = _array(matrix.output + 2 * int(place) * row_weights, row_weights, np.dtype(np.uint16))
-            for index in range(first // matrix.segment_elements, (first + row_weights - 1) // matrix.segment_elements + 1):
-                if held is None or held[0] != index:
-                    held = index, record.segment(index)
-                start = index * matrix.segment_elements
-                low, high = max(first, start), min(first + row_weights, start + matrix.segment_elements)
-                held[1].decode_range(low - start, high - start, out[low - first : high - first])
+        record, out = _open(matrix), _array(matrix.output, count * row_weights, np.dtype(np.uint16)).reshape(count, row_weights)
+        order = np.argsort(numbers, kind="stable")
+        # Rows whose tiles touch are decoded together, so that no tile is decoded twice; a segment at the most.
+        firsts = numbers[order] * row_weights
+        apart = np.flatnonzero(
+            (firsts[1:] // layout.TILE_WEIGHTS > (firsts[:-1] + row_weights - 1) // layout.TILE_WEIGHTS)
+            | (firsts[1:] // matrix.segment_elements != firsts[:-1] // matrix.segment_elements)
+        )
+        runs = np.split(order, apart + 1)
+        for done in [pool().submit(_gather_run, record, matrix, numbers, run, out) for run in runs]:
+            done.result()
 
     def raise_damage(self) -> None:
         """Nothing is left to raise."""
@@ -109,6 +110,17 @@ def _decode_segment(record: _Opened, index: int, part: Range) -> None:
         segment.decode(out)
     else:
         segment.decode_range(low, high, out)
+
+
+def _gather_run(record: _Opened, matrix: Range, numbers: npt.NDArray[np.int64], run: npt.NDArray[np.int64], out: Weights) -> None:
+    # The rows numbers[run], which ascend, by decoding all from the first to the last.
+    row_weights = out.shape[1]
+    first, last = int(numbers[run[0]]), int(numbers[run[-1]]) + 1
+    rows = np.empty((last - first, row_weights), np.uint16)
+    part = dataclasses.replace(matrix, first=first * row_weights, last=last * row_weights, output=rows.ctypes.data)
+    for index in _segments(part):
+        _decode_segment(record, index, part)
+    out[run] = rows[numbers[run] - first]
 
 
 def _array(address: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -1,0 +1,376 @@
+"""How fast is decoding on this GPU? ``make gpu-bench``, or ``python -m benchmarks.gpu.bench``, on any machine with a GPU, torch and CuPy.
+
+Beside each figure stands, from the same run, the floor: a kernel that reads as many bytes and writes as many, and does nothing else; and
+DFloat11's own kernel and nvCOMP's ANS on the same weights, where their wheels are installed. Each output is compared before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+import df11
+from benchmarks import report, safetensors_file, table
+from benchmarks.gpu import copy_floor, dfloat11_peer, environment, nvcomp_peer, timing, weights
+from benchmarks.gpu.timing import Call, MissingPeerError, Timing
+from benchmarks.safetensors_file import Tensor
+from df11 import runtime
+from df11.formats import errors
+from df11.runtime import gpu, kernels
+from df11.runtime.kernels import Range
+
+SIZES: Final = (1 << 20, 840 * 2520, 2520 * 2520, 10080 * 1024, 10240 * 2520, 100_000_000, 300_000_000)
+"""Weights of one matrix: a mebi, four of OmniGen2's transformer, and two larger ones."""
+EMBEDDING: Final = (151_936, 2048)
+"""Of OmniGen2's language model; its output layer is the same matrix."""
+Row = dict[str, Any]
+
+
+class Bench:
+    """The sections, each a method that returns rows. ``scale``: what sizes are divided by, to try the program out."""
+
+    def __init__(self, device: torch.device, scale: int, folder: Path) -> None:
+        self.device = device
+        self.scale = scale
+        self.folder = folder
+        self.missing: dict[str, str] = {}
+        self.real = device.type == "cuda"
+
+    # What is timed, and how.
+
+    def _time(self, function: Call, *, rotation: int = 1) -> Timing:
+        """Cold second-level cache; on the processor, which only tries the program out, by the clock."""
+        if self.real:
+            return timing.time_kernel(function, rotation=rotation)
+        start = time.perf_counter()
+        function(0)
+        return Timing.of([time.perf_counter() - start])
+
+    def _matrix(self, count: int, make: Callable[[int, int, torch.device], torch.Tensor] = weights.gaussian) -> tuple[torch.Tensor, Any]:
+        original = make(max(4096, count // self.scale // 8 * 8), 3, self.device)
+        return original, weights.compress(original)
+
+    def _decoders(self, original: torch.Tensor, tensor: runtime.CompressedTensor) -> dict[str, Call]:
+        out = torch.zeros_like(original)
+        calls: dict[str, Call] = {
+            "df11": lambda _: tensor.decode(out),
+            "df11 background": lambda _: tensor.decode(out, background=True),
+        }
+        for name, add in (("DFloat11", self._dfloat11), ("nvCOMP ANS", self._nvcomp)):
+            if name not in self.missing:
+                try:
+                    calls |= add(original, out)
+                except (MissingPeerError, ImportError, dfloat11_peer.UnsupportedWeightsError) as error:
+                    self.missing[name] = str(error)
+        for name, call in calls.items():
+            out.zero_()
+            call(0)
+            if not torch.equal(out.view(torch.int16), original.view(torch.int16)) and name != "nvCOMP ANS, exponents alone":
+                raise AssertionError(f"{name} decodes wrongly")
+        return calls
+
+    def _dfloat11(self, original: torch.Tensor, out: torch.Tensor) -> dict[str, Call]:
+        decoder = dfloat11_peer.Decoder(self.device)
+        loaded = decoder.load(dfloat11_peer.encode(original.view(torch.int16).cpu().numpy().view(np.uint16)))
+        return {"DFloat11": lambda _: decoder.decode(loaded, out)}
+
+    def _nvcomp(self, original: torch.Tensor, out: torch.Tensor) -> dict[str, Call]:
+        ans = nvcomp_peer.Ans(self.device)
+        whole = ans.whole(original)
+        target = ans.target(whole, out.view(torch.uint8))
+        exponents, sign_mantissa = ans.split(original)
+        split = ans.target(exponents)
+
+        def joined(_: int) -> None:
+            ans.decompress(exponents, split)
+            ans.interleave(split.out, sign_mantissa, out)
+
+        return {"nvCOMP ANS, its BF16 mode": lambda _: ans.decompress(whole, target), "nvCOMP ANS of exponents, joined": joined}
+
+    def _floor(self, stored: torch.Tensor, out: torch.Tensor) -> Timing | None:
+        if not self.real:
+            return None
+        noise = torch.randint(0, 256, (stored.numel(),), dtype=torch.uint8, device=self.device)
+        _, timings = copy_floor.tune(noise, out)
+        return min(timings.values(), key=lambda found: found.median)
+
+    def _rows(self, what: str, original: torch.Tensor, stored: torch.Tensor, calls: dict[str, Call]) -> list[Row]:
+        out_bytes = 2 * original.numel()
+        floor = self._floor(stored, torch.empty_like(original))
+        rows = [self._row(what, "floor: a copy of the same bytes", floor, out_bytes)] if floor else []
+        rows += [self._row(what, name, self._time(call), out_bytes) for name, call in calls.items()]
+        for row in rows:
+            row |= {"weights": original.numel(), "bits": 8 * stored.numel() / original.numel()}
+            row["of_floor"] = floor.median / row["seconds"] if floor else None
+            other = next((peer["seconds"] for peer in rows if peer["name"] == "DFloat11"), None)
+            row["times_dfloat11"] = other / row["seconds"] if other else None
+        return rows
+
+    @staticmethod
+    def _row(what: str, name: str, found: Timing, out_bytes: int) -> Row:
+        return {"what": what, "name": name, "seconds": found.median, "timing": asdict(found), "bytes_per_second": found.bandwidth(out_bytes)}
+
+    # The sections.
+
+    def empty(self) -> list[Row]:
+        """What an event pair with nothing between measures, and what a launch costs the processor."""
+        _, tensor = self._matrix(1 << 20)
+        out = torch.empty(tensor.shape, dtype=torch.bfloat16, device=self.device)
+        rows = [{"what": "nothing, between two events", "seconds": self._time(lambda _: None).median}]
+        calls: dict[str, Callable[[], object]] = {"decode": lambda: tensor.decode(), "decode into": lambda: tensor.decode(out)}
+        for name, call in calls.items():
+            call()
+            if self.real:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                call()
+            rows.append({"what": f"processor time of a launch: {name}", "seconds": (time.perf_counter() - start) / 200})
+        return rows
+
+    def sizes(self) -> list[Row]:
+        """One matrix of each size, Gaussian."""
+        rows = []
+        for count in SIZES:
+            original, tensor = self._matrix(count)
+            rows += self._rows(f"{original.numel():,} weights", original, tensor.record, self._decoders(original, tensor))
+        return rows
+
+    def outliers(self) -> list[Row]:
+        """Exponents of 3.6 bits, as in the outlier layers of OmniGen2's language model; and weights that are stored raw."""
+        rows = []
+        for name, make in (("3.6 bits an exponent", weights.spread), ("raw", weights.random_bits)):
+            original, tensor = self._matrix(10240 * 2520, make)
+            calls = {name: call for name, call in self._decoders(original, tensor).items() if name.startswith("df11")}
+            rows += self._rows(name, original, tensor.record, calls)
+        return rows
+
+    def block(self) -> list[Row]:
+        """All matrices of a block of OmniGen2's transformer: in one launch, one by one, and by the peers as one matrix, as DFloat11 does it."""
+        originals = [
+            weights.gaussian(max(4096, rows * columns // self.scale), i, self.device)
+            for i, (rows, columns) in enumerate(weights.block_shapes().values())
+        ]
+        tensors = [weights.compress(original) for original in originals]
+        outputs = [torch.zeros_like(original) for original in originals]
+        runtime.decode_many(tensors, outputs)
+        for found, expected in zip(outputs, originals, strict=True):
+            if not torch.equal(found.view(torch.int16), expected.view(torch.int16)):
+                raise AssertionError("decodes wrongly")
+        joined = torch.cat(originals)
+        stored = torch.cat([tensor.record for tensor in tensors])
+        calls: dict[str, Call] = {
+            "df11, one launch": lambda _: runtime.decode_many(tensors, outputs),
+            "df11 background, one launch": lambda _: runtime.decode_many(tensors, outputs, background=True),
+            "df11, a launch each": lambda _: [tensor.decode(out) for tensor, out in zip(tensors, outputs, strict=True)],
+        }
+        peers = self._decoders(joined, weights.compress(joined))
+        return self._rows("a block", joined, stored, calls | {name: call for name, call in peers.items() if not name.startswith("df11")})
+
+    def tiles(self) -> list[Row]:
+        """The number of tiles for each block of a launch, and both kernels: what the choice in df11.runtime.kernels is worth."""
+        if not self.real:
+            return []
+        rows, device = [], gpu.of(self.device)
+        for count in (840 * 2520, 2520 * 2520, 10240 * 2520, 100_000_000):
+            original, tensor = self._matrix(count)
+            out = torch.zeros_like(original)
+            part = Range(tensor.record.data_ptr(), tensor.record.numel(), out.numel(), tensor.segment_elements, 0, out.numel(), out.data_ptr())
+            for background in (False, True):
+                name = kernels.DECODE_SMALL if background else kernels.DECODE
+                chosen = kernels.tiles_per_block(name, -(-count // 8192), device.multiprocessors)
+                for tiles in (4, 8, 16, 32, 64):
+                    found = self._time(lambda _, b=background, t=tiles, p=part: device.decode([p], background=b, tiles_per_block=t))  # type: ignore[misc]
+                    mark = " (chosen)" if tiles == chosen else ""
+                    rows.append(self._row(f"{count:,} weights", f"{name}, {tiles} tiles{mark}", found, 2 * count) | {"weights": count})
+        return rows
+
+    def embedding(self) -> list[Row]:
+        """Rows of the embedding: gathered, in slices as for the output layer, and all."""
+        shape = (max(64, EMBEDDING[0] // self.scale), EMBEDDING[1])
+        original = weights.gaussian(shape[0] * shape[1], 9, self.device).view(shape)
+        tensor = weights.compress(original)
+        rows = []
+        for count in (1, 16, 256, 1024, 4096):
+            ids = torch.randint(0, shape[0], (count,), device=self.device)
+            if not torch.equal(tensor.gather(ids).view(torch.int16), original[ids].view(torch.int16)):
+                raise AssertionError("gathers wrongly")
+            rows.append(self._row(f"{count} rows gathered", "df11", self._time(lambda _, i=ids: tensor.gather(i)), 2 * count * shape[1]))  # type: ignore[misc]
+        step = max(1, shape[0] // 8)
+        rows.append(self._row(f"a slice of {step} rows", "df11", self._time(lambda _: tensor.rows(step, 2 * step)), 2 * step * shape[1]))
+        rows.append(self._row("all rows", "df11", self._time(lambda _: tensor.decode()), 2 * original.numel()))
+        return rows
+
+    def overlap(self) -> list[Row]:
+        """A matrix product of 4096 tokens, alone, and with the next matrix decoded beside it on another stream."""
+        if not self.real:
+            return []
+        original, tensor = self._matrix(10240 * 2520)
+        weight, tokens = original.view(10240, 2520), torch.randn(4096, 2520, device=self.device).to(torch.bfloat16)
+        out, side = torch.zeros_like(original), torch.cuda.Stream(self.device)
+
+        def product(_: int) -> None:
+            for _ in range(4):
+                torch.nn.functional.linear(tokens, weight)
+
+        def before(i: int) -> None:
+            tensor.decode(out)
+            product(i)
+
+        def both(background: bool, first: bool) -> Call:
+            def run(_: int) -> None:
+                current = torch.cuda.current_stream(self.device)
+                if first:
+                    torch.nn.functional.linear(tokens, weight)
+                side.wait_stream(current)
+                with torch.cuda.stream(side):
+                    tensor.decode(out, background=background)
+                for _ in range(3 if first else 4):
+                    torch.nn.functional.linear(tokens, weight)
+                current.wait_stream(side)
+
+            return run
+
+        cases = {
+            "four products": product,
+            "decode, then four products": before,
+            "four products, wide kernel beside": both(False, False),
+            "four products, background kernel beside": both(True, False),
+            "four products, background kernel after the first began": both(True, True),
+        }
+        alone = self._time(product).median
+        times = {name: self._time(call).median for name, call in cases.items()}
+        return [{"what": name, "seconds": seconds, "of_products_alone": seconds / alone} for name, seconds in times.items()]
+
+    def loading(self) -> list[Row]:
+        """A file of 4 GB of BF16 from disk to the GPU, beside safetensors; pages dropped from the page cache, and not."""
+        from safetensors.torch import load_file
+
+        rows_of = max(8, 4_000_000_000 // 2 // 12 // 4096 // self.scale)
+        tensors = [Tensor(f"layers.{i}.weight", "BF16", (rows_of, 4096)) for i in range(12)]
+        source, target = self.folder / "x.safetensors", self.folder / "x.df11"
+        pattern = weights.gaussian(rows_of * 4096, 4, "cpu").view(torch.uint8).numpy()
+        safetensors_file.write(source, tensors, lambda _: iter([memoryview(pattern)]))
+        df11.convert(source, target, verify=False)
+        programs: dict[str, tuple[Path, Callable[[], object]]] = {
+            "safetensors": (source, lambda: load_file(source, device=str(self.device))),
+            "df11": (target, lambda: runtime.load_file(target, self.device)),
+        }
+        rows: list[Row] = []
+        for cold in (True, False):
+            for turn in range(3):
+                for name, (path, load) in programs.items():
+                    if cold:
+                        with path.open("rb") as file:
+                            os.fsync(file.fileno())
+                            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    start = time.perf_counter()
+                    loaded = load()
+                    if self.real:
+                        torch.cuda.synchronize()
+                    seconds = time.perf_counter() - start
+                    del loaded
+                    rows.append({"what": "not in the page cache" if cold else "in the page cache", "name": name, "turn": turn, "seconds": seconds})
+        for row in rows:
+            others = [
+                other["seconds"] for other in rows if other["name"] == "safetensors" and other["what"] == row["what"] and other["turn"] == row["turn"]
+            ]
+            row["of_safetensors"] = row["seconds"] / others[0]
+            row["bytes_per_second"] = source.stat().st_size / row["seconds"]
+        return rows
+
+
+SECTIONS: Final = ("empty", "sizes", "outliers", "block", "tiles", "embedding", "overlap", "loading")
+_COLUMNS: Final = {
+    "what": "what",
+    "name": "by",
+    "bits": "bits a weight",
+    "seconds": "us",
+    "bytes_per_second": "GB/s of BF16",
+    "of_floor": "of the floor",
+    "times_dfloat11": "x DFloat11",
+    "of_products_alone": "of the products alone",
+    "of_safetensors": "of safetensors",
+}
+
+
+def as_markdown(results: Row) -> str:
+    """The report."""
+    parts = [
+        "# Decoding on a GPU",
+        environment.as_text(results["machine"]),
+        "Medians of 50 calls between two events, on a second-level cache that was overwritten before. GB/s: 10^9 bytes of BF16 a second. Floor: "
+        "the fastest of 32 shapes of a kernel that reads the stored bytes and writes those of the BF16 weights.",
+        *(f"Missing: {reason}." for reason in results["missing"].values()),
+    ]
+    for name, section in results["sections"].items():
+        parts += [f"## {name}", section["about"]]
+        if section["error"]:
+            parts.append(f"**Failed**: {section['error']}")
+        if section["rows"]:
+            columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in section["rows"])]
+            parts.append(
+                table.markdown([_COLUMNS[key] for key in columns], [[_cell(key, row.get(key)) for key in columns] for row in section["rows"]])
+            )
+    return "\n\n".join(parts)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if key == "seconds":
+        return f"{value * 1e6:,.1f}"
+    if key == "bytes_per_second":
+        return f"{value / 1e9:,.1f}"
+    return f"{value:.3f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Time decoding on a GPU, beside the floor and the peers.")
+    parser.add_argument("--device", default="cuda", help="default: cuda; cpu tries this program out, its times mean nothing")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections")
+    parser.add_argument("--scale", type=int, default=1, help="divide sizes, to try the program out")
+    parser.add_argument("--dir", type=Path, help="folder for the file that is loaded (6 GB; default: the temporary folder)")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (default: benchmarks/results)")
+    chosen = parser.parse_args(arguments)
+    device = torch.device(chosen.device)
+    try:
+        runtime.warm_up(device)
+    except errors.Df11Error as error:
+        print(f"gpu-bench: {error}", file=sys.stderr)
+        return error.exit_code
+    results: Row = {"machine": environment.describe(device), "sections": {}, "missing": {}}
+    failed = False
+    for name in chosen.only:
+        with tempfile.TemporaryDirectory(dir=chosen.dir) as folder:
+            bench, start = Bench(device, chosen.scale, Path(folder)), time.perf_counter()
+            section: Row = {"about": (getattr(Bench, name).__doc__ or "").split("\n")[0], "rows": [], "error": None}
+            try:
+                section["rows"] = getattr(bench, name)()
+            except Exception as error:  # The report says it, and the other sections are run.
+                section["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                failed = True
+                traceback.print_exc()
+        results["missing"] |= bench.missing
+        results["sections"][name] = section
+        print(f"{name}: {len(section['rows'])} rows, {time.perf_counter() - start:.0f} s", flush=True)
+        # After each section, so that nothing is lost if the machine goes away.
+        path = report.save(f"gpu-{environment.short_name(results['machine'])}", results, as_markdown(results), chosen.out)
+    print(path.read_text(encoding="utf-8"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Weights and their records, for the checks and the benchmarks on a GPU."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from benchmarks import synthetic
+from df11 import runtime
+from df11.converter.encode import SegmentEncoder
+from df11.converter.plan import ENCODE_SLACK
+from df11.formats import layout
+from df11.formats.record import Bytes, SegmentPlace, Weights, pack_front
+from df11.runtime import cpu
+
+if TYPE_CHECKING:
+    import torch
+
+SIGMA: Final = 0.02
+_PIECE: Final = 1 << 26
+_encoders: Final = threading.local()
+
+
+def gaussian(count: int, seed: int, device: str | torch.device) -> torch.Tensor:
+    """BF16 [count] on the device, Gaussian as the weights of a matrix."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(seed)
+    out = torch.empty(count, dtype=torch.bfloat16, device=device)
+    for start in range(0, count, _PIECE):
+        part = out[start : start + _PIECE]
+        part.copy_(torch.randn(len(part), generator=generator, device=device).mul_(SIGMA))
+    return out
+
+
+def random_bits(count: int, seed: int, device: str | torch.device) -> torch.Tensor:
+    """BF16 [count] on the device: all values, NaNs and infinities too, equally often. Stored raw."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randint(-(1 << 15), 1 << 15, (count,), generator=generator, dtype=torch.int16, device=device).view(torch.bfloat16)
+
+
+def spread(count: int, seed: int, device: str | torch.device) -> torch.Tensor:
+    """BF16 [count] on the device with exponents of 3.6 bits, as the outlier layers of OmniGen2's language model have."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(seed)
+    columns = torch.randn(2048, generator=generator, device=device).mul_(synthetic.OUTLIER_COLUMN_SPREADS[1]).exp_()
+    weights = gaussian(count, seed, device)
+    whole = count // 2048 * 2048
+    weights[:whole].view(-1, 2048).mul_(columns.to(torch.bfloat16))
+    return weights
+
+
+def encode(weights: torch.Tensor) -> Bytes:
+    """The record of BF16 weights, as the converter makes it, on all cores."""
+    import torch
+
+    values: Weights = weights.reshape(-1).view(torch.int16).cpu().numpy().view(np.uint16)
+    size = layout.DEFAULT_SEGMENT_WEIGHTS
+    with ThreadPoolExecutor(cpu.cores()) as threads:
+        segments = list(threads.map(_encode_segment, [values[first : first + size] for first in range(0, len(values), size)]))
+    return np.frombuffer(pack_front([place for place, _ in segments], size) + b"".join(data for _, data in segments), np.uint8)
+
+
+def _encode_segment(weights: Weights) -> tuple[SegmentPlace, bytes]:
+    if not hasattr(_encoders, "encoder"):
+        _encoders.encoder = SegmentEncoder()
+    out = np.empty(layout.raw_segment_size(len(weights)) + ENCODE_SLACK, np.uint8)
+    segment = _encoders.encoder.encode(weights, out, verify=False)
+    place = SegmentPlace(0, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0)
+    return place, segment.data.tobytes()
+
+
+def compress(weights: torch.Tensor) -> runtime.CompressedTensor:
+    """The same weights compressed, on the same device."""
+    import torch
+
+    return runtime.CompressedTensor(torch.from_numpy(encode(weights).copy()).to(weights.device), weights.shape)
+
+
+def block_shapes(layer: int = 0) -> dict[str, tuple[int, int]]:
+    """Name and shape of the matrices of a block of OmniGen2's transformer."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for file, tensors in synthetic.omnigen2()["files"].items():
+        if file.startswith("transformer/"):
+            shapes |= {name: (shape[0], shape[1]) for name, shape in tensors.items() if name.startswith(f"layers.{layer}.") and len(shape) == 2}
+    return shapes
