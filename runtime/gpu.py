@@ -26,8 +26,11 @@ _CUPY_BUILDS: Final = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 class Gpu:
     """The kernels on one CUDA device. Launches go to torch's current stream and allocate nothing, so that a CUDA graph can capture them."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Check the device and compile the kernels (or take them from CuPy's cache). Raises DeviceError or MissingExtraError."""
+    def __init__(self, device: torch.device, source: str | None = None) -> None:
+        """Check the device and compile the kernels (or take them from CuPy's cache). Raises DeviceError or MissingExtraError.
+
+        ``source``: others than the package's, to compare them.
+        """
         import torch
 
         self.device = device
@@ -35,7 +38,7 @@ class Gpu:
         self._cupy = _import_cupy()
         properties = torch.cuda.get_device_properties(device)
         self.multiprocessors: int = properties.multi_processor_count
-        module = self._cupy.RawModule(code=kernels.SOURCE.read_text(encoding="utf-8"), options=kernels.NVRTC_OPTIONS)
+        module = self._cupy.RawModule(code=source or kernels.SOURCE.read_text(encoding="utf-8"), options=kernels.NVRTC_OPTIONS)
         try:
             with self._cupy.cuda.Device(device.index):
                 self._kernels = {name: module.get_function(name) for name in kernels.THREADS}

@@ -117,6 +117,19 @@ def test_tiles_too_large_for_the_stage(kernel: str) -> None:
 
 
 @BOTH
+def test_several_tiles_a_warp(kernel: str) -> None:
+    # The stage is used again, and the table lives on; tiles that fit the stage beside some that do not.
+    weights = strategies.make("gaussian", 41 * 8192 + 5, 2)
+    weights[8192 * 9 : 8192 * 12] = strategies.make("random_bits", 3 * 8192, 1) & 0x87FF | 0x3000
+    record = records.encode(weights)
+    launches = [
+        cases.decode_case([whole(record, weights, 1 << 21)], kernel=kernel, tiles=tiles, seed=seed) for tiles in (32, 41, 64) for seed in range(4)
+    ]
+    for outcome in cases.run(launches):
+        assert_decoded(outcome, weights)
+
+
+@BOTH
 def test_many_records_in_one_launch(kernel: str) -> None:
     made = [records.generate(seed, 9000) for seed in range(kernels.MOST_RANGES)]
     for count in (2, 3, 33, 63, 64):

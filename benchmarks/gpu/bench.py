@@ -22,7 +22,7 @@ import torch
 
 import df11
 from benchmarks import report, safetensors_file, table
-from benchmarks.gpu import copy_floor, dfloat11_peer, environment, nvcomp_peer, timing, weights
+from benchmarks.gpu import copy_floor, dfloat11_peer, environment, nvcomp_peer, timing, variants, weights
 from benchmarks.gpu.timing import Call, MissingPeerError, Timing
 from benchmarks.safetensors_file import Tensor
 from df11 import runtime
@@ -196,6 +196,25 @@ class Bench:
                     rows.append(self._row(f"{count:,} weights", f"{name}, {tiles} tiles{mark}", found, 2 * count) | {"weights": count})
         return rows
 
+    def variants(self) -> list[Row]:
+        """The kernels with one change each."""
+        if not self.real:
+            return []
+        rows = []
+        for count in (840 * 2520, 10240 * 2520, 100_000_000):
+            original, tensor = self._matrix(count)
+            out = torch.zeros_like(original)
+            part = Range(tensor.record.data_ptr(), tensor.record.numel(), out.numel(), tensor.segment_elements, 0, out.numel(), out.data_ptr())
+            for name in variants.CHANGES:
+                device = gpu.Gpu(self.device, variants.source(name))
+                out.zero_()
+                device.decode([part])
+                if not torch.equal(out.view(torch.int16), original.view(torch.int16)):
+                    raise AssertionError(f"{name}: decodes wrongly")
+                found = self._time(lambda _, d=device, p=part: d.decode([p]))  # type: ignore[misc]
+                rows.append(self._row(f"{count:,} weights", name, found, 2 * count) | {"weights": count})
+        return rows
+
     def embedding(self) -> list[Row]:
         """Rows of the embedding: gathered, in slices as for the output layer, and all."""
         shape = (max(64, EMBEDDING[0] // self.scale), EMBEDDING[1])
@@ -291,7 +310,7 @@ class Bench:
         return rows
 
 
-SECTIONS: Final = ("empty", "sizes", "outliers", "block", "tiles", "embedding", "overlap", "loading")
+SECTIONS: Final = ("empty", "sizes", "outliers", "block", "tiles", "variants", "embedding", "overlap", "loading")
 _COLUMNS: Final = {
     "what": "what",
     "name": "by",

@@ -1,0 +1,29 @@
+"""Variants of decode.cu, each one change, to be timed beside it: what a choice is worth on the GPU at hand."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from df11.runtime import kernels
+
+CHANGES: Final[dict[str, list[tuple[str, str]]]] = {
+    "as it is": [],
+    "no prefetching while the table is expanded": [(r"\n[^\n]*prefetch\(bytes \+ i\);", "")],
+    "sign/mantissa bytes loaded 2 chunks ahead": [(r"decode_whole<4>", "decode_whole<2>")],
+    "sign/mantissa bytes loaded 8 chunks ahead": [(r"decode_whole<4>", "decode_whole<8>")],
+    "loads without a hint": [(r"__ldcs\(source", "__ldg(source")],
+    "stores that say that nothing is used again": [(r"target\[i \* LANES\] = (join_chunk\(pairs, now\[i\]\));", r"__stcs(target + i * LANES, \1);")],
+    "at least 4 blocks a multiprocessor": [(r"__launch_bounds__\(WIDE_THREADS\)", "__launch_bounds__(WIDE_THREADS, 4)")],
+}
+"""Name -> regular expressions and what replaces them; each must match at least once."""
+
+
+def source(name: str) -> str:
+    """The source of a variant."""
+    text = kernels.SOURCE.read_text(encoding="utf-8")
+    for pattern, replacement in CHANGES[name]:
+        text, count = re.subn(pattern, replacement, text)
+        if not count:
+            raise ValueError(f"decode.cu has nothing like {pattern!r} any more")
+    return text
