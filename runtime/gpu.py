@@ -50,6 +50,8 @@ class Gpu:
                 hint="update the driver, or CuPy to the newest release for its CUDA version",
             ) from error
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # Other streams use it, too.
 
     def decode(self, ranges: Sequence[Range], *, background: bool = False, tiles_per_block: int | None = None) -> None:
         """Decode ranges, 64 in a launch. ``background`` takes the kernel with few registers and little shared memory, to run beside others."""
@@ -170,12 +172,14 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 @contextmanager
 def enough_memory(device: torch.device, needed: int) -> Iterator[None]:
-    """Turn torch's out-of-memory error into a BudgetError that names ``needed`` bytes and what is free."""
+    """Turn torch's out-of-memory errors into a BudgetError that names ``needed`` bytes and, on a GPU, what is free."""
     import torch
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         raise errors.BudgetError(
             f"too little memory on {device}", expected=f"{needed:,} bytes", found=f"{free:,} free" if free is not None else None

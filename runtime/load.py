@@ -67,6 +67,8 @@ def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda")
     target = torch.device(device)
     with Container(path) as container:
         decoder = operators.decoder_of(target)  # Before the file is read: it says whether there is a GPU.
+        if target.type == "cuda":
+            target = gpu.of(target).device  # with its index
         dtypes = {name: _torch_dtype(container, name) for name in container.keys()}
         size = sum(container.info(name).elements * dtype.itemsize for name, dtype in dtypes.items())
         with gpu.enough_memory(target, size + 2 * SLOTS * SLOT_BYTES):
@@ -215,9 +217,11 @@ def _side_stream(device: torch.device) -> Iterator[None]:
         return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            yield
+    finally:  # After an error, too: what has been launched still uses memory that is about to be given back.
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

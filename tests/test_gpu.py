@@ -118,6 +118,10 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         raise torch.OutOfMemoryError
     assert errors.BudgetError.exit_code == 6
+    with pytest.raises(errors.BudgetError, match="too little memory on cpu"), gpu.enough_memory(torch.device("cpu"), 1 << 60):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="something else"), gpu.enough_memory(CUDA, 1):
+        raise RuntimeError("something else")
 
 
 def test_a_device_without_a_decoder() -> None:

@@ -215,6 +215,21 @@ def test_damaged_records(batch: int) -> None:
     assert noticed > BATCH // 4
 
 
+@BOTH
+def test_code_tables_of_any_bytes(kernel: str) -> None:
+    # The largest alphabet there may be: its grid can claim 65,536 codes, of any length.
+    [(_, original, weights, segment_elements)] = [found for found in golden_records() if found[0].startswith("largest_alphabet/")]
+    header = layout.SEGMENT_HEADER.unpack(original[80:112].tobytes())
+    assert header["alphabet_size"] == 256
+    grid = slice(80 + 32 + 256, 80 + header["tiles_offset"])
+    launches = []
+    for seed, cells in enumerate([*(0x11 * length for length in range(16)), 0x1C, 0xC1, 0x2B, None]):
+        record = original.copy()
+        record[grid] = np.random.default_rng(seed).integers(0, 256, grid.stop - grid.start) if cells is None else cells
+        launches.append(cases.decode_case([whole(record, weights, segment_elements)], kernel=kernel, seed=seed))
+    assert all(outcome.status & 2 for outcome in cases.run(launches))
+
+
 def test_damaged_rows() -> None:
     launches = []
     for seed in range(500):

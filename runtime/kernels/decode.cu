@@ -251,7 +251,7 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
         // After the last code comes, in a sound table, only the bit 1 of a single code: its symbol is the first.
         const bool coded = length <= CODE_LIMIT;
         const u32 rank = coded ? scratch.offset[length] + ((v - scratch.first[length]) >> (CODE_LIMIT - length)) : 0;
-        const u32 symbol = symbols[min(rank, TABLE_ENTRIES - 1)];
+        const u32 symbol = symbols[rank];  // A code takes one value or more, so rank <= v.
         return (symbol & 0xFF00) << 15 | (symbol & 0xFF) << 7 | (coded ? length : 1);
     };
     const auto slot_of = [&](u32 j) { return (__brev(j) >> (32 - CODE_LIMIT + THREAD_BITS)) << THREAD_BITS | thread; };
