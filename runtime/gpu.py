@@ -35,6 +35,8 @@ class Gpu:
 
         self.device = device
         check_device(device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise errors.UsageError("the kernels cannot be loaded while a CUDA graph is captured", hint="call df11.runtime.warm_up() before")
         self._cupy = _import_cupy()
         properties = torch.cuda.get_device_properties(device)
         self.multiprocessors: int = properties.multi_processor_count
@@ -44,10 +46,12 @@ class Gpu:
                 self._kernels = {name: module.get_function(name) for name in kernels.THREADS}
                 for kernel in self._kernels.values():
                     kernel.compile()
+                # All of a multiprocessor's memory as shared memory: so the most blocks of the wide kernel fit.
+                self._kernels[kernels.DECODE].preferred_shared_memory_carveout = 100
         except Exception as error:  # CuPy's, NVRTC's and the driver's classes have no common base.
             raise errors.DeviceError(
                 f"the kernels do not compile or load on {properties.name}: {_first_line(error)}",
-                hint="update the driver, or CuPy to the newest release for its CUDA version",
+                hint="update the driver, or NVRTC (12.8 or newer for compute capability 10.0 and above) and CuPy",
             ) from error
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda":

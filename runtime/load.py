@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
     from df11.runtime.operators import Decoder
 
-SLOTS: Final = 4
+SLOTS: Final = 6
+READING: Final = 4
 SLOT_BYTES: Final = 16 << 20
-"""Of the ring of pinned memory through which a file goes to a GPU, and as much there: read, checked, copied and decoded at once."""
+"""The ring of pinned memory through which a file goes to a GPU, and as much there. Some slots are being read; the others are being copied and
+decoded, so that one can wait for its turn while another's copy is under way."""
 
 _TORCH_NAMES: Final = {
     "BOOL": "bool",
@@ -142,7 +144,7 @@ def load_through_ring(
     with _side_stream(device):
         try:
             for piece in pieces.cut(container, capacity):
-                if len(reading) == SLOTS:
+                if len(reading) == READING:
                     finish()
                 slot = ring.popleft()
                 slot.prepare(piece.size)
@@ -163,7 +165,7 @@ class _Slot:
         import torch
 
         self._device = device
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._event = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
         self._allocate(capacity)
 
     def _allocate(self, capacity: int) -> None:

@@ -22,7 +22,7 @@ class Bounds:
 
 SMALL_BLOCKS = {"80": 8, "86": 5, "89": 5, "90": 8, "100": 8, "120": 5}
 BOUNDS = {
-    kernels.DECODE: Bounds(96, 48 << 10, 6, {"80": 3, "86": 2, "89": 2, "90": 4, "100": 4, "120": 2}),
+    kernels.DECODE: Bounds(128, 48 << 10, 6, {"80": 3, "86": 2, "89": 2, "90": 4, "100": 4, "120": 2}),
     kernels.DECODE_SMALL: Bounds(64, 17 << 10, 6, SMALL_BLOCKS),
     kernels.GATHER_ROWS: Bounds(64, 17 << 10, 6, SMALL_BLOCKS),
 }

@@ -28,6 +28,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(name="A GPU", multi_processor_count=132))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(gpu, "_gpus", {})
     monkeypatch.setattr(gpu, "_is_installed", lambda name: name == "cupy-cuda12x")
     return SimpleNamespace(cupy=lambda module: monkeypatch.setitem(sys.modules, "cupy", module))
@@ -110,6 +111,12 @@ def test_kernels_that_do_not_compile(a_gpu: SimpleNamespace) -> None:
     assert "update" in str(error)
 
 
+@pytest.mark.usefixtures("a_gpu")
+def test_first_use_within_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "warm_up() before" in str(refused())
+
+
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
     with (
@@ -138,7 +145,7 @@ def test_installed_builds_are_found_by_their_metadata() -> None:
 
 
 def a_range(first: int, last: int, segment_elements: int = 8192 * 4) -> Range:
-    return Range(0x1000, 64, 10**7, segment_elements, first, last, 0x2000)
+    return Range(0x1000, 64, 300 * 8192 * 4, segment_elements, first, last, 0x2000)
 
 
 def test_each_tile_has_its_block() -> None:
@@ -150,7 +157,7 @@ def test_each_tile_has_its_block() -> None:
                 (table, count, per_block), blocks = kernels.pack([a_range(first, last, elements)], tiles)
                 assert (count, per_block) == (1, tiles)
                 assert table["range"][0, 0]["first_block"] == 0
-                blocks_per_segment = -(-segment_tiles // tiles)
+                blocks_per_segment = -(-segment_tiles // tiles)  # The record has more tiles than a segment.
                 covered = [
                     segment * segment_tiles + tile
                     for block in range(blocks)

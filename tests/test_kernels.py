@@ -216,6 +216,14 @@ def test_damaged_records(batch: int) -> None:
 
 
 @BOTH
+def test_a_directory_that_is_not_there(kernel: str) -> None:
+    parts = [Part(np.full(size, 255, np.uint8), 5 * 8192, 8192, 0, 5 * 8192) for size in (48, 80, 96, 48 + 32 * 5)]
+    for outcome in cases.run([cases.decode_case([part], kernel=kernel) for part in parts]):
+        assert outcome.status == 1
+        assert (outcome.weights[0] == 0xFFFF).all()
+
+
+@BOTH
 def test_code_tables_of_any_bytes(kernel: str) -> None:
     # The largest alphabet there may be: its grid can claim 65,536 codes, of any length.
     [(_, original, weights, segment_elements)] = [found for found in golden_records() if found[0].startswith("largest_alphabet/")]

@@ -67,12 +67,12 @@ class Range:
     output: int
 
 
-def blocks_of_range(first: int, last: int, segment_elements: int, tiles_per_block: int) -> int:
-    """Blocks of a launch that decode the weights ``first`` to ``last`` (exclusive) of a record: some for each segment that holds any."""
-    if first >= last:
+def blocks_of(part: Range, tiles_per_block: int) -> int:
+    """Blocks of a launch that decode a range: as many for each segment that it touches as the first one has groups of so many tiles."""
+    if part.first >= part.last:
         return 0
-    segments = (last - 1) // segment_elements - first // segment_elements + 1
-    return segments * -(-segment_elements // (layout.TILE_WEIGHTS * tiles_per_block))
+    segments = (part.last - 1) // part.segment_elements - part.first // part.segment_elements + 1
+    return segments * -(-layout.tile_count(min(part.segment_elements, part.element_count)) // tiles_per_block)
 
 
 def tiles_per_block(kernel: str, tiles: int, multiprocessors: int) -> int:
@@ -94,7 +94,7 @@ def pack(ranges: Sequence[Range], tiles: int) -> tuple[tuple[Any, ...], int]:
     for part in ranges:
         if part.first < part.last:
             table["range"][0, packed] = _fields(part, blocks)
-            blocks += blocks_of_range(part.first, part.last, part.segment_elements, tiles)
+            blocks += blocks_of(part, tiles)
             packed += 1
     return (table, np.uint32(packed), np.uint32(tiles)), blocks
 

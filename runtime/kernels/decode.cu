@@ -38,9 +38,9 @@ constexpr u32 BAD_EXCEPTION = 16;
 constexpr u32 BAD_ROW = 32;
 
 // A warp's copy of a tile's bytes. The slack in front lets a window start two bits before its code; the slack behind is more than the 192 bytes
-// by which damaged codes can run past a lane. A tile that is larger (3.75 bits an exponent) is read where it lies.
+// by which damaged codes can run past a lane. A tile that is larger (3.7 bits an exponent) is read where it lies.
 constexpr u32 STAGE_FRONT = 16;
-constexpr u32 STAGE_TILE = 3840;
+constexpr u32 STAGE_TILE = 3792;
 constexpr u32 STAGE_BYTES = STAGE_FRONT + STAGE_TILE + 208;
 constexpr u32 WIDE_THREADS = 256;
 constexpr u32 SMALL_THREADS = 128;
@@ -90,6 +90,14 @@ __device__ __forceinline__ T load(const u8* address) {
 
 // Shared memory by its 32-bit address: compilers that are left to find out make 64-bit sums of it.
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
+// A number of which the compiler knows nothing: it then adds it within the load, rather than before each.
+__device__ __forceinline__ u32 opaque(u32 value) {
+#ifndef CUDA_ON_CPU
+    asm("" : "+r"(value));
+#endif
+    return value;
+}
 
 __device__ __forceinline__ u32 load_shared(u32 address) {
 #ifdef CUDA_ON_CPU
@@ -160,20 +168,20 @@ __device__ Segment open_segment(const Range& range, u64 index) {
 }
 
 // What a block shares while it expands a code table.
+template <u32 THREADS>
 struct CodeScratch {
-    u32 counts[16];  // codes of each length
-    u32 first[16];   // the first code of each length, its bits to the left of 12
-    u32 limit[16];   // the one after the last
-    u32 offset[16];  // symbols with shorter codes
+    u32 ranks[THREADS / LANES][16];  // of each warp and length: its codes, and then the rank of its first
+    uint2 codes[16];                 // of each length: the 12-bit value after its last code, and what is added to a value to get a rank
 };
 
 // Expand the code table (section 6). Entry = e1 << 23 | e0 << 7 | length, indexed by the next 12 bits of a lane.
 //
-// The symbols are sorted by code first: warp w ranks the codes of the lengths w + 1, w + 1 + warps, ... The list lies in the lower half of the
-// table. Then thread t finds the codes of consecutive 12-bit values v, which are those table slots whose lower bits are t: a slot is v with
-// its bits reversed. So stores meet no bank twice. Odd v are slots of the upper half and stored at once, even v when all have read the list.
+// The symbols are sorted by code first: each warp takes a part of the grid, counts its codes of each length, and then ranks them. The list lies
+// in the lower half of the table. Then thread t finds the codes of consecutive 12-bit values v, which are those table slots whose lower bits are
+// t: a slot is v with its bits reversed. So stores meet no bank twice. Odd v are slots of the upper half and stored at once, even v when all have
+// read the list. Nothing is written to the table before the first barrier: other warps may still decode with the last one.
 template <u32 THREADS>
-__device__ void expand_code_table(const Segment& segment, u32* table, CodeScratch& scratch, u32* status) {
+__device__ void expand_code_table(const Segment& segment, u32* table, CodeScratch<THREADS>& scratch, u32* status) {
     constexpr u32 WARPS = THREADS / LANES;
     constexpr u32 VALUES = TABLE_ENTRIES / THREADS;
     constexpr u32 THREAD_BITS = THREADS == 256 ? 8 : 7;
@@ -182,82 +190,90 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
     const u8* alphabet = segment.data + SEGMENT_HEADER_BYTES;
     const u8* grid = alphabet + segment.alphabet_size;
     const u32 cells = segment.alphabet_size * segment.alphabet_size;
-    const u32 bytes = (cells + 1) / 2;
     const u32 thread = threadIdx.x;
     const u32 lane = lane_index();
+    const u32 warp = thread / LANES;
+    const u32 part = (cells + WARPS - 1) / WARPS;
+    const u32 first_cell = warp * part;
+    const u32 last_cell = min(first_cell + part, cells);
+    const u32 before = (1u << lane) - 1;
+    u32* ranks = scratch.ranks[warp];
+    const auto length_of = [&](u32 cell) { return cell < last_cell ? load<u8>(grid + cell / 2) >> 4 * (cell % 2) & 15u : 0; };
 
-    if (thread < 16) scratch.counts[thread] = 0;
-    __syncthreads();
-    for (u32 i = thread; i < bytes; i += THREADS) {
-        const u32 pair = load<u8>(grid + i);
-        if (pair & 15) atomicAdd(&scratch.counts[pair & 15], 1);
-        if (pair >> 4) atomicAdd(&scratch.counts[pair >> 4], 1);
+    if (lane < 16) ranks[lane] = 0;
+    __syncwarp();
+    for (u32 start = first_cell; start < last_cell; start += LANES) {
+        const u32 length = length_of(start + lane);
+        const u32 same = __match_any_sync(EVERY_LANE, length);
+        if (!(same & before)) ranks[length] += __popc(same);
+        __syncwarp();
     }
     __syncthreads();
 
-    if (thread < LANES) {
-        // Codes are consecutive: the first of a length is the sum of what the shorter ones take, in units of codes of 12 bits.
-        const u32 count = lane >= 1 && lane <= CODE_LIMIT ? scratch.counts[lane] : 0;
-        u32 codes = count;
-        u32 taken = count << (CODE_LIMIT - min(lane, CODE_LIMIT));
+    if (warp == 0) {
+        // Codes are consecutive: the first of a length follows what the shorter ones take, in units of codes of 12 bits.
+        const u32 length = min(lane, 15);
+        u32 count = 0;
+        for (u32 w = 0; w < WARPS; ++w) count += scratch.ranks[w][length];
+        const bool legal = lane >= 1 && lane <= CODE_LIMIT;
+        const u32 shift = legal ? CODE_LIMIT - lane : 0;
+        u32 codes = legal ? count : 0;
+        u32 taken = codes << shift;
         const u32 mine = taken;
         for (u32 step = 1; step < 16; step *= 2) {
             const u32 codes_before = __shfl_up_sync(EVERY_LANE, codes, step);
             const u32 taken_before = __shfl_up_sync(EVERY_LANE, taken, step);
             if (lane >= step) codes += codes_before, taken += taken_before;
         }
+        u32 rank = codes - (legal ? count : 0);
         if (lane < 16) {
-            scratch.first[lane] = taken - mine;
-            scratch.limit[lane] = lane > CODE_LIMIT ? EVERY_LANE : taken;
-            scratch.offset[lane] = codes - count;
-        }
-        if (lane == CODE_LIMIT) {
+            scratch.codes[lane] = make_uint2(lane > CODE_LIMIT ? EVERY_LANE : taken, rank - ((taken - mine) >> shift));
+            for (u32 w = 0; w < WARPS; ++w) {
+                const u32 others = scratch.ranks[w][lane];
+                scratch.ranks[w][lane] = rank;
+                rank += others;
+            }
             const bool single = codes == 1 && taken == TABLE_ENTRIES / 2;
-            if ((taken != TABLE_ENTRIES && !single) || scratch.counts[13] + scratch.counts[14] + scratch.counts[15]) note(status, BAD_CODE);
-            if (codes == 0) symbols[0] = 0;
+            const bool wrong = lane == CODE_LIMIT ? taken != TABLE_ENTRIES && !single : lane > CODE_LIMIT && count;
+            if (wrong) note(status, BAD_CODE);
         }
     }
     __syncthreads();
 
-    for (u32 length = 1 + thread / LANES; length <= CODE_LIMIT; length += WARPS) {
-        u32 rank = scratch.offset[length];
-        const u32 before = (1u << lane) - 1;
-        for (u32 start = 0; start < bytes; start += LANES) {
-            const u32 i = start + lane;
-            const u32 pair = i < bytes ? load<u8>(grid + i) : 0;
-            const bool low = (pair & 15) == length;
-            const bool high = pair >> 4 == length;
-            const u32 lows = __ballot_sync(EVERY_LANE, low);
-            const u32 highs = __ballot_sync(EVERY_LANE, high);
-            u32 mine = rank + __popc(lows & before) + __popc(highs & before);
-            for (u32 half = 0; half < 2; ++half) {
-                const u32 cell = 2 * i + half;
-                if ((half ? high : low) && cell < cells && mine < TABLE_ENTRIES) {
-                    const u32 e0 = load<u8>(alphabet + cell % segment.alphabet_size);
-                    const u32 e1 = load<u8>(alphabet + cell / segment.alphabet_size);
-                    symbols[mine] = static_cast<u16>(e1 << 8 | e0);
-                }
-                mine += half ? 0 : low;
-            }
-            rank += __popc(lows) + __popc(highs);
+    const u32 inverse = EVERY_LANE / segment.alphabet_size + 1;  // Exact for what is divided here: 65,536 cells at most.
+    for (u32 start = first_cell; start < last_cell; start += LANES) {
+        const u32 cell = start + lane;
+        const u32 length = length_of(cell);
+        const u32 same = __match_any_sync(EVERY_LANE, length);
+        const u32 rank = ranks[length] + __popc(same & before);
+        if (length >= 1 && length <= CODE_LIMIT && rank < TABLE_ENTRIES) {
+            const u32 row = __umulhi(cell, inverse);
+            symbols[rank] = static_cast<u16>(load<u8>(alphabet + row) << 8 | load<u8>(alphabet + (cell - row * segment.alphabet_size)));
         }
+        __syncwarp();
+        if (!(same & before)) ranks[length] = rank + __popc(same);
+        __syncwarp();
     }
     __syncthreads();
 
     const u32 value = (__brev(thread) >> (32 - THREAD_BITS)) * VALUES;
-    u32 length = 1;
+    u32 start = 1;
+    while (value >= scratch.codes[start].x) ++start;  // The limit of 13 is beyond every value.
+    u32 length = start;
+    uint2 codes = scratch.codes[length];
     const auto entry_of = [&](u32 v) {  // v must not descend
-        while (v >= scratch.limit[length]) ++length;  // The limit of 13 is beyond every value.
+        while (v >= codes.x) codes = scratch.codes[++length];
         // After the last code comes, in a sound table, only the bit 1 of a single code: its symbol is the first.
+        // A code takes one value or more, so no rank is beyond v.
         const bool coded = length <= CODE_LIMIT;
-        const u32 rank = coded ? scratch.offset[length] + ((v - scratch.first[length]) >> (CODE_LIMIT - length)) : 0;
-        const u32 symbol = symbols[rank];  // A code takes one value or more, so rank <= v.
+        const u32 symbol = symbols[coded ? (v >> (CODE_LIMIT - length)) + codes.y : 0];
         return (symbol & 0xFF00) << 15 | (symbol & 0xFF) << 7 | (coded ? length : 1);
     };
     const auto slot_of = [&](u32 j) { return (__brev(j) >> (32 - CODE_LIMIT + THREAD_BITS)) << THREAD_BITS | thread; };
 #pragma unroll 1
     for (u32 j = 1; j < VALUES; j += 2) table[slot_of(j)] = entry_of(value + j);
-    length = 1;
+    length = start;
+    codes = scratch.codes[length];
     u32 kept[VALUES / 2];
 #pragma unroll
     for (u32 j = 0; j < VALUES; j += 2) kept[j / 2] = entry_of(value + j);
@@ -285,8 +301,8 @@ struct SegmentWords {
     }
 };
 
-// `window` holds the next bits from bit 2 on, so that they are the entry's byte offset already; the table's address has zeros there.
-__device__ __forceinline__ u32 look_up(u32 table, u32 window) { return load_shared((window & (TABLE_ENTRIES - 1) << 2) | table); }
+// `window` holds the next bits from bit 2 on, so that they are the entry's byte offset already.
+__device__ __forceinline__ u32 look_up(u32 table, u32 window) { return load_shared((window & (TABLE_ENTRIES - 1) << 2) + table); }
 
 // Decode 4 codes, move `position` (two bits before the next code) on, and join them with 8 sign/mantissa bytes.
 // Funnel shifts take their amount modulo 32, so an entry serves as one: only its length lies in these bits.
@@ -335,16 +351,26 @@ struct Tile {
     bool staged;
 };
 
-// Read a tile's descriptor and lane lengths (section 7). With a stage, start copying its bytes there, if they fit.
-__device__ Tile open_tile(const Segment& segment, u32 index, u8* stage, u32* status) {
+// What is stored of a tile besides its bytes: its descriptor, and this thread's lane length (section 7).
+struct TileHeader {
+    uint2 descriptor;
+    u32 excess;
+};
+
+__device__ __forceinline__ TileHeader read_header(const Segment& segment, u32 index) {
+    const u8* lengths = segment.data + segment.lanes_offset + segment.lane_bytes * (LANES * index + lane_index());
+    const u32 excess = segment.lane_bytes == 1 ? load<u8>(lengths) : load<u16>(lengths);
+    return {load<uint2>(segment.data + segment.tiles_offset + 8 * index), excess};
+}
+
+// With a stage, start copying the tile's bytes there, if they fit.
+__device__ Tile open_tile(const Segment& segment, u32 index, TileHeader header, u8* stage, u32* status) {
     const u32 lane = lane_index();
+    const uint2 descriptor = header.descriptor;
     Tile tile;
     tile.index = index;
     tile.weights = min(TILE_WEIGHTS, segment.elements - index * TILE_WEIGHTS);
-    const uint2 descriptor = load<uint2>(segment.data + segment.tiles_offset + 8 * index);
-    const u8* lengths = segment.data + segment.lanes_offset + segment.lane_bytes * (LANES * index + lane);
-    const u32 excess = segment.lane_bytes == 1 ? load<u8>(lengths) : load<u16>(lengths);
-    tile.lane_bits = (descriptor.y & 0xFFFF) + excess;
+    tile.lane_bits = (descriptor.y & 0xFFFF) + header.excess;
     u32 end = tile.lane_bits;
     for (u32 step = 1; step < LANES; step *= 2) {
         const u32 before = __shfl_up_sync(EVERY_LANE, end, step);
@@ -369,15 +395,16 @@ __device__ Tile open_tile(const Segment& segment, u32 index, u8* stage, u32* sta
     return tile;
 }
 
-// All 8192 weights of a tile, to an output that is aligned to 16 bytes.
-// The bytes of the next GROUP chunks are loaded while one group is decoded.
-template <u32 GROUP, class Words>
+// All 8192 weights of a tile, to an output that is aligned to 16 bytes. The sign/mantissa bytes of the next GROUP chunks are loaded while one
+// group is decoded; those of the first while the stage fills.
+template <u32 GROUP, bool WAIT, class Words>
 __device__ __forceinline__ void decode_whole(const Words& words, u32 table, u32& position, const u8* sign_mantissa, u16* output) {
     const uint2* source = reinterpret_cast<const uint2*>(sign_mantissa) + lane_index();
     uint4* target = reinterpret_cast<uint4*>(output) + lane_index();
     uint2 next[GROUP];
 #pragma unroll
     for (u32 i = 0; i < GROUP; ++i) next[i] = __ldcs(source + i * LANES);
+    if (WAIT) wait_for_stage();
 #pragma unroll 1
     for (u32 chunk = GROUP; chunk <= TILE_CHUNKS; chunk += GROUP) {
         uint2 now[GROUP];
@@ -427,13 +454,13 @@ __device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& 
     const SegmentWords segment_words{segment.data, segment.size / 4 - 3};
     u32 start = 8 * tile.begin + tile.lane_start - 2;
     u32 position = start;
-    if (STAGED) wait_for_stage();
     if (STAGED && tile.staged && whole) {
         start = position = 8 * (shared_address(stage) + STAGE_FRONT) + tile.lane_start - 2;
-        decode_whole<4>(StagedWords{}, table, position, sign_mantissa, output);
+        decode_whole<4, true>(StagedWords{}, table, position, sign_mantissa, output);
     } else if (!STAGED && whole) {
-        decode_whole<2>(segment_words, table, position, sign_mantissa, output);
+        decode_whole<2, false>(segment_words, table, position, sign_mantissa, output);
     } else {
+        if (STAGED) wait_for_stage();  // It may be filled again soon.
         decode_part(segment_words, table, position, sign_mantissa, output, low, high);
     }
     const bool to_the_end = high + CHUNK_WEIGHTS > tile.weights + (CHUNK_WEIGHTS - 1 - (tile.weights - 1) % CHUNK_WEIGHTS);
@@ -465,7 +492,7 @@ __device__ void copy_tile(const u8* source, u32 low, u32 high, u16* output) {
 // `output`: the address that weight 0 of the segment has, or would have. `stage`: this warp's, or null.
 template <u32 THREADS, bool STAGED>
 __device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_tile, u32 last_tile, u32 low, u32 high, u16* output, u32* table,
-                             CodeScratch& scratch, u8* stage, u32* status) {
+                             CodeScratch<THREADS>& scratch, u8* stage, u32* status) {
     constexpr u32 WARPS = THREADS / LANES;
     u32 index = first_tile + threadIdx.x / LANES;
     const auto low_of = [&](u32 tile) { return max(low, tile * TILE_WEIGHTS) - tile * TILE_WEIGHTS; };
@@ -480,27 +507,31 @@ __device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_t
     Tile tile{};
     if (index < last_tile) {
         // On their way while the table is expanded: the tile's codes, and its sign/mantissa bytes as far as the second-level cache.
-        tile = open_tile(segment, index, stage, status);
+        tile = open_tile(segment, index, read_header(segment, index), stage, status);
         const u8* bytes = segment.data + segment.sign_mantissa_offset + TILE_WEIGHTS * index;
         for (u32 i = 128 * lane_index(); i < tile.weights; i += 128 * LANES) prefetch(bytes + i);
     }
     expand_code_table<THREADS>(segment, table, scratch, status);
+    const u32 address = opaque(shared_address(table));
     while (index < last_tile) {
-        decode_tile<STAGED>(segment, tile, low_of(index), high_of(index), output + TILE_WEIGHTS * index, shared_address(table), stage, status);
-        index += WARPS;
-        if (index < last_tile) tile = open_tile(segment, index, stage, status);
+        const u32 next = index + WARPS;
+        TileHeader header{};
+        if (next < last_tile) header = read_header(segment, next);
+        decode_tile<STAGED>(segment, tile, low_of(index), high_of(index), output + TILE_WEIGHTS * index, address, stage, status);
+        if (next < last_tile) tile = open_tile(segment, next, header, stage, status);
+        index = next;
     }
 }
 
 // A block of a launch over several ranges: find its range, its segment, its tiles.
 template <u32 THREADS, bool STAGED>
-__device__ __forceinline__ void decode_ranges(const Ranges& ranges, u32 range_count, u32 tiles_per_block, u32* table, CodeScratch& scratch, u8* stage,
+__device__ __forceinline__ void decode_ranges(const Ranges& ranges, u32 range_count, u32 tiles_per_block, u32* table, CodeScratch<THREADS>& scratch, u8* stage,
                                               u32* status) {
     u32 found = 0;
     for (u32 step = MOST_RANGES / 2; step; step /= 2)
         if (found + step < range_count && ranges.range[found + step].first_block <= blockIdx.x) found += step;
     const Range& range = ranges.range[found];
-    const u32 tiles_per_segment = range.segment_elements / TILE_WEIGHTS;
+    const u32 tiles_per_segment = static_cast<u32>((min(static_cast<u64>(range.segment_elements), range.element_count) + TILE_WEIGHTS - 1) / TILE_WEIGHTS);
     const u32 blocks_per_segment = (tiles_per_segment + tiles_per_block - 1) / tiles_per_block;
     const u32 block = blockIdx.x - range.first_block;
     const u64 index = range.first / range.segment_elements + block / blocks_per_segment;
@@ -520,17 +551,17 @@ __device__ __forceinline__ void decode_ranges(const Ranges& ranges, u32 range_co
 // Decode ranges of records. Grid: for each range, blocks_per_segment blocks for each segment that it touches.
 extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
     df11_decode(const __grid_constant__ Ranges ranges, u32 range_count, u32 tiles_per_block, u32* status) {
-    __shared__ alignas(4 * TABLE_ENTRIES) u32 table[TABLE_ENTRIES];
+    __shared__ alignas(16) u32 table[TABLE_ENTRIES];
     __shared__ alignas(16) u8 stages[WIDE_THREADS / LANES * STAGE_BYTES];
-    __shared__ CodeScratch scratch;
+    __shared__ CodeScratch<WIDE_THREADS> scratch;
     decode_ranges<WIDE_THREADS, true>(ranges, range_count, tiles_per_block, table, scratch, stages + threadIdx.x / LANES * STAGE_BYTES, status);
 }
 
 // The same with few registers and little shared memory, to run beside other kernels.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
     df11_decode_small(const __grid_constant__ Ranges ranges, u32 range_count, u32 tiles_per_block, u32* status) {
-    __shared__ alignas(4 * TABLE_ENTRIES) u32 table[TABLE_ENTRIES];
-    __shared__ CodeScratch scratch;
+    __shared__ alignas(16) u32 table[TABLE_ENTRIES];
+    __shared__ CodeScratch<SMALL_THREADS> scratch;
     decode_ranges<SMALL_THREADS, false>(ranges, range_count, tiles_per_block, table, scratch, nullptr, status);
 }
 
@@ -538,11 +569,11 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
 // `range` is the whole record, its output that of row 0. Grid: a block for each of ids.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
     df11_gather_rows(const __grid_constant__ Range range, const i64* ids, u64 row_weights, u64 rows, u32* status) {
-    __shared__ alignas(4 * TABLE_ENTRIES) u32 table[TABLE_ENTRIES];
-    __shared__ CodeScratch scratch;
+    __shared__ alignas(16) u32 table[TABLE_ENTRIES];
+    __shared__ CodeScratch<SMALL_THREADS> scratch;
     const i64 id = ids[blockIdx.x];
     u16* output = reinterpret_cast<u16*>(range.output) + blockIdx.x * row_weights;
-    if (id < 0 || static_cast<u64>(id) >= rows) {
+    if (static_cast<u64>(id) >= rows) {  // A negative one, too.
         for (u64 j = threadIdx.x; j < row_weights; j += SMALL_THREADS) output[j] = 0xFFFF;
         if (threadIdx.x == 0) note(status, BAD_ROW);
         return;
@@ -555,6 +586,5 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
         const u32 high = static_cast<u32>(min(segment_first + range.segment_elements, last) - segment_first);
         decode_tiles<SMALL_THREADS, false>(open_segment(range, index), low / TILE_WEIGHTS, (high + TILE_WEIGHTS - 1) / TILE_WEIGHTS, low, high,
                                            output + static_cast<i64>(segment_first - first), table, scratch, nullptr, status);
-        __syncthreads();
     }
 }

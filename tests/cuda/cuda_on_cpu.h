@@ -134,9 +134,13 @@ constexpr int cuda_on_cpu_saved_words = 20, cuda_on_cpu_entry_word = 11;
 // The bounds of the section, by the linker; null if there are no shared variables.
 extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __start_cuda_shared[], __stop_cuda_shared[];
 
-// Shared memory has addresses of its own, from 0 on; the section is aligned as the variable in it that wants most.
-inline size_t __cvta_generic_to_shared(const void* pointer) { return size_t(static_cast<const unsigned char*>(pointer) - __start_cuda_shared); }
-inline void* __cvta_shared_to_generic(size_t address) { return __start_cuda_shared + address; }
+// Shared memory has addresses of its own. They do not start at 0: from compute capability 9.0 on a kilobyte lies before the variables, so that an
+// address has not the alignment that its variable was given beyond that.
+constexpr size_t cuda_on_cpu_shared_base = 0x400;
+inline size_t __cvta_generic_to_shared(const void* pointer) {
+    return cuda_on_cpu_shared_base + size_t(static_cast<const unsigned char*>(pointer) - __start_cuda_shared);
+}
+inline void* __cvta_shared_to_generic(size_t address) { return __start_cuda_shared + (address - cuda_on_cpu_shared_base); }
 
 namespace cuda_on_cpu {
 
@@ -466,6 +470,14 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
 }
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
     return cuda_on_cpu::reduce<cuda_on_cpu::fold_or>(cuda_on_cpu::reduce_or, mask, value);
+}
+
+// The lanes that have the same value.
+inline unsigned __match_any_sync(unsigned mask, unsigned value) {
+    unsigned result = 0;
+    for (int lane = 0; lane < 32; lane++)
+        if (mask >> lane & 1) result |= unsigned(__shfl_sync(mask, value, lane) == value) << lane;
+    return result;
 }
 
 // ---------------------------------------------------------------- memory
