@@ -71,7 +71,7 @@ def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda")
         decoder = operators.decoder_of(target)  # Before the file is read: it says whether there is a GPU.
         if target.type == "cuda":
             target = gpu.of(target).device  # with its index
-        dtypes = {name: _torch_dtype(container, name) for name in container.keys()}
+        dtypes = {name: torch_dtype(container, name) for name in container.keys()}
         size = sum(container.info(name).elements * dtype.itemsize for name, dtype in dtypes.items())
         with gpu.enough_memory(target, size + 2 * SLOTS * SLOT_BYTES):
             tensors = {name: torch.empty(container.info(name).shape, dtype=dtype, device=target) for name, dtype in dtypes.items()}
@@ -82,7 +82,8 @@ def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda")
     return tensors
 
 
-def _torch_dtype(container: Container, name: str) -> torch.dtype:
+def torch_dtype(container: Container, name: str) -> torch.dtype:
+    """The dtype that a tensor of a container has in torch. Raises DtypeError where torch has none."""
     import torch
 
     found = container.info(name).dtype

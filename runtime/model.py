@@ -1,0 +1,234 @@
+"""Load a container into a model, by tensor name: large weights stay compressed, the rest is as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import torch
+from torch import nn
+
+from df11.formats import errors
+from df11.formats.container import Container
+from df11.runtime import cpu, gpu, load, operators
+from df11.runtime.modules import SLICE_WEIGHTS, CompressedEmbedding, CompressedLinear, CompressedModule, Geometry, compress_parameter
+
+SMALL: Final = 1 << 16
+"""Weights of a tensor below which it is decoded when it is loaded: what compressing it would save is less than what decoding it again costs."""
+_LISTED: Final = 8
+
+
+class MismatchError(errors.UsageError):
+    """The model and the container do not hold the same tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    module: nn.Module
+    name: str
+    value: torch.Tensor
+    is_buffer: bool
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_model(
+    model: Model, path: str | os.PathLike[str], device: str | torch.device = "cuda", *, rename: Callable[[str], str] = lambda name: name
+) -> Model:
+    """Load all parameters and persistent buffers of a model from a `.df11` file or a folder of them; returns the model, on ``device``.
+
+    BF16 tensors of 65,536 weights and more stay compressed and are decoded each time their module runs; others become ordinary parameters.
+    The model may be on the meta device. Tied parameters are stored once. ``rename``: from a name in the container to one in the model.
+    Raises MismatchError, which lists what differs in name, shape or dtype; then the model is as it was.
+    """
+    target = torch.device(device)
+    operators.decoder_of(target)
+    if target.type == "cuda":
+        target = gpu.of(target).device
+    with ExitStack() as stack:
+        containers = [stack.enter_context(Container(file)) for file in files_of(path)]
+        held: dict[str, tuple[Container, str]] = {}
+        for container in containers:
+            for name in container.keys():
+                if rename(name) in held:
+                    raise MismatchError(f"two tensors have the name {rename(name)!r}", file=container.path, tensor=name)
+                held[rename(name)] = (container, name)
+        places = _places_of(model)
+        _compare(places, held, os.fspath(path))
+        needed = sum(container.info(name).stored_bytes for container, name in held.values())
+        with gpu.enough_memory(target, needed):
+            loaded = dict(zip(held, cpu.pool().map(lambda found: _load(found[0], found[1], target), held.values()), strict=True))
+    for name, (parameter, geometry) in loaded.items():
+        for place in places[name]:
+            _put(place, parameter, geometry)
+    return model
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """The `.df11` files at a path: the file itself, or those that the index of a folder names, or all in the folder."""
+    root = Path(path)
+    if not root.is_dir():
+        return [root]
+    indexes = sorted(root.glob("*.df11.index.json"))
+    if len(indexes) > 1:
+        raise errors.UsageError("several models in one folder", file=root, found=", ".join(index.name for index in indexes))
+    if not indexes:
+        files = sorted(root.glob("*.df11"))
+        if not files:
+            raise errors.MissingError("no .df11 file in this folder", file=root)
+        return files
+    try:
+        names = {str(name) for name in json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise errors.FormatError("not an index of shards", file=indexes[0]) from None
+    if wrong := sorted(name for name in names if Path(name).name != name):
+        raise errors.FormatError("a shard lies in another folder", file=indexes[0], found=wrong[0])
+    missing = sorted(name for name in names if not (root / name).is_file())
+    if missing:
+        raise errors.MissingError(f"{len(missing)} of {len(names)} shards are missing: {_some(missing)}", file=root, hint="download them again")
+    return [root / name for name in sorted(names)]
+
+
+def _places_of(model: nn.Module) -> dict[str, list[_Place]]:
+    # The places of each name of the state dict. Tied parameters: each name has the places of all.
+    places: dict[str, list[_Place]] = {}
+    by_identity: dict[int, list[_Place]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for is_buffer, values in ((False, module._parameters), (True, module._buffers)):
+            for name, value in values.items():
+                if value is None or (is_buffer and name in module._non_persistent_buffers_set):
+                    continue
+                tied = by_identity.setdefault(id(value), [])
+                if not any(place.module is module and place.name == name for place in tied):
+                    tied.append(_Place(module, name, value, is_buffer))
+                places[f"{prefix}.{name}" if prefix else name] = tied
+    return places
+
+
+def _compare(places: dict[str, list[_Place]], held: dict[str, tuple[Container, str]], path: str) -> None:
+    lines: list[str] = []
+    filled = {id(places[name]) for name in held if name in places}
+    if missing := [name for name, tied in places.items() if id(tied) not in filled]:
+        lines.append(f"not in the container: {_some(missing)}")
+    if unknown := [name for name in held if name not in places]:
+        lines.append(f"not in the model: {_some(unknown)}")
+    shapes, dtypes = [], []
+    for name, (container, stored) in held.items():
+        if name in places:
+            info, value = container.info(stored), places[name][0].value
+            if info.shape != tuple(value.shape):
+                shapes.append(f"{name} {info.shape} in the container, {tuple(value.shape)} in the model")
+            elif load.torch_dtype(container, stored) != value.dtype:
+                dtypes.append(f"{name} {info.dtype} in the container, {value.dtype} in the model")
+    if shapes:
+        lines.append(f"other shapes: {_some(shapes)}")
+    if dtypes:
+        lines.append(f"other dtypes: {_some(dtypes)}")
+    if lines:
+        hint = "model.to(torch.bfloat16) before" if dtypes and len(lines) == 1 else None
+        raise MismatchError(f"the model and the container differ; {'; '.join(lines)}", file=path, hint=hint)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = len(listed) - _LISTED
+    return ", ".join(listed[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _load(container: Container, name: str, device: torch.device) -> tuple[nn.Parameter, Geometry | None]:
+    info = container.info(name)
+    if info.encoding == "df11" and info.elements >= SMALL:
+        record = container.record(name)
+        data = torch.from_numpy(record.read_whole()).to(device)
+        return nn.Parameter(data, requires_grad=False), Geometry(info.shape, record.segment_elements)
+    array = container.tensor(name)
+    values = torch.from_numpy(array.reshape(-1)).view(load.torch_dtype(container, name)).reshape(info.shape)
+    return nn.Parameter(values.to(device), requires_grad=False), None
+
+
+def _put(place: _Place, parameter: nn.Parameter, geometry: Geometry | None) -> None:
+    if place.is_buffer:
+        place.module._buffers[place.name] = parameter.data
+    elif geometry is None:
+        place.module._parameters[place.name] = parameter
+    else:
+        compress_parameter(place.module, place.name, parameter, geometry)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """Bytes of one module's own tensors.
+
+    ``compressed``: records; ``verbatim``: others; ``scratch``: what its forward decodes to at once; ``bf16``: all if nothing were compressed.
+    """
+
+    name: str
+    compressed: int
+    verbatim: int
+    scratch: int
+    bf16: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a model takes. Tied weights count once."""
+
+    modules: tuple[ModuleReport, ...]
+
+    @property
+    def compressed(self) -> int:
+        """Bytes of records."""
+        return sum(module.compressed for module in self.modules)
+
+    @property
+    def verbatim(self) -> int:
+        """Bytes of everything else."""
+        return sum(module.verbatim for module in self.modules)
+
+    @property
+    def bf16(self) -> int:
+        """Bytes of the model if nothing were compressed."""
+        return sum(module.bf16 for module in self.modules)
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of the largest matrix or slice that is decoded at once."""
+        return max((module.scratch for module in self.modules), default=0)
+
+    def __str__(self) -> str:
+        held = self.compressed + self.verbatim
+        share = f", {held / self.bf16:.1%} of {self.bf16:,}" if self.bf16 else ""
+        return f"{self.compressed:,} bytes compressed, {self.verbatim:,} verbatim{share}; scratch {self.scratch:,}"
+
+
+def report(model: nn.Module) -> Report:
+    """Compressed, verbatim and scratch bytes by module."""
+    seen: set[int] = set()
+    rows = []
+    for name, module in model.named_modules():
+        compressed = verbatim = scratch = bf16 = 0
+        geometries = module.geometries if isinstance(module, CompressedModule) else {}
+        records = {id(module.payload(part)) for part in geometries} if isinstance(module, CompressedModule) else set()
+        for part, geometry in geometries.items():
+            assert isinstance(module, CompressedModule)
+            sliced = isinstance(module, CompressedLinear) and part == "weight" and geometry.elements > SLICE_WEIGHTS
+            if not isinstance(module, CompressedEmbedding):  # which decodes no more than it gives
+                scratch += 2 * (max(1, SLICE_WEIGHTS // geometry.shape[1]) * geometry.shape[1] if sliced else geometry.elements)
+            if id(module.payload(part)) not in seen:
+                compressed += module.payload_bytes(part)
+                bf16 += 2 * math.prod(geometry.shape)
+        for value in [*module._parameters.values(), *module._buffers.values()]:
+            if value is not None and id(value) not in records and id(value) not in seen:
+                verbatim += value.numel() * value.element_size()
+                bf16 += value.numel() * value.element_size()
+        seen |= {id(value) for value in [*module._parameters.values(), *module._buffers.values()] if value is not None}
+        if compressed or verbatim:
+            rows.append(ModuleReport(name, compressed, verbatim, scratch, bf16))
+    return Report(tuple(rows))

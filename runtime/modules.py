@@ -1,0 +1,266 @@
+"""Modules whose weights stay compressed: each is decoded in the module's own ``forward``, whoever calls that, and is gone afterwards.
+
+A compressed module is an instance of a subclass, made for it, of the class that it had. In place of the parameter ``weight`` it has the parameter
+``weight_df11``, the record as u8, which moves, is saved and is offloaded as any other; ``weight`` is a property that decodes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import nn
+
+from df11.formats import errors
+from df11.runtime import operators
+
+SUFFIX: Final = "_df11"
+"""Of the name of a parameter that holds a record."""
+SLICE_WEIGHTS: Final = 1 << 25
+"""A linear layer with more weights is decoded in slices of rows, so that an output layer needs no scratch of its size."""
+
+
+class FrozenWeightError(errors.UsageError):
+    """A compressed weight was to be changed, replaced or fused."""
+
+
+def _frozen(what: str) -> FrozenWeightError:
+    return FrozenWeightError(f"{what}: the weight is compressed and cannot be changed", hint="call df11.runtime.materialize(module) first")
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a record of a module decodes to."""
+
+    shape: tuple[int, ...]
+    segment_elements: int
+
+    @property
+    def elements(self) -> int:
+        """Weights."""
+        return math.prod(self.shape)
+
+
+class DecodedWeight(torch.Tensor):
+    """What ``module.weight`` gives to others than the module: decoded values that can be read and computed with, and that refuse to be changed.
+
+    A change would be lost, as the record stays as it is; that is how fusing a LoRA would silently do nothing.
+    """
+
+    payload: nn.Parameter
+
+    @staticmethod
+    def of(values: torch.Tensor, payload: nn.Parameter) -> DecodedWeight:
+        """Guard decoded values."""
+        guarded: DecodedWeight = torch.Tensor._make_subclass(DecodedWeight, values)
+        guarded.payload = payload
+        return guarded
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        changed = [args[0]] if args and (name in _CHANGING or (name.endswith("_") and not name.endswith("__"))) else []
+        out = kwargs.get("out", ())
+        changed += out if isinstance(out, (tuple, list)) else [out]
+        if any(isinstance(target, DecodedWeight) for target in changed):
+            raise _frozen(name)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **kwargs)
+        guards = [argument for argument in args if isinstance(argument, DecodedWeight)]
+        return _guard_views(result, guards) if guards else result
+
+
+_CHANGING: Final = frozenset(
+    {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
+    | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
+)
+
+
+def _guard_views(result: Any, guards: Sequence[DecodedWeight]) -> Any:
+    # A view of guarded values is guarded; what was computed from them is not.
+    if isinstance(result, (tuple, list)):
+        return type(result)(_guard_views(item, guards) for item in result)
+    if not isinstance(result, torch.Tensor) or result.device.type == "meta":
+        return result
+    with torch._C.DisableTorchFunctionSubclass():
+        for guard in guards:
+            if result.numel() and result.untyped_storage().data_ptr() == guard.untyped_storage().data_ptr():
+                return DecodedWeight.of(result, guard.payload)
+        return result.as_subclass(torch.Tensor) if isinstance(result, DecodedWeight) else result
+
+
+class _Inside(threading.local):
+    """The modules whose ``forward`` runs in this thread: they get their weights as plain tensors."""
+
+    def __init__(self) -> None:
+        self.modules: list[CompressedModule] = []
+
+
+_inside: Final = _Inside()
+
+
+class CompressedModule(nn.Module):
+    """What all compressed modules are. ``geometries``: parameter name -> shape and segments of its record."""
+
+    geometries: dict[str, Geometry]
+    _original: ClassVar[type[nn.Module]]
+
+    def decode(self, name: str = "weight") -> torch.Tensor:
+        """The values of a compressed parameter, BF16, decoded anew on the device where the record is."""
+        geometry = self.geometries[name]
+        decoded: torch.Tensor = operators.decode(self.payload(name), list(geometry.shape), geometry.segment_elements)
+        return decoded
+
+    def payload(self, name: str = "weight") -> nn.Parameter:
+        """The record of a compressed parameter, u8."""
+        found = self._parameters[name + SUFFIX]
+        if found is None or found.device.type == "meta":
+            raise errors.MissingError("this weight has not been loaded", tensor=name, hint="load the model, or let its offloading hook run")
+        return found
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the original class, which gets decoded weights."""
+        _inside.modules.append(self)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _inside.modules.pop()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("geometries", ()):
+            if isinstance(value, DecodedWeight) and value.shape == self.geometries[name].shape:  # Tying one compressed weight to another.
+                self._parameters[name + SUFFIX] = value.payload
+                return
+            raise _frozen(f"setting {name}")
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # The class is made at run time: pickle cannot find it by name.
+        return _rebuild, (self._original, tuple(self.geometries)), self.__dict__.copy()
+
+    def extra_repr(self) -> str:
+        """What the original says, and what is compressed."""
+        sizes = ", ".join(f"{name}: {self.payload_bytes(name):,} of {2 * geometry.elements:,} bytes" for name, geometry in self.geometries.items())
+        return ", ".join(filter(None, [super().extra_repr(), f"df11({sizes})"]))
+
+    def payload_bytes(self, name: str) -> int:
+        """Size of a record."""
+        found = self._parameters[name + SUFFIX]
+        return 0 if found is None else found.numel()
+
+
+class CompressedLinear(CompressedModule):
+    """A linear layer: decode, multiply. A large one in slices of rows."""
+
+    in_features: int
+    out_features: int
+    weight: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs [..., in_features] to [..., out_features]."""
+        if "weight" not in self.geometries:
+            return nn.functional.linear(x, self.weight, self.decode("bias"))
+        bias = self.decode("bias") if "bias" in self.geometries else self._parameters["bias"]
+        geometry = self.geometries["weight"]
+        if geometry.elements <= SLICE_WEIGHTS:
+            return nn.functional.linear(x, self.decode(), bias)
+        payload, step = self.payload(), max(1, SLICE_WEIGHTS // self.in_features)
+        out: torch.Tensor | None = None
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            rows = operators.decode_rows(payload, list(geometry.shape), geometry.segment_elements, start, stop)
+            part = nn.functional.linear(x, rows, None if bias is None else bias[start:stop])
+            if out is None:
+                out = part.new_empty((*x.shape[:-1], self.out_features))
+            out[..., start:stop] = part
+        assert out is not None
+        return out
+
+
+class CompressedEmbedding(CompressedModule):
+    """An embedding: only the rows that are asked for are decoded."""
+
+    max_norm: float | None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Numbers of rows, of any shape, to [..., embedding_dim]."""
+        if self.max_norm is not None:
+            raise FrozenWeightError("an embedding with max_norm changes its weight as it runs", hint="call df11.runtime.materialize(module) first")
+        geometry = self.geometries["weight"]
+        gathered: torch.Tensor = operators.gather_rows(self.payload(), list(geometry.shape), geometry.segment_elements, ids)
+        return gathered
+
+
+def _property(name: str) -> property:
+    def decode(self: CompressedModule) -> torch.Tensor:
+        decoded = self.decode(name)
+        return decoded if any(module is self for module in _inside.modules) else DecodedWeight.of(decoded, self.payload(name))
+
+    return property(decode)
+
+
+_made: Final[dict[tuple[type[nn.Module], tuple[str, ...]], type[CompressedModule]]] = {}
+
+
+def _subclass(original: type[nn.Module], names: tuple[str, ...]) -> type[CompressedModule]:
+    if (original, names) in _made:
+        return _made[original, names]
+    base: type[CompressedModule] = CompressedModule
+    if original.forward is nn.Linear.forward:
+        base = CompressedLinear
+    elif original.forward is nn.Embedding.forward and "weight" in names:
+        base = CompressedEmbedding
+    fields = {name: _property(name) for name in names} | {"_original": original, "__module__": __name__}
+    made: type[CompressedModule] = type(f"Compressed{original.__name__}", (base, original), fields)
+    return _made.setdefault((original, names), made)
+
+
+def _rebuild(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    made = _subclass(original, names)
+    return made.__new__(made)
+
+
+def compress_parameter(module: nn.Module, name: str, record: nn.Parameter, geometry: Geometry) -> None:
+    """Put a record in the place of a module's parameter; the module becomes a compressed one."""
+    operators.check_record(record, geometry.elements, geometry.segment_elements)
+    known = module.geometries if isinstance(module, CompressedModule) else {}
+    original = module._original if isinstance(module, CompressedModule) else type(module)
+    module._parameters.pop(name, None)
+    module._parameters[name + SUFFIX] = record
+    geometries = {**known, name: geometry}
+    module.__class__ = _subclass(original, tuple(sorted(geometries)))
+    module.__dict__["geometries"] = geometries
+
+
+def materialize(module: nn.Module) -> nn.Module:
+    """Decode all weights of a module and of what it contains into ordinary parameters, which can be trained, fused and edited; returns the module.
+
+    Weights that were tied stay tied. Memory grows to that of the BF16 model.
+    """
+    done: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        if isinstance(part, CompressedModule):
+            decoded: dict[str, nn.Parameter] = {}
+            for name in part.geometries:
+                payload = part.payload(name)
+                if id(payload) not in done:
+                    done[id(payload)] = nn.Parameter(part.decode(name), requires_grad=False)
+                decoded[name] = done[id(payload)]
+            for name in part.geometries:
+                del part._parameters[name + SUFFIX]
+            part.__class__ = part._original  # type: ignore[assignment]
+            del part.__dict__["geometries"]
+            for name, parameter in decoded.items():
+                part.register_parameter(name, parameter)
+    return module
+
+
+def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule]]:
+    """Names and compressed modules of a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedModule):
+            yield name, module
