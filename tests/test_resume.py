@@ -192,12 +192,34 @@ def large(tmp_path_factory):
     source.unlink()
 
 
-def start_and_wait(source, target) -> subprocess.Popen[str]:
-    """Start a conversion and wait until it has written some of its output."""
-    partial = target.with_name(f".{target.name}.partial")
-    process = commands.start("convert", source, target, "--jobs", 1)
-    commands.wait_until(lambda: partial.exists() and partial.stat().st_size > 4_000_000, process)
-    return process
+def start_and_stop(partial, *arguments, again=lambda: None) -> subprocess.Popen[str]:
+    """Start ``df11`` and stop it when it has written some of its output: what is sent to it arrives when it goes on, in the midst of its work.
+
+    ``again``: what sets the scene for another try.
+    """
+    for _ in range(20):
+        process = commands.start(*arguments, "--jobs", 1)
+        commands.wait_until(lambda: partial.exists() and partial.stat().st_size > 4_000_000, process)
+        process.send_signal(signal.SIGSTOP)
+        if os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT).si_code == os.CLD_STOPPED and partial.exists():
+            return process
+        # This machine was so busy that the command had ended before. Its output is the first one again.
+        process.send_signal(signal.SIGCONT)
+        commands.finish(process).fine()
+        partial.with_name(partial.name.removeprefix(".").removesuffix(".partial")).unlink()
+        again()
+    raise AssertionError("the command is never met at work")
+
+
+def interrupt(process, number) -> None:
+    """Send a signal to a process that has been stopped, and let it go on."""
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+
+
+def start_conversion(source, target) -> subprocess.Popen[str]:
+    """A conversion that has been stopped in the midst."""
+    return start_and_stop(target.with_name(f".{target.name}.partial"), "convert", source, target)
 
 
 def check_and_remove(target, digest) -> None:
@@ -211,8 +233,8 @@ def check_and_remove(target, digest) -> None:
 def test_an_interrupt_leaves_nothing_and_the_same_command_goes_on(number, large, tmp_path):
     source, digest = large
     target = tmp_path / "x.df11"
-    process = start_and_wait(source, target)
-    process.send_signal(number)
+    process = start_conversion(source, target)
+    interrupt(process, number)
     commands.finish(process).error(130, "interrupted", "again")
     assert list(tmp_path.iterdir()) == []
     commands.run("convert", source, target).fine()
@@ -223,10 +245,8 @@ def test_an_interrupt_keeps_what_was_there(large, tmp_path):
     source, _ = large
     target = tmp_path / "x.df11"
     target.write_bytes(b"mine")
-    partial = tmp_path / ".x.df11.partial"
-    process = commands.start("convert", source, target, "--jobs", 1, "--force")
-    commands.wait_until(lambda: partial.exists() and partial.stat().st_size > 4_000_000, process)
-    process.send_signal(signal.SIGTERM)
+    process = start_and_stop(tmp_path / ".x.df11.partial", "convert", source, target, "--force", again=lambda: target.write_bytes(b"mine"))
+    interrupt(process, signal.SIGTERM)
     commands.finish(process).error(130)
     assert tree_bytes(tmp_path) == {"x.df11": b"mine"}
 
@@ -234,7 +254,7 @@ def test_an_interrupt_keeps_what_was_there(large, tmp_path):
 def test_a_kill_leaves_no_final_file_and_the_same_command_goes_on(large, tmp_path):
     source, digest = large
     target = tmp_path / "x.df11"
-    process = start_and_wait(source, target)
+    process = start_conversion(source, target)
     process.kill()
     assert commands.finish(process).code == -signal.SIGKILL
     assert not target.exists()
@@ -247,9 +267,8 @@ def test_an_interrupt_of_a_restore_leaves_nothing(large, tmp_path):
     container, target = tmp_path / "x.df11", tmp_path / "back" / "y.safetensors"
     df11.convert(source, container, verify=False)
     partial = target.with_name(f".{target.name}.partial")
-    process = commands.start("restore", container, target, "--jobs", 1)
-    commands.wait_until(lambda: partial.exists() and partial.stat().st_size > 4_000_000, process)
-    process.send_signal(signal.SIGTERM)
+    process = start_and_stop(partial, "restore", container, target)
+    interrupt(process, signal.SIGTERM)
     commands.finish(process).error(130)
     assert list(target.parent.iterdir()) == []
     container.unlink()
@@ -311,8 +330,8 @@ def test_two_signals_do_no_harm(pause, large, tmp_path):
     # As some CI systems send them, and people who cannot wait.
     source, digest = large
     target = tmp_path / "x.df11"
-    process = start_and_wait(source, target)
-    process.send_signal(signal.SIGINT)
+    process = start_conversion(source, target)
+    interrupt(process, signal.SIGINT)
     time.sleep(pause)
     process.send_signal(signal.SIGTERM)
     assert commands.finish(process).code in (130, -signal.SIGTERM)
