@@ -17,7 +17,18 @@ from torch import nn
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import cpu, gpu, load, operators
-from df11.runtime.modules import SLICE_WEIGHTS, CompressedEmbedding, CompressedLinear, CompressedModule, Geometry, compress_parameter
+from df11.runtime.ahead import CudaStreams
+from df11.runtime.modules import (
+    SLICE_WEIGHTS,
+    CompressedEmbedding,
+    CompressedLinear,
+    CompressedModule,
+    Geometry,
+    ahead_of,
+    compress_parameter,
+    decode_ahead,
+    offload_records,
+)
 
 SMALL: Final = 1 << 16
 """Weights of a tensor below which it is decoded when it is loaded: what compressing it would save is less than what decoding it again costs."""
@@ -40,12 +51,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_model(
-    model: Model, path: str | os.PathLike[str], device: str | torch.device = "cuda", *, rename: Callable[[str], str] = lambda name: name
+    model: Model,
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cuda",
+    *,
+    rename: Callable[[str], str] = lambda name: name,
+    cpu_offload: bool = False,
+    prefetch: bool = False,
 ) -> Model:
     """Load all parameters and persistent buffers of a model from a `.df11` file or a folder of them; returns the model, on ``device``.
 
     BF16 tensors of 65,536 weights and more stay compressed and are decoded each time their module runs; others become ordinary parameters.
     The model may be on the meta device. Tied parameters are stored once. ``rename``: from a name in the container to one in the model.
+    ``cpu_offload``: records stay in the processor's memory, pinned, and are copied as modules run. ``prefetch``: on a GPU, the next linear layer's
+    weight is decoded on a side stream while this one's product runs, in the order learnt in the first pass, for two buffers of the largest.
     Raises MismatchError, which lists what differs in name, shape or dtype; then the model is as it was.
     """
     target = torch.device(device)
@@ -64,10 +83,15 @@ def load_model(
         _compare(places, held, os.fspath(path))
         needed = sum(container.info(name).stored_bytes for container, name in held.values())
         with gpu.enough_memory(target, needed):
-            loaded = dict(zip(held, cpu.pool().map(lambda found: _load(found[0], found[1], target), held.values()), strict=True))
+            records = torch.device("cpu") if cpu_offload else target
+            loaded = dict(zip(held, cpu.pool().map(lambda found: _load(found[0], found[1], target, records), held.values()), strict=True))
     for name, (parameter, geometry) in loaded.items():
         for place in places[name]:
             _put(place, parameter, geometry)
+    if cpu_offload:
+        offload_records(model, target)
+    if prefetch and target.type == "cuda":
+        decode_ahead(model, target, CudaStreams(target))
     return model
 
 
@@ -142,11 +166,11 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(listed[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _load(container: Container, name: str, device: torch.device) -> tuple[nn.Parameter, Geometry | None]:
+def _load(container: Container, name: str, device: torch.device, records: torch.device) -> tuple[nn.Parameter, Geometry | None]:
     info = container.info(name)
     if info.encoding == "df11" and info.elements >= SMALL:
         record = container.record(name)
-        data = torch.from_numpy(record.read_whole()).to(device)
+        data = torch.from_numpy(record.read_whole()).to(records)
         return nn.Parameter(data, requires_grad=False), Geometry(info.shape, record.segment_elements)
     array = container.tensor(name)
     values = torch.from_numpy(array.reshape(-1)).view(load.torch_dtype(container, name)).reshape(info.shape)
@@ -199,7 +223,7 @@ class Report:
 
     @property
     def scratch(self) -> int:
-        """Bytes of the largest matrix or slice that is decoded at once."""
+        """Bytes of the largest matrix or slice that is decoded at once, or of the buffers for decoding ahead if they are more."""
         return max((module.scratch for module in self.modules), default=0)
 
     def __str__(self) -> str:
@@ -229,6 +253,8 @@ def report(model: nn.Module) -> Report:
                 verbatim += value.numel() * value.element_size()
                 bf16 += value.numel() * value.element_size()
         seen |= {id(value) for value in [*module._parameters.values(), *module._buffers.values()] if value is not None}
+        if (ahead := ahead_of(module)) is not None:
+            scratch = max(scratch, ahead.scratch)
         if compressed or verbatim:
             rows.append(ModuleReport(name, compressed, verbatim, scratch, bf16))
     return Report(tuple(rows))

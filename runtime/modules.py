@@ -17,11 +17,16 @@ from torch import nn
 
 from df11.formats import errors
 from df11.runtime import operators
+from df11.runtime.ahead import Ahead, Streams
 
 SUFFIX: Final = "_df11"
 """Of the name of a parameter that holds a record."""
 SLICE_WEIGHTS: Final = 1 << 25
 """A linear layer with more weights is decoded in slices of rows, so that an output layer needs no scratch of its size."""
+
+
+_AHEAD: Final = "_df11_ahead"
+_EXECUTION: Final = "_df11_execution_device"
 
 
 class FrozenWeightError(errors.UsageError):
@@ -111,10 +116,15 @@ class CompressedModule(nn.Module):
     _original: ClassVar[type[nn.Module]]
 
     def decode(self, name: str = "weight") -> torch.Tensor:
-        """The values of a compressed parameter, BF16, decoded anew on the device where the record is."""
+        """The values of a compressed parameter, BF16, decoded anew on the device where the module runs."""
         geometry = self.geometries[name]
-        decoded: torch.Tensor = operators.decode(self.payload(name), list(geometry.shape), geometry.segment_elements)
+        decoded: torch.Tensor = operators.decode(self.record(name), list(geometry.shape), geometry.segment_elements)
         return decoded
+
+    def record(self, name: str = "weight") -> torch.Tensor:
+        """The record of a compressed parameter where the module runs: copied there, if it is kept elsewhere (``offload_records``)."""
+        payload, device = self.payload(name), self.__dict__.get(_EXECUTION)
+        return payload if device is None or payload.device == device else payload.to(device, non_blocking=True)
 
     def payload(self, name: str = "weight") -> nn.Parameter:
         """The record of a compressed parameter, u8."""
@@ -122,6 +132,22 @@ class CompressedModule(nn.Module):
         if found is None or found.device.type == "meta":
             raise errors.MissingError("this weight has not been loaded", tensor=name, hint="load the model, or let its offloading hook run")
         return found
+
+    def elements_ahead(self) -> int:
+        """Weights of ``weight``, for decoding ahead."""
+        return self.geometries["weight"].elements
+
+    def state_ahead(self) -> object:
+        """Which record ``weight`` has, and whether it has been written to since."""
+        payload = self.payload()
+        return payload.data_ptr(), payload._version
+
+    def decode_ahead(self, out: torch.Tensor) -> None:
+        """Start to decode ``weight`` on the current stream, into BF16 [elements]."""
+        record, geometry = self.record(), self.geometries["weight"]
+        if record.is_cuda:
+            record.record_stream(torch.cuda.current_stream(record.device))
+        operators.decode_into([record], [geometry.elements], [geometry.segment_elements], [0], [out])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the original class, which gets decoded weights."""
@@ -140,7 +166,8 @@ class CompressedModule(nn.Module):
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # The class is made at run time: pickle cannot find it by name.
-        return _rebuild, (self._original, tuple(self.geometries)), self.__dict__.copy()
+        state = {name: value for name, value in self.__dict__.items() if name != _AHEAD}  # Buffers and streams stay behind.
+        return _rebuild, (self._original, tuple(self.geometries)), state
 
     def extra_repr(self) -> str:
         """What the original says, and what is compressed."""
@@ -167,12 +194,16 @@ class CompressedLinear(CompressedModule):
         bias = self.decode("bias") if "bias" in self.geometries else self._parameters["bias"]
         geometry = self.geometries["weight"]
         if geometry.elements <= SLICE_WEIGHTS:
-            return nn.functional.linear(x, self.decode(), bias)
-        payload, step = self.payload(), max(1, SLICE_WEIGHTS // self.in_features)
+            ahead: Ahead | None = self.__dict__.get(_AHEAD)
+            if ahead is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+                return nn.functional.linear(x, self.decode(), bias)
+            with ahead.weight(self) as weight:
+                return nn.functional.linear(x, self.decode() if weight is None else weight.view(geometry.shape), bias)
+        record, step = self.record(), max(1, SLICE_WEIGHTS // self.in_features)
         out: torch.Tensor | None = None
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            rows = operators.decode_rows(payload, list(geometry.shape), geometry.segment_elements, start, stop)
+            rows = operators.decode_rows(record, list(geometry.shape), geometry.segment_elements, start, stop)
             part = nn.functional.linear(x, rows, None if bias is None else bias[start:stop])
             if out is None:
                 out = part.new_empty((*x.shape[:-1], self.out_features))
@@ -190,9 +221,10 @@ class CompressedEmbedding(CompressedModule):
         """Numbers of rows, of any shape, to [..., embedding_dim]."""
         if self.max_norm is not None:
             raise FrozenWeightError("an embedding with max_norm changes its weight as it runs", hint="call df11.runtime.materialize(module) first")
-        geometry = self.geometries["weight"]
-        gathered: torch.Tensor = operators.gather_rows(self.payload(), list(geometry.shape), geometry.segment_elements, ids)
-        return gathered
+        geometry, payload = self.geometries["weight"], self.payload()
+        # Where the record is kept elsewhere, so few rows are decoded there and copied, rather than all of it.
+        gathered: torch.Tensor = operators.gather_rows(payload, list(geometry.shape), geometry.segment_elements, ids.to(payload.device))
+        return gathered.to(ids.device)
 
 
 def _property(name: str) -> property:
@@ -236,6 +268,38 @@ def compress_parameter(module: nn.Module, name: str, record: nn.Parameter, geome
     module.__dict__["geometries"] = geometries
 
 
+def offload_records(model: nn.Module, device: torch.device) -> None:
+    """Move all records to the processor's memory, pinned where there is a GPU; modules copy them to ``device`` as they run."""
+    moved: dict[int, nn.Parameter] = {}
+    for _, module in compressed_modules(model):
+        for name in module.geometries:
+            payload = module.payload(name)
+            if id(payload) not in moved:
+                data = payload.data.cpu()
+                moved[id(payload)] = nn.Parameter(data.pin_memory() if device.type == "cuda" else data, requires_grad=False)
+            module._parameters[name + SUFFIX] = moved[id(payload)]
+        module.__dict__[_EXECUTION] = device
+
+
+def decode_ahead(model: nn.Module, device: torch.device, streams: Streams) -> Ahead:
+    """Let all linear layers of a model that are not decoded in slices decode ahead, into two buffers of the size of the largest."""
+    layers = [
+        module
+        for _, module in compressed_modules(model)
+        if isinstance(module, CompressedLinear) and "weight" in module.geometries and module.elements_ahead() <= SLICE_WEIGHTS
+    ]
+    ahead = Ahead(max((layer.elements_ahead() for layer in layers), default=0), device, streams)
+    for layer in layers:
+        layer.__dict__[_AHEAD] = ahead
+    return ahead
+
+
+def ahead_of(module: nn.Module) -> Ahead | None:
+    """What decodes ahead for a module."""
+    found: Ahead | None = module.__dict__.get(_AHEAD)
+    return found
+
+
 def materialize(module: nn.Module) -> nn.Module:
     """Decode all weights of a module and of what it contains into ordinary parameters, which can be trained, fused and edited; returns the module.
 
@@ -253,7 +317,8 @@ def materialize(module: nn.Module) -> nn.Module:
             for name in part.geometries:
                 del part._parameters[name + SUFFIX]
             part.__class__ = part._original  # type: ignore[assignment]
-            del part.__dict__["geometries"]
+            for name in ("geometries", _AHEAD, _EXECUTION):
+                part.__dict__.pop(name, None)
             for name, parameter in decoded.items():
                 part.register_parameter(name, parameter)
     return module

@@ -6,10 +6,13 @@ import copy
 import json
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,6 +24,7 @@ from df11.formats import errors
 from df11.runtime import modules
 from df11.runtime.model import MismatchError, files_of
 from df11.runtime.modules import CompressedModule, FrozenWeightError
+from tests import records
 
 
 class Block(nn.Module):
@@ -313,3 +317,63 @@ def test_damage(path: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.df11").write_bytes(data)
     with pytest.raises(errors.ChecksumError, match=r"bad\.df11, tensor "):
         runtime.load_model(empty(), tmp_path / "bad.df11", "cpu")
+
+
+# Decoding ahead, and records elsewhere.
+
+
+class Immediate:
+    """Streams of a device that does everything at once, as the processor does."""
+
+    def usable(self) -> bool:
+        return True
+
+    def current(self) -> None:
+        return None
+
+    @contextmanager
+    def side(self) -> Iterator[None]:
+        yield
+
+    def event(self) -> Any:
+        return SimpleNamespace(record=lambda _stream: None, wait=lambda _stream: None)
+
+
+def test_decoding_ahead(model: Model, original: Model) -> None:
+    ahead = modules.decode_ahead(model, torch.device("cpu"), Immediate())
+    for _ in range(3):
+        assert torch.equal(model(IDS), original(IDS))
+    assert (ahead.hits, ahead.misses) == (9, 6)  # Five layers; the step back to the first is learnt in the second pass.
+    assert runtime.report(model).scratch == ahead.scratch == 2 * 2 * 1024 * 256
+    # Out of order, skipped, with gradients, compiled: as without.
+    x = torch.randn(2, 256).to(torch.bfloat16)
+    for block, expected in ((model.blocks[1], original.blocks[1]), (model.blocks[0], original.blocks[0])):
+        assert torch.equal(block(x), expected(x))
+    y = x.clone().requires_grad_()
+    model.blocks[0](y).sum().backward()
+    z = x.clone().requires_grad_()
+    original.blocks[0](z).sum().backward()
+    assert torch.equal(y.grad, z.grad)  # type: ignore[arg-type]
+    compiled = torch.compile(model.blocks[0].up, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), original.blocks[0].up(x))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(IDS), original(IDS))
+
+
+def test_decoding_ahead_sees_new_records(model: Model, original: Model) -> None:
+    modules.decode_ahead(model, torch.device("cpu"), Immediate())
+    changed = copy.deepcopy(original)
+    for _ in range(2):
+        assert torch.equal(model(IDS), original(IDS))
+    # The first layer, which has been decoded for the next pass already. Other signs: a record of the same size.
+    negative = changed.blocks[0].up.weight.data.neg_()
+    model.blocks[0].up.payload().copy_(torch.from_numpy(records.encode(negative.reshape(-1).view(torch.int16).numpy().view(np.uint16)).copy()))
+    assert torch.equal(model(IDS), changed(IDS))
+    assert not torch.equal(model(IDS), original(IDS))
+
+
+def test_records_elsewhere(path: Path, original: Model) -> None:
+    model = runtime.load_model(empty(), path, "cpu", cpu_offload=True)
+    assert torch.equal(model(IDS), original(IDS))
+    assert model.embed.payload() is model.head.payload()  # type: ignore[operator]
+    assert torch.equal(runtime.materialize(model)(IDS), original(IDS))
