@@ -108,6 +108,7 @@ def load_on_cores(container: Container, tensors: dict[str, torch.Tensor]) -> Non
     tasks: list[Future[None]] = []
     try:
         for name, tensor in tensors.items():
+            cpu.use_large_pages(tensor.data_ptr(), tensor.nbytes)
             if container.info(name).encoding == "df11":
                 record, out = container.record(name), tensor.view(-1).view(torch.int16).numpy().view(np.uint16)
                 tasks += [cpu.pool().submit(decode, record, index, out) for index in range(len(record.segments))]
