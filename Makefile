@@ -11,7 +11,7 @@ GPU_PYTHON ?= python3
 GPU_OPTIONS ?=
 GPU_RUN := PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m
 
-.PHONY: setup demo style quality test bench bench-omnigen2 gpu-check gpu-bench vectors clean
+.PHONY: setup demo style quality test bench bench-omnigen2 gpu-check gpu-bench gpu-omnigen2 vectors clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,9 @@ gpu-check:
 
 gpu-bench:
 	$(GPU_RUN) benchmarks.gpu.bench $(GPU_OPTIONS)
+
+gpu-omnigen2:
+	$(GPU_RUN) benchmarks.gpu.models $(GPU_OPTIONS)
 
 vectors: setup
 	$(BIN)/python -m tests.vectors.generate

@@ -16,7 +16,8 @@ from df11.formats.writer import AtomicWriter, make_parents
 
 SAFETENSORS: Final = ".safetensors"
 DF11: Final = ".df11"
-INDEX: Final = ".index.json"
+_INDEX: Final = re.compile(r"\.index(\.[^.]+)?\.json$")
+"""End of an index file's name after its shards' suffix; that of a variant has the variant's name in it."""
 SKIPPED_FOLDERS: Final = frozenset({".git", ".cache"})
 """Bookkeeping of git and of the Hub's client, not part of a model."""
 
@@ -56,8 +57,8 @@ def plan_tree(source: Path, target: Path, old: str, new: str) -> list[FileJob]:
         name = relative.name
         if name.endswith(old):
             jobs.append(FileJob("convert", path, target / relative.with_name(name.removesuffix(old) + new)))
-        elif name.endswith(old + INDEX):
-            jobs.append(FileJob("index", path, target / relative.with_name(name.removesuffix(old + INDEX) + new + INDEX)))
+        elif (index := _INDEX.search(name)) and name[: index.start()].endswith(old):
+            jobs.append(FileJob("index", path, target / relative.with_name(name[: index.start()].removesuffix(old) + new + index[0])))
         else:
             jobs.append(FileJob("copy", path, target / relative))
     if not any(job.kind == "convert" for job in jobs):

@@ -1,14 +1,21 @@
 """Load containers into torch, and decode compressed tensors on a GPU or on the processor, bit for bit the same.
 
-Light: nothing is imported before it is used. Knows `df11.formats` only.
+Light: nothing is imported before it is used. Knows `df11.formats` only. From here on, ``from_pretrained`` of transformers and diffusers loads
+`.df11` files, too, whether they have been imported already or will be.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from df11.runtime.compressed import CompressedTensor, decode_many, raise_damage, warm_up
     from df11.runtime.load import load_file
     from df11.runtime.model import load_model, report
@@ -31,4 +38,45 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "omnigen2":
+        return importlib.import_module("df11.runtime.omnigen2")
     raise AttributeError(f"module 'df11.runtime' has no attribute {name!r}")
+
+
+_EXTENDED = {
+    "transformers.modeling_utils": ("df11.runtime.for_transformers", "install"),
+    "diffusers.models.modeling_utils": ("df11.runtime.for_diffusers", "install"),
+    "diffusers.loaders.lora_pipeline": ("df11.runtime.for_diffusers", "install_lora"),
+}
+
+
+class _Extender(importlib.abc.MetaPathFinder):
+    """Runs a function of one of our modules right after the library's module that it extends has been imported."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """What the finders after this one find, with a loader that goes on to extend the module."""
+        if name not in _EXTENDED:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target)) is not None), None)
+        loader = spec.loader if spec is not None else None
+        if loader is not None:
+            run = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                _extend(module)
+
+            loader.exec_module = exec_module  # type: ignore[method-assign] # the loader is this module's own
+        return spec
+
+
+def _extend(module: ModuleType) -> None:
+    home, install = _EXTENDED[module.__name__]
+    getattr(importlib.import_module(home), install)(module)
+
+
+sys.meta_path.insert(0, _Extender())
+for _name in _EXTENDED:
+    if _name in sys.modules:
+        _extend(sys.modules[_name])

@@ -84,7 +84,7 @@ def load_model(
         needed = sum(container.info(name).stored_bytes for container, name in held.values())
         with gpu.enough_memory(target, needed):
             records = torch.device("cpu") if cpu_offload else target
-            loaded = dict(zip(held, cpu.pool().map(lambda found: _load(found[0], found[1], target, records), held.values()), strict=True))
+            loaded = dict(zip(held, cpu.pool().map(lambda found: load_tensor(found[0], found[1], target, records), held.values()), strict=True))
     for name, (parameter, geometry) in loaded.items():
         for place in places[name]:
             _put(place, parameter, geometry)
@@ -116,7 +116,7 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
         raise errors.FormatError("a shard lies in another folder", file=indexes[0], found=wrong[0])
     missing = sorted(name for name in names if not (root / name).is_file())
     if missing:
-        raise errors.MissingError(f"{len(missing)} of {len(names)} shards are missing: {_some(missing)}", file=root, hint="download them again")
+        raise errors.MissingError(f"{len(missing)} of {len(names)} shards are missing: {some(missing)}", file=root, hint="download them again")
     return [root / name for name in sorted(names)]
 
 
@@ -140,9 +140,9 @@ def _compare(places: dict[str, list[_Place]], held: dict[str, tuple[Container, s
     lines: list[str] = []
     filled = {id(places[name]) for name in held if name in places}
     if missing := [name for name, tied in places.items() if id(tied) not in filled]:
-        lines.append(f"not in the container: {_some(missing)}")
+        lines.append(f"not in the container: {some(missing)}")
     if unknown := [name for name in held if name not in places]:
-        lines.append(f"not in the model: {_some(unknown)}")
+        lines.append(f"not in the model: {some(unknown)}")
     shapes, dtypes = [], []
     for name, (container, stored) in held.items():
         if name in places:
@@ -152,21 +152,23 @@ def _compare(places: dict[str, list[_Place]], held: dict[str, tuple[Container, s
             elif load.torch_dtype(container, stored) != value.dtype:
                 dtypes.append(f"{name} {info.dtype} in the container, {value.dtype} in the model")
     if shapes:
-        lines.append(f"other shapes: {_some(shapes)}")
+        lines.append(f"other shapes: {some(shapes)}")
     if dtypes:
-        lines.append(f"other dtypes: {_some(dtypes)}")
+        lines.append(f"other dtypes: {some(dtypes)}")
     if lines:
         hint = "model.to(torch.bfloat16) before" if dtypes and len(lines) == 1 else None
         raise MismatchError(f"the model and the container differ; {'; '.join(lines)}", file=path, hint=hint)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first names of a list, for an error, and how many more there are."""
     listed = list(names)
     more = len(listed) - _LISTED
     return ", ".join(listed[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _load(container: Container, name: str, device: torch.device, records: torch.device) -> tuple[nn.Parameter, Geometry | None]:
+def load_tensor(container: Container, name: str, device: torch.device, records: torch.device) -> tuple[nn.Parameter, Geometry | None]:
+    """A tensor: its record, on ``records``, and what that decodes to, if it is to stay compressed; else its values, on ``device``, and None."""
     info = container.info(name)
     if info.encoding == "df11" and info.elements >= SMALL:
         record = container.record(name)

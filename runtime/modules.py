@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Final
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from df11.formats import errors
+from df11.formats import errors, layout
 from df11.runtime import operators
 from df11.runtime.ahead import Ahead, Streams
 
@@ -80,6 +81,73 @@ class DecodedWeight(torch.Tensor):
         return _guard_views(result, guards) if guards else result
 
 
+class UnreadWeight(DecodedWeight):
+    """A decoded weight that is not decoded before its values are asked for: libraries often look at the dtype of a weight alone, in every forward.
+
+    Like any parameter, it may be on the meta device as long as an offloading hook has not brought the record.
+    """
+
+    _module: CompressedModule
+    _part: str
+    _decoded: DecodedWeight | None
+
+    @staticmethod
+    def of_module(module: CompressedModule, name: str) -> UnreadWeight:
+        """The weight of a module."""
+        payload: Any = module._parameters[name + SUFFIX]
+        device = payload.device if payload.device.type == "meta" else module.__dict__.get(_EXECUTION) or payload.device
+        unread: UnreadWeight = torch.Tensor._make_wrapper_subclass(UnreadWeight, module.geometries[name].shape, dtype=torch.bfloat16, device=device)
+        unread.payload, unread._module, unread._part, unread._decoded = payload, module, name, None
+        return unread
+
+    def read(self) -> DecodedWeight:
+        """The values."""
+        if self._decoded is None:
+            self._decoded = DecodedWeight.of(self._module.decode(self._part), self.payload)
+        return self._decoded
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__self__", None) is torch.Tensor.data and len(args) == 1:
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            if is_about_form(function):
+                return function(*args, **(kwargs or {}))
+        return function(*tree_map(_read, args), **tree_map(_read, kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return function(*tree_map(_read, args), **tree_map(_read, kwargs or {}))
+
+
+def _read(value: Any) -> Any:
+    return value.read() if isinstance(value, UnreadWeight) else value
+
+
+def is_about_form(function: Any) -> bool:
+    """Whether a function of torch, as ``__torch_function__`` gets it, tells shape, dtype, device and the like, and no values."""
+    if function in _FORM:
+        return True
+    of_property = getattr(getattr(function, "__self__", None), "__name__", "") if getattr(function, "__name__", "") == "__get__" else ""
+    return of_property.startswith("is_") or of_property in {
+        "shape",
+        "dtype",
+        "device",
+        "layout",
+        "ndim",
+        "nbytes",
+        "itemsize",
+        "requires_grad",
+        "grad",
+    }
+
+
+_FORM: Final = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex", "__len__")
+)
+
+
 _CHANGING: Final = frozenset(
     {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
     | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
@@ -124,7 +192,7 @@ class CompressedModule(nn.Module):
     def record(self, name: str = "weight") -> torch.Tensor:
         """The record of a compressed parameter where the module runs: copied there, if it is kept elsewhere (``offload_records``)."""
         payload, device = self.payload(name), self.__dict__.get(_EXECUTION)
-        return payload if device is None or payload.device == device else payload.to(device, non_blocking=True)
+        return aligned(payload) if device is None or payload.device == device else payload.to(device, non_blocking=True)
 
     def payload(self, name: str = "weight") -> nn.Parameter:
         """The record of a compressed parameter, u8."""
@@ -223,14 +291,21 @@ class CompressedEmbedding(CompressedModule):
             raise FrozenWeightError("an embedding with max_norm changes its weight as it runs", hint="call df11.runtime.materialize(module) first")
         geometry, payload = self.geometries["weight"], self.payload()
         # Where the record is kept elsewhere, so few rows are decoded there and copied, rather than all of it.
-        gathered: torch.Tensor = operators.gather_rows(payload, list(geometry.shape), geometry.segment_elements, ids.to(payload.device))
+        rows = ids.to(payload.device)
+        gathered: torch.Tensor = operators.gather_rows(aligned(payload), list(geometry.shape), geometry.segment_elements, rows)
         return gathered.to(ids.device)
+
+
+def aligned(payload: torch.Tensor) -> torch.Tensor:
+    """A record at an address that the decoders take: what reads records from files, as offloading to disk does, may have put it anywhere."""
+    return payload if torch.compiler.is_compiling() or payload.data_ptr() % layout.RECORD_ALIGNMENT == 0 else payload.clone()
 
 
 def _property(name: str) -> property:
     def decode(self: CompressedModule) -> torch.Tensor:
-        decoded = self.decode(name)
-        return decoded if any(module is self for module in _inside.modules) else DecodedWeight.of(decoded, self.payload(name))
+        if torch.compiler.is_compiling() or any(module is self for module in _inside.modules):
+            return self.decode(name)  # A compiler leaves it out if nothing but its form is used.
+        return UnreadWeight.of_module(self, name)
 
     return property(decode)
 
@@ -256,13 +331,19 @@ def _rebuild(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return made.__new__(made)
 
 
+def _replace(module: nn.Module, new: dict[str, tuple[str, nn.Parameter]]) -> None:
+    # Parameters by others of another name at the same place in the order, which is that of a state dict and of its shards.
+    parameters = dict(new.get(name, (name, value)) for name, value in module._parameters.items())
+    module._parameters.clear()
+    module._parameters.update(parameters)
+
+
 def compress_parameter(module: nn.Module, name: str, record: nn.Parameter, geometry: Geometry) -> None:
     """Put a record in the place of a module's parameter; the module becomes a compressed one."""
     operators.check_record(record, geometry.elements, geometry.segment_elements)
     known = module.geometries if isinstance(module, CompressedModule) else {}
     original = module._original if isinstance(module, CompressedModule) else type(module)
-    module._parameters.pop(name, None)
-    module._parameters[name + SUFFIX] = record
+    _replace(module, {name: (name + SUFFIX, record)})
     geometries = {**known, name: geometry}
     module.__class__ = _subclass(original, tuple(sorted(geometries)))
     module.__dict__["geometries"] = geometries
@@ -314,13 +395,10 @@ def materialize(module: nn.Module) -> nn.Module:
                 if id(payload) not in done:
                     done[id(payload)] = nn.Parameter(part.decode(name), requires_grad=False)
                 decoded[name] = done[id(payload)]
-            for name in part.geometries:
-                del part._parameters[name + SUFFIX]
+            _replace(part, {name + SUFFIX: (name, parameter) for name, parameter in decoded.items()})
             part.__class__ = part._original  # type: ignore[assignment]
             for name in ("geometries", _AHEAD, _EXECUTION):
                 part.__dict__.pop(name, None)
-            for name, parameter in decoded.items():
-                part.register_parameter(name, parameter)
     return module
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.gpu import bank_conflicts, bench, check, cubins, variants, weights
+from benchmarks.gpu import bank_conflicts, bench, check, cubins, models, variants, weights
 from df11 import runtime
 
 
@@ -43,6 +43,17 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "GB/s of BF16" in capsys.readouterr().out
 
 
+def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert models.main(["--device", "cpu", "--smallest", "--out", str(tmp_path)]) == 0
+    [written] = tmp_path.glob("*.json")
+    sections = json.loads(written.read_text())["sections"]
+    assert sections.keys() == set(models.SECTIONS)
+    for section in sections.values():
+        held = {row["name"]: row["held_bytes"] for row in section["rows"]}
+        assert held["df11"] < held["BF16"]
+    assert "of BF16" in capsys.readouterr().out
+
+
 def test_bench_times_nothing_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = weights.compress
     monkeypatch.setattr(weights, "compress", lambda original: honest(original * 2))
@@ -51,7 +62,7 @@ def test_bench_times_nothing_that_is_wrong(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for program in (check.main, bench.main):
+    for program in (check.main, bench.main, models.main):
         assert program(["--out", str(tmp_path)]) == 2
         assert "without CUDA" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

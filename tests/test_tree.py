@@ -114,19 +114,20 @@ INDEXES = {
 }
 
 
+@pytest.mark.parametrize("variant", ["", ".fp16"])
 @pytest.mark.parametrize("text", INDEXES.values(), ids=INDEXES)
-def test_an_index_is_rewritten_and_restored(text, tmp_path):
+def test_an_index_is_rewritten_and_restored(text, variant, tmp_path):
     source = tmp_path / "model"
     sources.write(source / "a.safetensors", [bf16("a", (600,))])
-    (source / "m.safetensors.index.json").write_bytes(text.encode())
+    (source / f"m.safetensors.index{variant}.json").write_bytes(text.encode())
     df11.convert(source, tmp_path / "out")
-    before, after = json.loads(text), json.loads((tmp_path / "out" / "m.df11.index.json").read_bytes())
+    before, after = json.loads(text), json.loads((tmp_path / "out" / f"m.df11.index{variant}.json").read_bytes())
     expected = {
         name: file.removesuffix(".safetensors") + ".df11" if file.endswith(".safetensors") else file for name, file in before["weight_map"].items()
     }
     assert after == {**before, "weight_map": expected}
     df11.restore(tmp_path / "out", tmp_path / "back")
-    assert (tmp_path / "back" / "m.safetensors.index.json").read_bytes() == text.encode()
+    assert (tmp_path / "back" / f"m.safetensors.index{variant}.json").read_bytes() == text.encode()
 
 
 @pytest.mark.parametrize(

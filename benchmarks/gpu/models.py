@@ -1,0 +1,253 @@
+"""What running from the compressed form costs a model: ``make gpu-omnigen2``, or ``python -m benchmarks.gpu.models``, on a machine with a GPU.
+
+OmniGen2's transformer and a language model of the size of its mllm, in full size, with random weights: the shapes decide the time, the values do
+not. BF16 and df11 in the same run, each output compared to the bit. The pipeline's other parts (vae, scheduler, text) are the same for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from benchmarks import report, synthetic, table
+from benchmarks.gpu import environment, weights
+from df11 import runtime
+from df11.formats import errors
+from df11.runtime import modules
+from df11.runtime.ahead import CudaStreams
+from df11.runtime.model import SMALL
+
+PREDICTIONS: Final = 2
+"""A step: with the text, and without, for guidance."""
+TEXT_TOKENS: Final = 256
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """``layers`` of both models, ``tokens`` of the image (1024 x 1024 pixels: 4096), ``steps``, ``generated`` tokens of text, ``vocabulary``."""
+
+    layers: int = 32
+    tokens: int = 4096
+    steps: int = 50
+    generated: int = 128
+    vocabulary: int = 151_936
+    width: int = 2048
+
+
+SMALLEST: Final = Size(layers=1, tokens=16, steps=1, generated=3, vocabulary=1000, width=256)
+
+
+def randomize(model: nn.Module, device: torch.device) -> nn.Module:
+    """Give a model of the meta device random BF16 weights with the statistics of trained ones."""
+    model.to(torch.bfloat16).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        is_norm = parameter.dim() == 1 and not name.endswith("bias")
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device).mul_(0.02).add_(1.0 if is_norm else 0.0))
+    return model.eval()
+
+
+def compress(model: nn.Module) -> None:
+    """Compress the large weights of a model where they are, as ``load_model`` would have loaded them."""
+    records: dict[int, tuple[nn.Parameter, modules.Geometry]] = {}
+    for module in list(model.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.numel() >= SMALL and parameter.dtype == torch.bfloat16:
+                if id(parameter) not in records:
+                    made = weights.compress(parameter.data)
+                    records[id(parameter)] = nn.Parameter(made.record, requires_grad=False), modules.Geometry(made.shape, made.segment_elements)
+                modules.compress_parameter(module, name, *records[id(parameter)])
+
+
+class Bench:
+    """The models, and what is measured of them."""
+
+    def __init__(self, device: torch.device, size: Size) -> None:
+        self.device = device
+        self.size = size
+        self.real = device.type == "cuda"
+
+    @contextmanager
+    def _measured(self, row: Row) -> Iterator[None]:
+        if self.real:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        yield
+        if self.real:
+            torch.cuda.synchronize()
+            row["peak_bytes"] = torch.cuda.max_memory_allocated()
+        row["seconds"] = time.perf_counter() - start
+
+    def _compare(self, what: str, model: nn.Module, run: Callable[[], torch.Tensor]) -> list[Row]:
+        rows: list[Row] = []
+        expected: torch.Tensor | None = None
+        for name in ("BF16", "df11", "df11, next weight decoded ahead", "df11 again", "df11, records in the processor's memory"):
+            if name == "df11":
+                compress(model)
+            elif "ahead" in name:
+                if not self.real:
+                    continue
+                modules.decode_ahead(model, self.device, CudaStreams(self.device))
+            elif "again" in name:
+                for _, module in modules.compressed_modules(model):
+                    module.__dict__.pop("_df11_ahead", None)
+            elif "processor" in name:
+                modules.offload_records(model, self.device)
+            if self.real:
+                torch.cuda.empty_cache()
+            row: Row = {"what": what, "name": name, "held_bytes": runtime.report(model).compressed + runtime.report(model).verbatim}
+            run()  # Once, to warm up.
+            with self._measured(row):
+                found = run()
+            if expected is None:
+                expected = found
+            if not torch.equal(found, expected):
+                raise AssertionError(f"{what}, {name}: another output than in BF16")
+            rows.append(row | {"of_bf16": row["seconds"] / rows[0]["seconds"] if rows else 1.0})
+        runtime.raise_damage(self.device)
+        return rows
+
+    def image(self) -> list[Row]:
+        """OmniGen2's transformer: all steps of an image, two predictions a step."""
+        stand_in: Any = importlib.import_module("tests.omnigen2_stand_in")
+        config = {name: value for name, value in synthetic.omnigen2()["configs"]["transformer/config.json"].items() if not name.startswith("_")}
+        config |= {"num_layers": self.size.layers}
+        if self.size is SMALLEST:
+            config |= {"hidden_size": 240, "num_attention_heads": 2, "num_kv_heads": 1}
+        with torch.device("meta"):
+            model: Any = stand_in.OmniGen2Transformer2DModel(**config)
+        randomize(model, self.device)
+        width, head = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
+        generator = torch.Generator(self.device).manual_seed(2)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=self.device).to(torch.bfloat16)
+
+        def rotary(tokens: int) -> torch.Tensor:
+            angles = torch.rand(tokens, head // 2, generator=generator, device=self.device)
+            return torch.polar(torch.ones_like(angles), angles)
+
+        image, text, now = noise(1, self.size.tokens, width), noise(1, TEXT_TOKENS, width), noise(1, min(width, 1024))
+        around_text, around_image = rotary(TEXT_TOKENS), rotary(self.size.tokens)
+        around_all = torch.cat([around_text, around_image])
+
+        @torch.inference_mode()
+        def run() -> torch.Tensor:
+            x = image
+            for _ in range(self.size.steps * PREDICTIONS):
+                words, refined = text, x
+                for block in model.context_refiner:
+                    words = block(words, around_text)
+                for block in model.noise_refiner:
+                    refined = block(refined, around_image, now)
+                joined = torch.cat([words, refined], dim=1)
+                for block in model.layers:
+                    joined = block(joined, around_all, now)
+                x = nn.functional.layer_norm(joined[:, TEXT_TOKENS:], (width,))
+            return x
+
+        return self._compare(f"{self.size.steps} steps, {self.size.tokens} tokens", model, run)
+
+    def text(self) -> list[Row]:
+        """A language model of the size of OmniGen2's: generating token by token, batch 1, where each token reads all weights."""
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        config = Qwen2Config(
+            vocab_size=self.size.vocabulary,
+            hidden_size=self.size.width,
+            intermediate_size=self.size.width * 43 // 8,
+            num_hidden_layers=self.size.layers * 9 // 8,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+        with torch.device("meta"):
+            model: Any = Qwen2ForCausalLM(config)
+        randomize(model, self.device)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(self.device)  # It has numbers that are no parameters.
+        ids = torch.arange(16, device=self.device)[None]
+        settings = {"max_new_tokens": self.size.generated, "min_new_tokens": self.size.generated, "do_sample": False, "pad_token_id": 0}
+
+        @torch.inference_mode()
+        def run() -> torch.Tensor:
+            found: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+            return found
+
+        rows = self._compare(f"{self.size.generated} tokens generated", model, run)
+        return [row | {"tokens_per_second": self.size.generated / row["seconds"]} for row in rows]
+
+
+SECTIONS: Final = ("image", "text")
+_COLUMNS: Final = {
+    "what": "what",
+    "name": "weights",
+    "seconds": "s",
+    "of_bf16": "of BF16",
+    "tokens_per_second": "tokens a second",
+    "held_bytes": "model, GB",
+    "peak_bytes": "peak, GB",
+}
+
+
+def as_markdown(results: Row) -> str:
+    """The report."""
+    parts = ["# Models run from the compressed form", environment.as_text(results["machine"]), (__doc__ or "").split("\n\n")[1].replace("\n", " ")]
+    for name, section in results["sections"].items():
+        columns = [key for key in _COLUMNS if any(key in row for row in section["rows"])]
+        parts += [
+            f"## {name}",
+            section["about"],
+            table.markdown([_COLUMNS[key] for key in columns], [[_cell(key, row.get(key)) for key in columns] for row in section["rows"]]),
+        ]
+    return "\n\n".join(parts)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value / 1e9:.2f}" if key.endswith("_bytes") else f"{value:.3f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Time models in BF16 and from the compressed form on a GPU.")
+    parser.add_argument("--device", default="cuda", help="default: cuda; cpu tries this program out")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections")
+    parser.add_argument("--steps", type=int, default=50, help="of an image (default: 50)")
+    parser.add_argument("--smallest", action="store_true", help="the smallest models, to try the program out")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (default: benchmarks/results)")
+    chosen = parser.parse_args(arguments)
+    device = torch.device(chosen.device)
+    try:
+        runtime.warm_up(device)
+    except errors.Df11Error as error:
+        print(f"gpu-omnigen2: {error}", file=sys.stderr)
+        return error.exit_code
+    size = SMALLEST if chosen.smallest else Size(steps=chosen.steps)
+    results: Row = {"machine": environment.describe(device), "sections": {}}
+    for name in chosen.only:
+        bench = Bench(device, size)
+        section = getattr(bench, name)
+        results["sections"][name] = {"about": section.__doc__, "rows": section()}
+        path = report.save(f"gpu-models-{environment.short_name(results['machine'])}", results, as_markdown(results), chosen.out)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(path.read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""``from_pretrained`` and ``save_pretrained`` of diffusers for folders and repositories of `.df11` files, models and pipelines alike.
+
+diffusers finds, names and places the tensors itself; it is given records in the guise of the tensors that they decode to (`undecoded.py`).
+Functions of two of its modules are wrapped; on models that are not df11 they do what they always did.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from df11.formats import errors
+from df11.formats.container import Container
+from df11.runtime import undecoded
+
+_SAFETENSORS: Final = ".safetensors"
+_DF11: Final = ".df11"
+_INDEX: Final = "diffusion_pytorch_model.df11.index.json"
+
+
+def install(library: Any) -> None:
+    """Wrap the functions of ``diffusers.models.modeling_utils``."""
+    loading = inspect.getmodule(library.load_state_dict)
+    original = library._get_model_file
+    library._get_model_file = _finding(original)
+    library._fetch_index_file = _finding_index(library, library._fetch_index_file)
+    library.load_state_dict = loading.load_state_dict = _reading(library.load_state_dict)  # type: ignore[union-attr]
+    model_class = library.ModelMixin
+    model_class._load_pretrained_model = classmethod(_loading(model_class._load_pretrained_model.__func__))
+    model_class.save_pretrained = _saving(model_class.save_pretrained)
+    model_class._apply = undecoded.keeping_dtype(model_class._apply)
+    model_class.num_parameters = undecoded.counting(model_class.num_parameters)
+
+
+def install_lora(library: Any) -> None:
+    """Wrap what in ``diffusers.loaders.lora_pipeline`` looks up the shapes of weights by their names."""
+    for loader in vars(library).values():
+        compare = vars(loader).get("_maybe_expand_lora_state_dict") if isinstance(loader, type) else None
+        if isinstance(compare, classmethod):
+            loader._maybe_expand_lora_state_dict = classmethod(_naming(compare.__func__))
+
+
+def _naming(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def expand(cls: Any, transformer: Any, *args: Any, **kwargs: Any) -> Any:
+        with undecoded.plain_state_dict(transformer):
+            return original(cls, transformer, *args, **kwargs)
+
+    return expand
+
+
+def _finding(original: Callable[..., Any]) -> Callable[..., Any]:
+    # A .df11 file in the place of a safetensors file.
+    @functools.wraps(original)
+    def get_model_file(source: Any, *args: Any, weights_name: str, **kwargs: Any) -> Any:
+        if not weights_name.endswith(_SAFETENSORS):
+            return original(source, *args, weights_name=weights_name, **kwargs)
+        ours = weights_name.removesuffix(_SAFETENSORS) + _DF11
+        if Path(source).is_dir():
+            path = Path(source, kwargs.get("subfolder") or "", ours)
+            return str(path) if path.is_file() else original(source, *args, weights_name=weights_name, **kwargs)
+        try:
+            return original(source, *args, weights_name=weights_name, **kwargs)
+        except OSError as error:
+            try:
+                return original(source, *args, weights_name=ours, **kwargs)
+            except OSError:
+                raise error from None
+
+    return get_model_file
+
+
+def _finding_index(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def fetch_index_file(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs).arguments
+        subfolder, name = call.get("subfolder") or "", library._add_variant(_INDEX, call.get("variant"))
+        if not call.get("use_safetensors"):
+            return original(*args, **kwargs)
+        if call["is_local"]:
+            path = Path(call["pretrained_model_name_or_path"], subfolder, name)
+            return path if path.is_file() else original(*args, **kwargs)
+        found = original(*args, **kwargs)
+        if found is None:
+            keywords = {key: value for key, value in call.items() if key in _DOWNLOAD}
+            source = call["pretrained_model_name_or_path"]
+            try:
+                found = Path(library._get_model_file(source, weights_name=name, subfolder=subfolder or None, **keywords))
+            except OSError:
+                return None
+        return found
+
+    return fetch_index_file
+
+
+_DOWNLOAD: Final = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "user_agent", "commit_hash")
+
+
+def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_state_dict(checkpoint_file: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(checkpoint_file, (str, Path)) and str(checkpoint_file).endswith(_DF11):
+            return undecoded.read_all(checkpoint_file)
+        return original(checkpoint_file, *args, **kwargs)
+
+    return load_state_dict
+
+
+def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(cls, *args, **kwargs)
+        call = bound.arguments
+        model, files, state = call["model"], call["resolved_model_file"], call["state_dict"]
+        if not files or not str(files[0]).endswith(_DF11):
+            return original(cls, *args, **kwargs)
+        folder = str(call["pretrained_model_name_or_path"])
+        if call.get("hf_quantizer") is not None:
+            raise errors.UsageError("the weights are compressed and cannot be quantized", file=folder, hint="quantize the original model")
+        if call.get("tp_config") is not None:
+            raise errors.UsageError("compressed weights cannot be cut for tensor parallelism", file=folder, hint="load the original model")
+        if not call.get("low_cpu_mem_usage", True):
+            raise errors.UsageError("weights can stay compressed only with low_cpu_mem_usage", file=folder, hint="install accelerate")
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        with ExitStack() as stack:
+            containers = [stack.enter_context(Container(file)) for file in files]
+            undecoded.check_dtype(call.get("dtype") or torch.get_default_dtype(), containers)
+            held = {name: container.info(name).shape for container in containers for name in container.keys()}
+        held = held if state is None else {name: tuple(value.shape) for name, value in state.items()}  # in which diffusers has renamed some
+        undecoded.check_names(folder, (), (), [(name, held[name], wanted[name]) for name in held if name in wanted and held[name] != wanted[name]])
+        devices = call.get("device_map") or {}
+        to_disk = "disk" in devices.values()
+        if to_disk:  # Which would decode: records are left in the files that they are in.
+            call["device_map"] = {name: "cpu" if device == "disk" else device for name, device in devices.items()}
+        model, missing, unexpected, mismatched, index, messages = original(*bound.args, **bound.kwargs)
+        undecoded.check_names(folder, missing, unexpected)
+        if to_disk:
+            index = undecoded.disk_index(model, lambda name: _device(name, devices) == "disk", call.get("offload_folder"))
+        undecoded.keep_compressed(model)
+        return model, missing, unexpected, mismatched, index, messages
+
+    return load
+
+
+def _device(name: str, devices: dict[str, Any]) -> Any:
+    while name and name not in devices:
+        name = name.rpartition(".")[0]
+    return devices.get(name)
+
+
+def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Write what the original checkpoint was: BF16 tensors under their own names, which every diffusers loads.
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with undecoded.plain_state_dict(self):
+            return original(self, *args, **kwargs)
+
+    return save_pretrained

@@ -1,0 +1,201 @@
+"""``from_pretrained`` and ``save_pretrained`` of transformers (5.1 and later) for folders and repositories of `.df11` files.
+
+transformers finds, names, places and ties the tensors itself; it is given records in the guise of the tensors that they decode to (`undecoded.py`).
+Four functions of ``transformers.modeling_utils`` are wrapped; on models that are not df11 they do what they always did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from df11.formats import errors
+from df11.formats.container import Container
+from df11.runtime import undecoded
+
+_FILE: Final = "model.df11"
+_INDEX: Final = "model.df11.index.json"
+
+
+class _Stored:
+    # What transformers takes for a slice of a safetensors file: it reads when it is indexed, in one of several threads.
+    def __init__(self, container: Container, name: str, in_file: bool, read: set[str]) -> None:
+        self._container, self._name, self._in_file, self._read = container, name, in_file, read
+
+    def __getitem__(self, _all: Any) -> torch.Tensor:
+        if undecoded.stays_compressed(self._container, self._name):
+            self._read.add(self._name)
+        return undecoded.mapped(self._container, self._name) if self._in_file else undecoded.read(self._container, self._name)
+
+    def get_dtype(self) -> str:
+        return self._container.info(self._name).dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._container.info(self._name).shape)
+
+
+@dataclasses.dataclass
+class _Loading:
+    # Of a model, between the two steps in which transformers loads it.
+    folder: str
+    read: set[str]
+    disk_index: dict[str, Any] | None
+
+
+_loading: Final[weakref.WeakKeyDictionary[nn.Module, _Loading]] = weakref.WeakKeyDictionary()
+
+
+def install(library: Any) -> None:
+    """Wrap the functions of ``transformers.modeling_utils``."""
+    if not hasattr(library.PreTrainedModel, "_finalize_model_loading"):
+        library._get_resolved_checkpoint_files = _refusing(library._get_resolved_checkpoint_files)
+        return
+    library._get_resolved_checkpoint_files = _resolving(library, library._get_resolved_checkpoint_files)
+    model_class = library.PreTrainedModel
+    model_class._load_pretrained_model = staticmethod(_loading_records(model_class._load_pretrained_model))
+    model_class._finalize_model_loading = staticmethod(_finalizing(library, model_class._finalize_model_loading))
+    model_class.save_pretrained = _saving(model_class.save_pretrained)
+    model_class._apply = undecoded.keeping_dtype(model_class._apply)
+    model_class.num_parameters = undecoded.counting(model_class.num_parameters)
+
+
+def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    # Find the weights: model.df11, or the shards of model.df11.index.json.
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def resolve(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs).arguments
+        source, download = call.get("pretrained_model_name_or_path"), dict(call.get("download_kwargs") or {})
+        if source is None or call.get("gguf_file") or call.get("transformers_explicit_filename"):
+            return original(*args, **kwargs)
+        names = [library._add_variant(name, call.get("variant")) for name in (_FILE, _INDEX)]
+        if Path(source).is_dir():
+            found = [path for name in names if (path := Path(source, download.get("subfolder") or "", name)).is_file()]
+            return _files(library, str(source), str(found[0]), download) if found else original(*args, **kwargs)
+        try:
+            return original(*args, **kwargs)
+        except OSError:  # A repository without safetensors and pickled weights.
+            for name in names:
+                if (cached := _cached(library, str(source), name, download, call.get("user_agent"))) is not None:
+                    return _files(library, str(source), cached, download)
+            raise
+
+    return resolve
+
+
+def _cached(library: Any, source: str, name: str, download: dict[str, Any], user_agent: Any) -> str | None:
+    try:
+        found: str | None = library.cached_file(source, name, user_agent=user_agent, _raise_exceptions_for_missing_entries=False, **download)
+    except OSError:
+        return None
+    return found
+
+
+def _files(library: Any, source: str, path: str, download: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    # The files, and metadata whose dtype is what `dtype="auto"` falls back to.
+    if not path.endswith(".index.json"):
+        files, metadata = [path], {}
+    else:
+        keywords = {name: value for name, value in download.items() if name in inspect.signature(library.get_checkpoint_shard_files).parameters}
+        files, metadata = library.get_checkpoint_shard_files(source, path, **keywords)
+    with Container(files[0]) as container:
+        return files, {"dtype": undecoded.first_dtype(container), **metadata}
+
+
+def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Give transformers the tensors of containers as a state dict that is read as it is used.
+    @functools.wraps(original)
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not checkpoint_files or not str(checkpoint_files[0]).endswith(".df11"):
+            return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        folder = str(load_config.pretrained_model_name_or_path)
+        if load_config.hf_quantizer is not None:
+            raise errors.UsageError("the weights are compressed and cannot be quantized", file=folder, hint="quantize the original model")
+        if load_config.device_mesh is not None:
+            raise errors.UsageError("compressed weights cannot be cut for tensor parallelism", file=folder, hint="load the original model")
+        with ExitStack() as stack:
+            containers = [stack.enter_context(Container(file)) for file in checkpoint_files]
+            undecoded.check_dtype(load_config.dtype, containers)
+            devices = load_config.device_map or {}
+            to_disk = "disk" in devices.values()
+            if to_disk:  # Which would decode: records are left in the files that they are in.
+                kept = {name: "cpu" if device == "disk" else device for name, device in devices.items()}
+                load_config = dataclasses.replace(load_config, device_map=kept)
+            read: set[str] = set()
+            stored = {name: _Stored(container, name, to_disk, read) for container in containers for name in container.keys()}
+            info, index = original(model, stored, checkpoint_files, load_config, *args, **kwargs)
+        index = {} if to_disk else index
+        _loading[model] = _Loading(folder, read, index)
+        return info, index
+
+    return load
+
+
+def _finalizing(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    # After transformers has tied and initialized what was not loaded: compare, and make compressed modules.
+    @functools.wraps(original)
+    def finalize(model: Any, load_config: Any, loading_info: Any, *args: Any, **kwargs: Any) -> Any:
+        state = _loading.pop(model, None)
+        if state is None:
+            return original(model, load_config, loading_info, *args, **kwargs)
+        undecoded.check_names(state.folder, (), (), list(loading_info.mismatched_keys))
+        for name, reason in loading_info.conversion_errors.items():
+            raise errors.UsageError(f"transformers could not convert it: {str(reason).splitlines()[-1]}", file=state.folder, tensor=name)
+        info = original(model, load_config, loading_info, *args, **kwargs)
+        undecoded.check_names(state.folder, list(info.missing_keys), list(info.unexpected_keys))
+        if state.disk_index is not None:
+            on_disk = lambda name: library.get_device(load_config.device_map, name) == "disk"  # noqa: E731
+            state.disk_index.update(undecoded.disk_index(model, on_disk, load_config.disk_offload_folder))
+        decoded = state.read - undecoded.keep_compressed(model)
+        if decoded:
+            warnings.warn(
+                f"{state.folder}: {len(decoded)} of {len(state.read)} compressed tensors are held decoded, as transformers merges or casts them"
+                f" when it loads; the first is {min(decoded)}",
+                stacklevel=2,
+            )
+        return info
+
+    return finalize
+
+
+def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Write what the original checkpoint was: BF16 tensors under their own names, which every transformers loads.
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tied = dict(getattr(self, "all_tied_weights_keys", None) or {})
+        if isinstance(kwargs.get("state_dict"), Mapping):
+            kwargs["state_dict"] = undecoded.decoded_names(self, kwargs["state_dict"], tied)
+        with undecoded.plain_state_dict(self, tied):
+            return original(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    # A transformers that is too old: its own error would only name the file that it misses.
+    @functools.wraps(original)
+    def resolve(*args: Any, **kwargs: Any) -> Any:
+        source = kwargs.get("pretrained_model_name_or_path")
+        if source is not None and any(Path(source, kwargs.get("subfolder") or "", name).is_file() for name in (_FILE, _INDEX)):
+            import transformers
+
+            raise errors.UsageError(
+                "from_pretrained of .df11 files needs transformers 5.1 or later",
+                file=source,
+                found=transformers.__version__,
+                hint="or build the model and call df11.runtime.load_model",
+            )
+        return original(*args, **kwargs)
+
+    return resolve
