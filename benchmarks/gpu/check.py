@@ -25,10 +25,13 @@ import torch
 import df11
 from benchmarks import report, safetensors_file, table
 from benchmarks.gpu import environment, weights
+from benchmarks.gpu.models import compress
 from benchmarks.safetensors_file import Tensor
 from df11 import runtime
 from df11.formats import errors
 from df11.formats.container import Container
+from df11.runtime import modules
+from df11.runtime.ahead import CudaStreams
 
 ROOT: Final = Path(__file__).parents[2]
 VECTORS: Final = ROOT / "tests" / "vectors" / "golden"
@@ -180,6 +183,39 @@ class Checks:
         runtime.raise_damage(self.device)
         return "two graphs, three replays each"
 
+    @torch.inference_mode()
+    def model(self) -> str:
+        """A model from the compressed form: as it is, decoding ahead, with records in the processor's memory, compiled, in a CUDA graph."""
+        width, hidden = 512, 4 * max(512, min(4096, self.size >> 12))
+        layers = [layer for _ in range(6) for layer in (torch.nn.Linear(width, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, width))]
+        model = torch.nn.Sequential(torch.nn.Embedding(4000, width), *layers).to(self.device, torch.bfloat16).requires_grad_(False)
+        ids = torch.arange(64, device=self.device)[None]
+        expected = model(ids)
+        compress(model)
+        ways = ["as it is"]
+        require(same(model(ids), expected), "as it is")
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        require(same(compiled(ids), expected), "compiled")
+        ways.append("compiled")
+        if self.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = model(ids)
+            captured.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            require(same(captured, expected), "in a CUDA graph")
+            ahead = modules.decode_ahead(model, self.device, CudaStreams(self.device))
+            for turn in range(20):
+                require(same(model(ids), expected), f"decoding ahead, turn {turn}")
+            require(ahead.hits > ahead.misses, "nothing was decoded ahead")
+            ways += ["in a graph", "decoding ahead"]
+        modules.offload_records(model, self.device)
+        for turn in range(5):
+            require(same(model(ids), expected), f"records in the processor's memory, turn {turn}")
+        runtime.raise_damage(self.device)
+        return f"{', '.join(ways)}, records elsewhere"
+
     def files(self) -> str:
         """A container of several tensors, through the ring of pinned memory."""
         sizes = {"large": self.size // 4, "embedding": self.size // 8, **{f"small.{i}": 9000 + i for i in range(100)}}
@@ -227,7 +263,7 @@ class Checks:
         raise AssertionError("a row that does not exist was not told")
 
 
-ORDER: Final = ("vectors", "small_records", "gaussian", "outliers", "random_bits", "block", "streams", "graph", "files", "damage")
+ORDER: Final = ("vectors", "small_records", "gaussian", "outliers", "random_bits", "block", "streams", "graph", "model", "files", "damage")
 SANITIZED: Final = ("vectors", "small_records", "gaussian", "outliers", "damage")
 """On 3 million weights: compute-sanitizer slows kernels down by one to three orders of magnitude."""
 
