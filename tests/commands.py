@@ -121,9 +121,16 @@ def peak_memory(*arguments: object) -> int:
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start ``df11`` in a process of its own."""
+    """Start ``df11`` in a process of its own, which SIGINT reaches even if these tests run in the background of a shell, where it is ignored."""
     compile_kernels()
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> Result:
