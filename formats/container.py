@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import stat
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -88,9 +89,15 @@ class Container:
         """Open and check the header. Raises a :class:`~df11.formats.errors.Df11Error` that says what is wrong."""
         self.path = os.fspath(path)
         try:
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode):
+                what = "this is a folder, not a file" if stat.S_ISDIR(mode) else "this is not a regular file"
+                raise errors.UsageError(what, file=path)
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise errors.from_os_error(error, file=path) from None
+        except ValueError:  # A null character, for example.
+            raise errors.UsageError("this cannot be the name of a file", file=repr(self.path)) from None
         try:
             self._open()
         except OSError as error:
@@ -178,6 +185,8 @@ class Container:
                 raise errors.EntryError(
                     "a record must be a one-dimensional U8 tensor that decodes to BF16", **where, found=f"{entry.dtype} {entry.shape}, {dtype}"
                 )
+            if info.elements > entry.size:  # A weight takes a byte at least; so nobody need allocate what a forged shape claims.
+                raise errors.EntryError("the record is too small for its shape", **where, expected=f"{info.elements} bytes or more", found=entry.size)
             if entry.start % layout.RECORD_ALIGNMENT:
                 raise errors.EntryError("a record must start at a multiple of 16", **where, offset=entry.start)
         else:

@@ -40,15 +40,22 @@ class Df11Error(Exception):
     def __str__(self) -> str:
         where = [] if self.file is None else [self.file]
         if self.tensor is not None:
-            where.append(f"tensor {self.tensor!r}")
+            where.append(f"tensor {shortened(self.tensor)}")
         if self.offset is not None:
             where.append(f"offset {self.offset}")
         text = f"{', '.join(where)}: {self.what}" if where else self.what
-        if self.expected is not None or self.found is not None:
-            text += f" (expected {self.expected}, found {self.found})"
+        details = [f"{word} {value}" for word, value in (("expected", self.expected), ("found", self.found)) if value is not None]
+        if details:
+            text += f" ({', '.join(details)})"
         if self.hint is not None:
             text += f"; {self.hint}"
         return " ".join(text.split())
+
+
+def shortened(name: str) -> str:
+    """A name from a file as text for a line: quoted, without control characters, and not longer than a line."""
+    text = repr(name)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 # What the caller asked for.

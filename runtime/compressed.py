@@ -120,11 +120,9 @@ def warm_up(device: str | torch.device = "cuda") -> None:
 
 def decoder(device: str | torch.device) -> Decoder:
     """The decoder of a device."""
-    import torch
+    from df11.runtime import load, operators
 
-    from df11.runtime import operators
-
-    return operators.decoder_of(torch.device(device))
+    return operators.decoder_of(load.device_of(device))
 
 
 __all__ = ["CompressedTensor", "decode_many", "raise_damage", "warm_up"]

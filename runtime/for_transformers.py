@@ -22,6 +22,7 @@ from torch import nn
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import undecoded
+from df11.runtime.model import MismatchError, read_index
 
 _FILE: Final = "model.df11"
 _INDEX: Final = "model.df11.index.json"
@@ -107,6 +108,7 @@ def _files(library: Any, source: str, path: str, download: dict[str, Any]) -> tu
     if not path.endswith(".index.json"):
         files, metadata = [path], {}
     else:
+        read_index(path)  # One that is none, or leads out of the folder, raises.
         keywords = {name: value for name, value in download.items() if name in inspect.signature(library.get_checkpoint_shard_files).parameters}
         files, metadata = library.get_checkpoint_shard_files(source, path, **keywords)
     with Container(files[0]) as container:
@@ -133,7 +135,12 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
                 kept = {name: "cpu" if device == "disk" else device for name, device in devices.items()}
                 load_config = dataclasses.replace(load_config, device_map=kept)
             read: set[str] = set()
-            stored = {name: _Stored(container, name, to_disk, read) for container in containers for name in container.keys()}
+            stored: dict[str, _Stored] = {}
+            for container in containers:
+                for name in container.keys():
+                    if name in stored:
+                        raise MismatchError("two shards hold this tensor", file=container.path, tensor=name)
+                    stored[name] = _Stored(container, name, to_disk, read)
             info, index = original(model, stored, checkpoint_files, load_config, *args, **kwargs)
         index = {} if to_disk else index
         _loading[model] = _Loading(folder, read, index)
@@ -154,10 +161,16 @@ def _finalizing(library: Any, original: Callable[..., Any]) -> Callable[..., Any
             raise errors.UsageError(f"transformers could not convert it: {str(reason).splitlines()[-1]}", file=state.folder, tensor=name)
         info = original(model, load_config, loading_info, *args, **kwargs)
         undecoded.check_names(state.folder, list(info.missing_keys), list(info.unexpected_keys))
-        if state.disk_index is not None:
-            on_disk = lambda name: library.get_device(load_config.device_map, name) == "disk"  # noqa: E731
+        if state.disk_index is None:
+            kept = undecoded.keep_compressed(model)
+        else:
+
+            def on_disk(name: str) -> bool:
+                return bool(library.get_device(load_config.device_map, name) == "disk")
+
             state.disk_index.update(undecoded.disk_index(model, on_disk, load_config.disk_offload_folder))
-        decoded = state.read - undecoded.keep_compressed(model)
+            kept = undecoded.keep_compressed(model, lambda name: not on_disk(name))
+        decoded = state.read - kept
         if decoded:
             warnings.warn(
                 f"{state.folder}: {len(decoded)} of {len(state.read)} compressed tensors are held decoded, as transformers merges or casts them"

@@ -66,7 +66,7 @@ def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda")
         raise errors.missing_extra("torch", "torch") from None
     from df11.runtime import operators
 
-    target = torch.device(device)
+    target = device_of(device)
     with Container(path) as container:
         decoder = operators.decoder_of(target)  # Before the file is read: it says whether there is a GPU.
         if target.type == "cuda":
@@ -80,6 +80,16 @@ def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda")
             else:
                 load_through_ring(container, tensors, target, decoder)
     return tensors
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """A torch device by its name. Raises DeviceError if there is none of that name."""
+    import torch
+
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise errors.DeviceError("torch knows no such device", expected="'cuda', 'cuda:1', 'cpu', ...", found=repr(device)) from None
 
 
 def torch_dtype(container: Container, name: str) -> torch.dtype:

@@ -67,7 +67,7 @@ def load_model(
     weight is decoded on a side stream while this one's product runs, in the order learnt in the first pass, for two buffers of the largest.
     Raises MismatchError, which lists what differs in name, shape or dtype; then the model is as it was.
     """
-    target = torch.device(device)
+    target = load.device_of(device)
     operators.decoder_of(target)
     if target.type == "cuda":
         target = gpu.of(target).device
@@ -77,17 +77,24 @@ def load_model(
         for container in containers:
             for name in container.keys():
                 if rename(name) in held:
-                    raise MismatchError(f"two tensors have the name {rename(name)!r}", file=container.path, tensor=name)
+                    raise MismatchError(f"two tensors have the name {errors.shortened(rename(name))}", file=container.path, tensor=name)
                 held[rename(name)] = (container, name)
+        if any(isinstance(module, CompressedModule) for module in model.modules()):
+            raise errors.UsageError("the model is compressed already", file=path, hint="load into a new one, or materialize it before")
         places = _places_of(model)
         _compare(places, held, os.fspath(path))
+        _check_other_buffers(model)
         needed = sum(container.info(name).stored_bytes for container, name in held.values())
         with gpu.enough_memory(target, needed):
             records = torch.device("cpu") if cpu_offload else target
             loaded = dict(zip(held, cpu.pool().map(lambda found: load_tensor(found[0], found[1], target, records), held.values()), strict=True))
     for name, (parameter, geometry) in loaded.items():
         for place in places[name]:
-            _put(place, parameter, geometry)
+            _put(place, parameter, geometry, target)
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers.get(name)) is not None:
+                module._buffers[name] = buffer.to(target)
     if cpu_offload:
         offload_records(model, target)
     if prefetch and target.type == "cuda":
@@ -98,26 +105,40 @@ def load_model(
 def files_of(path: str | os.PathLike[str]) -> list[Path]:
     """The `.df11` files at a path: the file itself, or those that the index of a folder names, or all in the folder."""
     root = Path(path)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises for a name that is too long, and this does not
         return [root]
-    indexes = sorted(root.glob("*.df11.index.json"))
-    if len(indexes) > 1:
-        raise errors.UsageError("several models in one folder", file=root, found=", ".join(index.name for index in indexes))
-    if not indexes:
-        files = sorted(root.glob("*.df11"))
-        if not files:
-            raise errors.MissingError("no .df11 file in this folder", file=root)
-        return files
     try:
-        names = {str(name) for name in json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise errors.FormatError("not an index of shards", file=indexes[0]) from None
-    if wrong := sorted(name for name in names if Path(name).name != name):
-        raise errors.FormatError("a shard lies in another folder", file=indexes[0], found=wrong[0])
-    missing = sorted(name for name in names if not (root / name).is_file())
+        indexes, files = sorted(root.glob("*.df11.index.json")), sorted(root.glob("*.df11"))
+        if len(indexes) > 1:
+            raise errors.UsageError("several models in one folder", file=root, found=", ".join(index.name for index in indexes))
+        if not indexes:
+            if not files:
+                next(root.iterdir(), None)  # A folder that may not be read looks empty to glob; this raises.
+                raise errors.MissingError("no .df11 file in this folder", file=root)
+            return files
+        names = read_index(indexes[0])
+        missing = sorted(name for name in names if not (root / name).is_file())
+    except OSError as error:
+        raise errors.from_os_error(error, file=error.filename or root) from None
     if missing:
         raise errors.MissingError(f"{len(missing)} of {len(names)} shards are missing: {some(missing)}", file=root, hint="download them again")
     return [root / name for name in sorted(names)]
+
+
+def read_index(path: str | os.PathLike[str]) -> set[str]:
+    """The names of the shards that an index file lists. Raises FormatError if it is none, or if a shard lies in another folder."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        names = set(json.loads(text)["weight_map"].values())
+    except OSError as error:
+        raise errors.from_os_error(error, file=path) from None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        names = set()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise errors.FormatError("not an index of shards", file=path)
+    if wrong := sorted(name for name in names if Path(name).name != name or "\0" in name):
+        raise errors.FormatError("a shard lies in another folder", file=path, found=errors.shortened(wrong[0]))
+    return names
 
 
 def _places_of(model: nn.Module) -> dict[str, list[_Place]]:
@@ -160,11 +181,30 @@ def _compare(places: dict[str, list[_Place]], held: dict[str, tuple[Container, s
         raise MismatchError(f"the model and the container differ; {'; '.join(lines)}", file=path, hint=hint)
 
 
+def _check_other_buffers(model: nn.Module) -> None:
+    # Those that no container holds: they must be there already.
+    lost = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if (buffer := module._buffers.get(name)) is not None and buffer.is_meta
+    ]
+    if lost:
+        hint = "build the model with accelerate.init_empty_weights(include_buffers=False), or set them"
+        raise MismatchError(f"buffers that are not stored are on the meta device: {some(lost)}", hint=hint)
+
+
 def some(names: Iterable[str]) -> str:
     """The first names of a list, for an error, and how many more there are."""
     listed = list(names)
     more = len(listed) - _LISTED
-    return ", ".join(listed[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(_plain(name) for name in listed[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _plain(text: str) -> str:
+    # Names come from files: no control characters, and no longer than a line.
+    quoted = errors.shortened(text)
+    return text if quoted == f"'{text}'" else quoted
 
 
 def load_tensor(container: Container, name: str, device: torch.device, records: torch.device) -> tuple[nn.Parameter, Geometry | None]:
@@ -179,9 +219,10 @@ def load_tensor(container: Container, name: str, device: torch.device, records: 
     return nn.Parameter(values.to(device), requires_grad=False), None
 
 
-def _put(place: _Place, parameter: nn.Parameter, geometry: Geometry | None) -> None:
-    if place.is_buffer:
-        place.module._buffers[place.name] = parameter.data
+def _put(place: _Place, parameter: nn.Parameter, geometry: Geometry | None, device: torch.device) -> None:
+    if place.is_buffer:  # Read by its module as it likes: not compressed, however large.
+        values = parameter.data.to(device)
+        place.module._buffers[place.name] = values if geometry is None else operators.decode(values, list(geometry.shape), geometry.segment_elements)
     elif geometry is None:
         place.module._parameters[place.name] = parameter
     else:

@@ -225,6 +225,13 @@ class CompressedModule(nn.Module):
         finally:
             _inside.modules.pop()
 
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Move the module; a cast raises, as records cannot follow."""
+        dtype = fn(torch.empty(0, dtype=torch.bfloat16)).dtype
+        if dtype != torch.bfloat16:
+            raise _frozen(f"to {dtype}")
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("geometries", ()):
             if isinstance(value, DecodedWeight) and value.shape == self.geometries[name].shape:  # Tying one compressed weight to another.

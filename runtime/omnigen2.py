@@ -66,11 +66,11 @@ def load_pipeline(
     """
     import torch
 
-    from df11.runtime import gpu, operators
+    from df11.runtime import gpu, load, operators
 
     if offload not in (None, "model", "sequential", "group"):
         raise errors.UsageError("offload", expected="None, 'model', 'sequential' or 'group'", found=repr(offload))
-    target = torch.device(device)
+    target = load.device_of(device)
     operators.decoder_of(target)
     target = gpu.of(target).device if target.type == "cuda" else target
     tree = _Tree(path, classes, _names(trust_remote_code), "OmniGen2ChatPipeline" if chat else "OmniGen2Pipeline")

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from df11.formats import errors
 from df11.formats.container import Container
+from df11.formats.record import Scratch
 from df11.runtime import cpu, load, operators
 from df11.runtime import model as models
 from df11.runtime.modules import SUFFIX, CompressedModule, FrozenWeightError, Geometry, aligned, compress_parameter, compressed_modules, is_about_form
@@ -90,14 +91,20 @@ def read_all(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def mapped(container: Container, name: str) -> torch.Tensor:
-    """Like :func:`read`, but a record stays in its file until its bytes are used; its checksums are compared when it is decoded."""
+    """Like :func:`read`, but a record stays in its file, which is mapped; its checksums are compared now, a segment after another."""
     if not stays_compressed(container, name):
         return read(container, name)
     from safetensors import safe_open
 
+    record, scratch = container.record(name), Scratch()
+    for segment in record.segments:
+        data = scratch.take(segment.size)
+        record.read(segment.offset, data)
+        segment.check_stored(data, record.place)
+
     with safe_open(container.path, framework="pt") as file:
         payload = nn.Parameter(file.get_tensor(name), requires_grad=False)
-    return Undecoded.of(payload, Geometry(container.info(name).shape, container.record(name).segment_elements), container.path, name)
+    return Undecoded.of(payload, Geometry(container.info(name).shape, record.segment_elements), container.path, name)
 
 
 def stays_compressed(container: Container, name: str) -> bool:
@@ -134,14 +141,22 @@ def check_names(path: str | os.PathLike[str], missing: Sequence[str], unknown: S
         raise models.MismatchError(f"the model and the container differ; {'; '.join(lines)}", file=path)
 
 
-def keep_compressed(model: nn.Module) -> set[str]:
-    """Make compressed modules of a model whose loader has put undecoded tensors into it. Returns their names in the container."""
+def keep_compressed(model: nn.Module, is_mapped: Callable[[str], bool] = lambda _: False) -> set[str]:
+    """Make compressed modules of a model whose loader has put undecoded tensors into it. Returns their names in the container.
+
+    ``is_mapped``: for the name of a parameter, whether its record must leave a mapped file for memory: whoever truncates a file that is mapped
+    ends the process.
+    """
     kept: set[str] = set()
-    for module in list(model.modules()):
+    copies: dict[int, nn.Parameter] = {}
+    for prefix, module in list(model.named_modules()):
         found: dict[str, Any] = dict(module._parameters)
         for name, parameter in found.items():
             if isinstance(parameter, Undecoded):
-                compress_parameter(module, name, parameter.payload, parameter.geometry)
+                payload = parameter.payload
+                if is_mapped(f"{prefix}.{name}" if prefix else name):
+                    payload = copies.setdefault(id(payload), nn.Parameter(payload.data.clone(), requires_grad=False))
+                compress_parameter(module, name, payload, parameter.geometry)
                 kept.add(parameter.stored_as)
         for name, buffer in module._buffers.items():
             if isinstance(buffer, Undecoded):

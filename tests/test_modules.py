@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -377,3 +378,69 @@ def test_records_elsewhere(path: Path, original: Model) -> None:
     assert torch.equal(model(IDS), original(IDS))
     assert model.embed.payload() is model.head.payload()  # type: ignore[operator]
     assert torch.equal(runtime.materialize(model)(IDS), original(IDS))
+
+
+# What was found by those who tried to break it.
+
+
+class WithBuffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(256, 256)
+        self.register_buffer("table", torch.randn(512, 256))
+        self.register_buffer("other", torch.ones(3), persistent=False)
+
+
+def test_a_large_buffer_is_decoded(tmp_path: Path) -> None:
+    original = WithBuffers().to(torch.bfloat16)
+    path = convert(original.state_dict(), tmp_path / "b.df11")
+    with torch.device("meta"):
+        lost = WithBuffers().to(torch.bfloat16)
+    with pytest.raises(MismatchError, match="not stored are on the meta device: other"):
+        runtime.load_model(lost, path, "cpu")
+    model = runtime.load_model(WithBuffers().to(torch.bfloat16), path, "cpu")
+    assert torch.equal(model.table, original.table)
+    assert isinstance(model.layer, CompressedModule)
+
+
+def test_casts_are_refused(model: Model) -> None:
+    for cast in (model.half, model.float, lambda: model.to(torch.float16)):
+        with pytest.raises(FrozenWeightError, match="materialize"):
+            cast()
+    assert model.blocks[0].up.to("cpu") is model.blocks[0].up
+
+
+def test_a_model_that_is_compressed_already(model: Model, path: Path) -> None:
+    with pytest.raises(errors.UsageError, match="compressed already"):
+        runtime.load_model(model, path, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("index", "what"),
+    [
+        ("[" * 200_000, "not an index"),
+        ("{}", "not an index"),
+        ('{"weight_map": {}}', "not an index"),
+        ('{"weight_map": {"a": null}}', "not an index"),
+        ('{"weight_map": {"a": "/x.df11"}}', "another folder"),
+        (json.dumps({"weight_map": {"a": "x" * 300 + ".df11"}}), r"shards are missing|name too long"),
+    ],
+)
+def test_indexes_of_all_kinds(index: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "model.df11.index.json").write_text(index)
+    with pytest.raises(errors.Df11Error, match=f"(?i){what}") as caught:
+        files_of(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+def test_paths_of_all_kinds(tmp_path: Path) -> None:
+    (tmp_path / "folder.df11.index.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.df11")
+    for path in ("a" * 300, "x\0y", tmp_path / "pipe.df11", tmp_path / "none", tmp_path):
+        with pytest.raises(errors.Df11Error) as caught:
+            runtime.load_model(empty(), path, "cpu")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(errors.UsageError, match="a folder, not a file"):
+        runtime.load_file(tmp_path, "cpu")
+    with pytest.raises(errors.DeviceError, match="no such device"):
+        runtime.load_file(tmp_path / "pipe.df11", "gpu")

@@ -271,13 +271,28 @@ def test_damage_and_missing_shards(folders: tuple[Path, Path], original: Any, tm
     data[-70_000] ^= 1
     (tmp_path / "model.df11").write_bytes(data)
     (tmp_path / "config.json").write_bytes((folders[1] / "config.json").read_bytes())
-    with pytest.raises(errors.ChecksumError, match=r"model\.df11, tensor "):
-        load(tmp_path)
+    for options in ({}, {"device_map": SPLIT, "offload_folder": str(tmp_path / "offload")}):  # Also where records stay in their file.
+        with pytest.raises(errors.ChecksumError, match=r"model\.df11, tensor "):
+            load(tmp_path, **options)
     original.save_pretrained(tmp_path / "plain", max_shard_size="2MB")
     df11.convert(tmp_path / "plain", tmp_path / "shards")
     next((tmp_path / "shards").glob("*-00002-of-*.df11")).unlink()
     with pytest.raises(errors.MissingError, match="-00002-of-"):
         load(tmp_path / "shards")
+
+
+def test_shards_that_do_not_belong_together(folders: tuple[Path, Path], original: Any, tmp_path: Path) -> None:
+    original.save_pretrained(tmp_path / "plain", max_shard_size="2MB")
+    df11.convert(tmp_path / "plain", tmp_path / "shards")
+    shard = next((tmp_path / "shards").glob("*-00002-of-*.df11"))
+    shard.write_bytes((folders[1] / "model.df11").read_bytes())
+    with pytest.raises(MismatchError, match="two shards hold this tensor"):
+        load(tmp_path / "shards")
+    index = tmp_path / "shards" / "model.df11.index.json"
+    for text, what in (("[", "not an index"), ('{"weight_map": {}}', "not an index"), ('{"weight_map": {"a": "../x.df11"}}', "another folder")):
+        index.write_text(text)
+        with pytest.raises(errors.FormatError, match=what):
+            load(tmp_path / "shards")
 
 
 def test_quantizing_is_refused(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,6 +380,9 @@ def test_device_maps(name: str, folders: tuple[Path, Path], original: Any, tmp_p
     if on_disk:  # What is compressed stays in the container.
         written = sum(path.stat().st_size for path in (tmp_path / "offload").iterdir())
         assert written < 0.2 * (folders[1] / "model.df11").stat().st_size
+    if name == "split":  # What is not on disk has left the file for memory.
+        held = [module.payload() for part, module in modules.compressed_modules(model) if "layers.0." in part]
+        assert held and all(payload.data_ptr() % 64 == 0 and payload.untyped_storage().nbytes() == payload.numel() for payload in held)
     model.save_pretrained(tmp_path / "saved")
     assert files(tmp_path / "saved") == files(folders[0])
 
