@@ -12,6 +12,7 @@ import stat
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
@@ -89,7 +90,7 @@ class Container:
         """Open and check the header. Raises a :class:`~df11.formats.errors.Df11Error` that says what is wrong."""
         self.path = os.fspath(path)
         try:
-            mode = os.stat(path).st_mode
+            mode = Path(path).stat().st_mode
             if not stat.S_ISREG(mode):
                 what = "this is a folder, not a file" if stat.S_ISDIR(mode) else "this is not a regular file"
                 raise errors.UsageError(what, file=path)
