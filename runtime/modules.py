@@ -382,6 +382,12 @@ def decode_ahead(model: nn.Module, device: torch.device, streams: Streams) -> Ah
     return ahead
 
 
+def decode_on_demand(model: nn.Module) -> None:
+    """Undo :func:`decode_ahead`; its buffers are freed."""
+    for _, module in compressed_modules(model):
+        module.__dict__.pop(_AHEAD, None)
+
+
 def ahead_of(module: nn.Module) -> Ahead | None:
     """What decodes ahead for a module."""
     found: Ahead | None = module.__dict__.get(_AHEAD)

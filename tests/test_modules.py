@@ -359,6 +359,11 @@ def test_decoding_ahead(model: Model, original: Model) -> None:
     with torch.no_grad():
         assert torch.equal(compiled(x), original.blocks[0].up(x))
     assert torch.equal(pickle.loads(pickle.dumps(model))(IDS), original(IDS))
+    modules.decode_on_demand(model)
+    before = ahead.hits + ahead.misses
+    assert torch.equal(model(IDS), original(IDS))
+    assert ahead.hits + ahead.misses == before
+    assert runtime.report(model).scratch == 2 * 1024 * 256
 
 
 def test_decoding_ahead_sees_new_records(model: Model, original: Model) -> None:

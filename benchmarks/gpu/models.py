@@ -102,8 +102,7 @@ class Bench:
                     continue
                 modules.decode_ahead(model, self.device, CudaStreams(self.device))
             elif "again" in name:
-                for _, module in modules.compressed_modules(model):
-                    module.__dict__.pop("_df11_ahead", None)
+                modules.decode_on_demand(model)
             elif "processor" in name:
                 modules.offload_records(model, self.device)
             if self.real:
