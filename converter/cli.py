@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import signal
-import sys
-import traceback
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Literal
 
 import typer
 
 from df11.converter.convert import DEFAULT_MEMORY, ConversionReport, FileReport, convert
 from df11.converter.inspect import as_text, describe
 from df11.converter.restore import restore
+from df11.converter.terminal import Bar, Debug, Force, Jobs, Json, Quiet, VerificationFailed, event, print_line, say
 from df11.converter.tree import list_containers
 from df11.converter.verify import verify
-from df11.formats import compiled, errors
+from df11.formats import errors
 from df11.formats.container import Container
 from df11.version import __version__
 
@@ -28,12 +23,6 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="BF16 models a third smaller, without changing a bit."
 )
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for programs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Jobs = Annotated[
-    int | None, typer.Option("--jobs", "-j", metavar="N", help="Threads that encode or decode. [default: one a core]", show_default=False)
-]
 ContainerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A .df11 file or a folder of them.")]
 
 
@@ -48,63 +37,24 @@ def _options(version: Annotated[bool, typer.Option("--version", callback=_versio
     pass
 
 
-_INTERRUPTED: Final = 130
-
-
-class _Bar:
-    # One progress bar over all files, on standard error, in bytes.
-    def __init__(self, what: str, *, quiet: bool) -> None:
-        self._bar: Any = None
-        if not quiet and sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ModuleNotFoundError:
-                raise errors.missing_extra("tqdm", "convert") from None
-            self._bar = tqdm(desc=what, unit="B", unit_scale=True, file=sys.stderr, dynamic_ncols=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def total(self, size: int) -> None:
-        if self._bar is not None:
-            self._bar.reset(total=size)
-
-    def advance(self, size: int) -> None:
-        if self._bar is not None:
-            self._bar.update(size)
-
-
-def _say(text: str, *, quiet: bool) -> None:
-    if not quiet:
-        typer.echo(text, err=True)
-
-
-def _print(text: str) -> None:
-    try:
-        typer.echo(text)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end.
-        raise errors.UsageError("nobody reads standard output any more") from None
-
-
-def _event(event: str, **values: Any) -> None:
-    _print(json.dumps({"event": event, **values}))
-
-
 @app.command("convert")
 def convert_command(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A .safetensors file or a folder.")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A .safetensors file or a folder, or hf://owner/name@revision/path on the Hub.")],
     dst: Annotated[str, typer.Argument(metavar="DST", help="A .df11 file for a file, a folder for a folder.")],
     jobs: Jobs = None,
     max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of the whole process.")] = DEFAULT_MEMORY,
+    max_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="For a network that breaks off often: download shards of the Hub, one at a time, within SIZE, instead of reading them as they come.",
+            show_default=False,
+        ),
+    ] = None,
     cast: Annotated[str | None, typer.Option(metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)] = None,
     verify: Annotated[bool, typer.Option(help="Decode and compare everything before it is written.")] = True,
     resume: Annotated[bool, typer.Option(help="Keep finished outputs of the same source.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     json_lines: Json = False,
     quiet: Quiet = False,
@@ -115,16 +65,17 @@ def convert_command(
 
     def on_file(report: FileReport) -> None:
         if json_lines:
-            _event("file", **asdict(report))
+            event("file", **report.as_event())
         elif report.status == "planned" and not quiet:
-            _print(f"{report.source} -> {report.output}: {report.source_bytes:,} bytes, {report.tensors} tensors")
+            print_line(f"{report.source} -> {report.output}: {report.source_bytes:,} bytes, {report.tensors} tensors")
 
-    with _Bar("convert", quiet=quiet or dry_run) as bar:
+    with Bar("convert", quiet=quiet or dry_run) as bar:
         report = convert(
             src,
             dst,
             jobs=jobs,
             max_memory=max_memory,
+            max_disk=max_disk,
             cast=_cast(cast),
             verify=verify,
             resume=resume,
@@ -135,7 +86,7 @@ def convert_command(
             on_file=on_file,
         )
     if json_lines:
-        _event(
+        event(
             "done",
             files=len(report.files),
             source_bytes=report.source_bytes,
@@ -145,9 +96,9 @@ def convert_command(
             copied=report.copied,
         )
     elif dry_run:
-        _say(f"{len(report.files)} files would be converted and {report.copied} copied; nothing was written", quiet=quiet)
+        say(f"{len(report.files)} files would be converted and {report.copied} copied; nothing was written", quiet=quiet)
     else:
-        _say(_summary(report), quiet=quiet)
+        say(_summary(report), quiet=quiet)
 
 
 def _cast(value: str | None) -> Literal["bf16"] | None:
@@ -184,20 +135,14 @@ def verify_command(
     """Decode everything and check every checksum."""
     del debug
     try:
-        with _Bar("verify", quiet=quiet) as bar:
+        with Bar("verify", quiet=quiet) as bar:
             report = verify(path, against, jobs=jobs, on_total=bar.total, on_progress=bar.advance)
     except (errors.FormatError, errors.SafetensorsError) as error:
-        raise _Failed(error) from error
+        raise VerificationFailed(error) from error
     if json_lines:
-        _event("done", **asdict(report))
+        event("done", **asdict(report))
     compared = "equal to the source" if report.compared else "all checksums right"
-    _say(f"{report.files} files, {report.tensors} tensors, {report.bytes:,} decoded bytes: {compared}", quiet=quiet)
-
-
-class _Failed(Exception):  # noqa: N818 - not an error of its own
-    # A verification that failed, for whatever reason: exit code 1.
-    def __init__(self, error: errors.Df11Error) -> None:
-        self.error = error
+    say(f"{report.files} files, {report.tensors} tensors, {report.bytes:,} decoded bytes: {compared}", quiet=quiet)
 
 
 @app.command("restore")
@@ -206,22 +151,22 @@ def restore_command(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="A file for a file, a folder for a folder.")],
     bf16: Annotated[bool, typer.Option("--bf16", help="Where a cast has changed values, write a BF16 safetensors file.")] = False,
     jobs: Jobs = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    force: Force = False,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write the source back, byte for byte, proven by its SHA-256."""
     del debug
-    with _Bar("restore", quiet=quiet) as bar:
+    with Bar("restore", quiet=quiet) as bar:
         report = restore(path, dst, bf16=bf16, force=force, jobs=jobs, on_total=bar.total, on_progress=bar.advance)
     for file in report.files:
         if json_lines:
-            _event("file", **asdict(file))
+            event("file", **asdict(file))
         proof = "written as BF16; not the source" if file.bf16 else "SHA-256 is the source's"
-        _say(f"{file.output}: {file.bytes:,} bytes, SHA-256 {file.sha256}, {proof}", quiet=quiet)
+        say(f"{file.output}: {file.bytes:,} bytes, SHA-256 {file.sha256}, {proof}", quiet=quiet)
     if json_lines:
-        _event("done", files=len(report.files), bytes=sum(file.bytes for file in report.files), copied=report.copied)
+        event("done", files=len(report.files), bytes=sum(file.bytes for file in report.files), copied=report.copied)
 
 
 @app.command("inspect")
@@ -231,45 +176,4 @@ def inspect_command(path: ContainerPath, json_lines: Json = False, debug: Debug 
     for file in list_containers(path):
         with Container(file) as container:
             description = describe(container)
-        _print(json.dumps(description) if json_lines else as_text(description))
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise KeyboardInterrupt
-
-
-def run(arguments: list[str]) -> int:
-    """Run the command line and return the exit code: an error is one line on standard error."""
-    debug = "--debug" in arguments
-    signal.signal(signal.SIGTERM, _terminate)  # A cancelled CI job cleans up like an interrupted one.
-    if "--quiet" not in arguments and "-q" not in arguments:
-        compiled.announce = functools.cache(lambda text: print(f"df11: {text}", file=sys.stderr))  # noqa: T201 - once
-    try:
-        code = app(args=arguments or ["--help"], prog_name="df11", standalone_mode=False)
-        if code == _INTERRUPTED:
-            raise KeyboardInterrupt  # Typer has made an exit code of it.
-    except BaseException as error:
-        if debug:
-            traceback.print_exc()
-        text, code = _explain(error)
-        print(f"df11: {text}", file=sys.stderr)  # noqa: T201
-    return code if isinstance(code, int) else 0
-
-
-def _explain(error: BaseException) -> tuple[str, int]:
-    match error:
-        case _Failed():
-            return f"verification failed: {error.error}", errors.DifferenceError.exit_code
-        case errors.Df11Error():
-            return str(error), error.exit_code
-        case OSError():
-            return _explain(errors.from_os_error(error))
-        case MemoryError():
-            return "out of memory; give a smaller --jobs", errors.BudgetError.exit_code
-        case KeyboardInterrupt() | typer.Abort():
-            return "interrupted; run the same command again to go on", _INTERRUPTED
-        case _ if hasattr(error, "format_message"):  # A usage error of Typer's; it shows no public class for them.
-            return f"{error.format_message()} Try --help.", errors.UsageError.exit_code
-        case _:
-            return f"internal error, please report it: {type(error).__name__}: {error}; --debug shows where", 70
+        print_line(json.dumps(description) if json_lines else as_text(description))

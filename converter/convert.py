@@ -6,16 +6,21 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
+from df11.converter.files import SourceFile, open_tree
+from df11.converter.hub import HubFile, downloaded
+from df11.converter.manifest import TensorRow
 from df11.converter.pipeline import Settings, convert_file
 from df11.converter.plan import Cast
 from df11.converter.source import Progress, Source, ignore
 from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, read_index, write_index
 from df11.formats import errors
 from df11.formats.container import Container
+from df11.formats.hub import is_address
 from df11.formats.writer import AtomicWriter, make_parents
 
 DEFAULT_MEMORY: Final = "256MiB"
@@ -36,6 +41,12 @@ class FileReport:
     """Tensors that were cast from F32 to BF16."""
     exact_tensors: int
     """Those of them whose every value was a BF16 value already."""
+    rows: tuple[TensorRow, ...] = field(default=(), repr=False)
+    """Of the manifest, for a file that was converted."""
+
+    def as_event(self) -> dict[str, Any]:
+        """All but the rows, for JSON."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rows"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,7 @@ def convert(
     *,
     jobs: int | None = None,
     max_memory: int | str = DEFAULT_MEMORY,
+    max_disk: int | str | None = None,
     cast: Cast = None,
     verify: bool = True,
     resume: bool = True,
@@ -80,6 +92,9 @@ def convert(
 ) -> ConversionReport:
     """Convert ``src``, a `.safetensors` file or a folder, to ``dst``, a file or a folder.
 
+    ``src`` may be on the Hub: ``"hf://owner/name[@revision][/path]"``. The revision is looked up once; shards are read as they are converted, and
+    each must have the SHA-256 that the Hub lists. With ``max_disk``, bytes or text, each is downloaded first, beside its output, and removed after.
+
     ``jobs``: encoding threads, by default one a core. ``max_memory``: bytes, or text such as ``"256MiB"``; of the whole process.
     ``cast="bf16"`` rounds F32 tensors to BF16. ``verify``: every segment is decoded and compared before it is written. ``resume``: a finished
     output of the same source and cast is kept (the source's SHA-256 decides). ``force``: replace whatever is there. ``dry_run``: write
@@ -88,87 +103,125 @@ def convert(
     Raises a :class:`~df11.formats.errors.Df11Error`. A file takes its name only when it is complete.
     """
     started = time.monotonic()
-    if str(src).startswith("hf://"):
-        raise errors.UsageError(
-            "this version reads local files only", file=str(src), hint="download it first: hf download OWNER/NAME --local-dir DIR"
-        )
+    if is_address(dst):
+        raise errors.UsageError("the target must be on this machine", file=str(dst), hint="for one on the Hub: df11 job run, or df11 hub push")
     if cast not in (None, "bf16"):
         raise errors.UsageError("cast", expected="bf16", found=cast)
-    threads = thread_count(jobs)
-    memory = parse_size(max_memory)
-    plan = plan_tree(Path(src), Path(dst), SAFETENSORS, DF11)
+    if max_disk is not None and not is_address(src):
+        raise errors.UsageError("--max-disk is for sources on the Hub", file=src, hint="leave it out")
+    settings = Settings(thread_count(jobs), parse_size(max_memory), cast, verify)
+    disk = None if max_disk is None else parse_size(max_disk)
+    tree = open_tree(src)
+    plan = plan_tree(tree, Path(dst), SAFETENSORS, DF11)
     shards = [job for job in plan if job.kind == "convert"]
-    sizes = {}
+    kept = {} if dry_run or force or not resume else {job: report for job in shards if (report := _kept(job, cast)) is not None}
+    tensors = {}
     for job in shards:
-        with Source(job.source) as source:  # Every header is checked before the first byte is written.
-            sizes[job] = (source.size, len(source.header.entries))
-    for job in plan:
-        if job.kind == "index":
-            read_index(job, SAFETENSORS, DF11)
-    on_total(sum(size for size, _ in sizes.values()))
+        if job not in kept:
+            if disk is not None and job.source.sha256 is not None and job.source.size > disk:
+                raise errors.BudgetError(
+                    "--max-disk is too small for this file", file=job.source.label, expected=f"at least {job.source.size} bytes", found=disk
+                )
+            with job.source.open() as source:  # Every header is checked before the first byte is written.
+                tensors[job] = len(source.header.entries)
+    indexes = {job: read_index(job, SAFETENSORS, DF11) for job in plan if job.kind == "index"}
+    on_total(sum(job.source.size for job in shards))
     reports = []
     for job in shards:
-        if dry_run:
-            size, tensors = sizes[job]
-            report = FileReport(str(job.source), str(job.target), size, None, None, tensors, "planned", 0, 0)
+        if job in kept:
+            report = kept[job]
+            on_progress(job.source.size)
+        elif dry_run:
+            report = FileReport(job.source.label, str(job.target), job.source.size, None, None, tensors[job], "planned", 0, 0)
         else:
-            report = _convert_shard(job, threads, memory, cast, verify, resume, force, on_progress)
+            report = convert_shard(job.source, job.target, settings, resume=resume, force=force, download=disk is not None, on_progress=on_progress)
         on_file(report)
         reports.append(report)
     others = [job for job in plan if job.kind != "convert"]
     for job in others:
         if dry_run:
             continue
-        if job.kind == "index":
-            write_index(job, SAFETENSORS, DF11, force=force)
+        if job in indexes:
+            write_index(job, indexes[job], force=force)
         else:
             copy_file(job, force=force)
     return ConversionReport(tuple(reports), len(others), time.monotonic() - started)
 
 
-def _convert_shard(job: FileJob, jobs: int, memory: int, cast: Cast, verify: bool, resume: bool, force: bool, progress: Progress) -> FileReport:
-    with Source(job.source) as source:
-        if job.target.exists() and not force:
-            report = _finished(job, source, cast, progress) if resume else None
-            if report is None:
-                raise already_there(job.target)
-            return report
-        make_parents(job.target)
-        with AtomicWriter(job.target) as writer:
-            result = convert_file(source, writer, Settings(jobs, memory, cast, verify), progress)
-            if job.target.exists() and not force:
-                raise errors.ConflictError("this file has appeared meanwhile", file=job.target, hint="run the same command again")
-            writer.commit()
-        casts = sum(cast is not None and entry.dtype == "F32" for entry in source.header.entries)
-        return FileReport(
-            str(job.source),
-            str(job.target),
-            result.source_bytes,
-            result.output_bytes,
-            result.source_sha256,
-            result.tensors,
-            "converted",
-            casts,
-            casts - len(result.inexact),
-        )
+def convert_shard(
+    file: SourceFile,
+    target: Path,
+    settings: Settings,
+    *,
+    resume: bool = True,
+    force: bool = False,
+    download: bool = False,
+    on_progress: Progress = ignore,
+) -> FileReport:
+    """Convert one shard; options as of :func:`convert`, ``download``: to the disk first. ``file`` must have the SHA-256 that the Hub lists for it.
+
+    Raises a :class:`~df11.formats.errors.Df11Error`. ``target`` takes its name only when it is complete and right.
+    """
+    if target.exists() and not force:
+        report = _finished(file, target, settings.cast, on_progress) if resume else None
+        if report is None:
+            raise already_there(target)
+        return report
+    make_parents(target)
+    with _source(file, target, download=download) as source, AtomicWriter(target) as writer:
+        result = convert_file(source, writer, settings, on_progress)
+        if isinstance(file, HubFile) and source.expected_sha256 not in (None, result.source_sha256):
+            raise file.differs(result.source_sha256)
+        if target.exists() and not force:
+            raise errors.ConflictError("this file has appeared meanwhile", file=target, hint="run the same command again")
+        writer.commit()
+        casts = sum(settings.cast is not None and entry.dtype == "F32" for entry in source.header.entries)
+    return FileReport(
+        file.label,
+        str(target),
+        result.source_bytes,
+        result.output_bytes,
+        result.source_sha256,
+        result.tensors,
+        "converted",
+        casts,
+        casts - len(result.inexact),
+        result.rows,
+    )
 
 
-def _finished(job: FileJob, source: Source, cast: Cast, progress: Progress) -> FileReport | None:
-    # The report of a finished output of this source, or None. Only the source's bytes can tell, so they are hashed.
+def _source(file: SourceFile, target: Path, *, download: bool) -> AbstractContextManager[Source]:
+    return downloaded(file, target) if download and isinstance(file, HubFile) and file.sha256 is not None else file.open()
+
+
+def _kept(job: FileJob, cast: Cast) -> FileReport | None:
+    # The report of a finished output of a shard whose SHA-256 the Hub lists: nothing is fetched.
+    return _finished(job.source, job.target, cast, ignore) if job.source.sha256 is not None and job.target.exists() else None
+
+
+def _finished(file: SourceFile, target: Path, cast: Cast, progress: Progress) -> FileReport | None:
+    # The report of a finished output of this source, or None. Only the SHA-256 can tell: the one that the Hub lists, or that of the bytes.
     try:
-        with Container(job.target) as container:
+        with Container(target) as container:
             stored = container.source
+            entries = container.source_header.entries
             infos = [container.info(name) for name in container.keys()]
             output_bytes = container.size
     except (errors.FormatError, errors.SafetensorsError):
         return None
-    if not any(entry.dtype == "F32" for entry in source.header.entries):
+    if not any(entry.dtype == "F32" for entry in entries):
         cast = None  # As it would be written: there is nothing to cast.
-    if stored.bytes != source.size or stored.cast != cast or stored.sha256 != source.sha256(progress):
+    if stored.bytes != file.size or stored.cast != cast:
+        return None
+    sha256 = file.sha256
+    if sha256 is None:
+        with file.open() as source:
+            sha256 = source.sha256(progress)
+    if stored.sha256 != sha256:
         return None
     casts = sum(info.exact is not None for info in infos)
     exact = sum(info.exact is True for info in infos)
-    return FileReport(str(job.source), str(job.target), source.size, output_bytes, stored.sha256, len(infos), "skipped", casts, exact)
+    return FileReport(file.label, str(target), file.size, output_bytes, stored.sha256, len(infos), "skipped", casts, exact)
 
 
 def thread_count(jobs: int | None) -> int:

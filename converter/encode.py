@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from df11.converter.native import OVERFLOW, Encoder
@@ -17,13 +18,15 @@ _HEADER_SIZE: Final = layout.SEGMENT_HEADER.size
 
 @dataclass(frozen=True, slots=True)
 class EncodedSegment:
-    """A finished segment. ``data`` is a view of the caller's buffer."""
+    """A finished segment. ``data`` is a view of the caller's buffer, ``exponents``, i64 [256], one of the encoder's: until it encodes the next."""
 
     data: Bytes
     elements: int
     coded: bool
     stored_checksum: int
     decoded_checksum: int
+    exponents: npt.NDArray[np.int64]
+    """How often each exponent occurs."""
 
 
 class SegmentEncoder:
@@ -42,7 +45,7 @@ class SegmentEncoder:
         size = self._encode_coded(weights, out) or _encode_raw(weights, out)
         data = out[:size]
         coded = bool(data[0] == layout.ENCODING_CODED)
-        segment = EncodedSegment(data, n, coded, xxhash.xxh3_64_intdigest(data), xxhash.xxh3_64_intdigest(weights))
+        segment = EncodedSegment(data, n, coded, xxhash.xxh3_64_intdigest(data), xxhash.xxh3_64_intdigest(weights), self._encoder.exponents)
         if verify:
             place = SegmentPlace(0, size, n, segment.stored_checksum, segment.decoded_checksum, 0)
             try:
@@ -56,6 +59,7 @@ class SegmentEncoder:
         n = len(weights)
         end = layout.raw_segment_size(n) - layout.RECORD_ALIGNMENT
         if n < 2:
+            self._encoder.count_exponents(weights)
             return 0
         code = self._encoder.build_code(weights)
         for lane_bytes in (1, 2):

@@ -69,16 +69,33 @@ def count_pairs(weights: np.ndarray, histogram: np.ndarray, symbols: np.ndarray)
 
 
 @kernel
-def collect_pairs(histogram: np.ndarray, used: np.ndarray, counts: np.ndarray) -> int:
-    """List the symbols that occur: ``used`` i64[65536] ascending, ``counts`` i64[65536]; returns how many there are."""
+def collect_pairs(histogram: np.ndarray, used: np.ndarray, counts: np.ndarray, exponents: np.ndarray) -> int:
+    """List the symbols that occur: ``used`` i64[65536] ascending, ``counts`` i64[65536], ``exponents`` i64[256]; returns how many there are."""
+    exponents[:] = 0
     n = 0
     for symbol in range(65536):
         count = np.int64(histogram[symbol]) + np.int64(histogram[65536 + symbol])
         if count:
             used[n] = symbol
             counts[n] = count
+            exponents[symbol & 255] += count
+            exponents[symbol >> 8] += count
             n += 1
     return n
+
+
+@kernel
+def count_exponents(weights: np.ndarray, counts: np.ndarray, scratch: np.ndarray) -> None:
+    """Count exponents: ``weights`` u16; ``counts`` i64[256], overwritten; ``scratch`` u32[4 * 256], one for each weight of four, as above."""
+    scratch[:] = 0
+    for i in range(0, len(weights) & ~3, 4):
+        q = load_u64(weights, U64(2 * i))
+        for which in range(4):
+            scratch[U64(256 * which) | ((q >> U64(16 * which + 7)) & U64(0xFF))] += np.uint32(1)
+    for i in range(len(weights) & ~3, len(weights)):
+        scratch[(weights[i] >> np.uint16(7)) & np.uint16(0xFF)] += np.uint32(1)
+    for e in range(256):
+        counts[e] = np.int64(scratch[e]) + np.int64(scratch[256 + e]) + np.int64(scratch[512 + e]) + np.int64(scratch[768 + e])
 
 
 @kernel
@@ -448,7 +465,12 @@ def cast_f32(source: np.ndarray, out: np.ndarray) -> int:
 def _export_count_pairs(a: Any) -> int:
     histogram = u32_array(a, 2)
     count_pairs(u16_array(a, 0), histogram, u16_array(a, 4))
-    return collect_pairs(histogram, i64_array(a, 6), i64_array(a, 8))
+    return collect_pairs(histogram, i64_array(a, 6), i64_array(a, 8), i64_array(a, 10))
+
+
+def _export_count_exponents(a: Any) -> int:
+    count_exponents(u16_array(a, 0), i64_array(a, 2), u32_array(a, 4))
+    return 0
 
 
 def _export_build_code(a: Any) -> int:
@@ -473,6 +495,7 @@ def _export_cast_f32(a: Any) -> int:
 
 EXPORTS: Final = {
     "count_pairs": _export_count_pairs,
+    "count_exponents": _export_count_exponents,
     "build_code": _export_build_code,
     "encode_tiles": _export_encode_tiles,
     "cast_f32": _export_cast_f32,

@@ -50,13 +50,22 @@ class Encoder:
         self._code_scratch = np.empty(CODE_SCRATCH, np.int64)
         self._scratch = np.empty(ENCODE_SCRATCH, np.int64)
         self._results = np.empty(4, np.int64)
+        self.exponents = np.empty(256, np.int64)
+        """How often each exponent occurs in the weights seen last."""
+
+    def count_exponents(self, weights: Weights) -> None:
+        """Count exponents, for weights that :meth:`build_code` does not see."""
+        self.exponents[:] = count_exponents(weights)
 
     def build_code(self, weights: Weights) -> Code:
         """Count the pairs of ``weights`` (at least two) and choose their code, which :meth:`encode_tiles` then uses."""
-        n = _LIBRARY["count_pairs"](weights, self._histogram, self._symbols, self._used, self._counts)
+        n = _LIBRARY["count_pairs"](weights, self._histogram, self._symbols, self._used, self._counts, self.exponents)
         used, counts = self._used[:n], self._counts[:n]
         order = np.argsort(-counts, kind="stable")
-        last_exponent = int(weights[-1] >> 7) & 0xFF if len(weights) % 2 else -1
+        last_exponent = -1
+        if len(weights) % 2:
+            last_exponent = int(weights[-1] >> 7) & 0xFF
+            self.exponents[last_exponent] += 1
         _LIBRARY["build_code"](used, counts, order, last_exponent, self._section, self._table, self._code_scratch, self._results)
         alphabet_size, section_size, bits, filler = self._results.tolist()
         return Code(alphabet_size, self._section[:section_size], bits, filler)
@@ -79,6 +88,13 @@ class Encoder:
         )
         size, exceptions = self._results[:2].tolist()
         return size, exceptions
+
+
+def count_exponents(weights: Weights) -> npt.NDArray[np.int64]:
+    """How often each exponent occurs in up to 2**32 weights: i64 [256]."""
+    counts = np.empty(256, np.int64)
+    _LIBRARY["count_exponents"](weights, counts, np.empty(4 * 256, np.uint32))
+    return counts
 
 
 def cast_f32(source: npt.NDArray[np.uint32], out: Weights) -> bool:

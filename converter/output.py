@@ -11,9 +11,11 @@ import xxhash
 import zstandard
 
 from df11.converter.encode import EncodedSegment
+from df11.converter.manifest import Exponents, TensorRow, row_of
 from df11.converter.plan import SEGMENT_WEIGHTS, Cast, TensorPlan
 from df11.converter.source import Source
 from df11.formats import errors, framing, layout
+from df11.formats.container import TensorInfo
 from df11.formats.record import Bytes, SegmentPlace, pack_front
 from df11.formats.writer import AtomicWriter
 from df11.version import __version__
@@ -32,6 +34,8 @@ class ContainerOutput:
         self._entries: dict[str, framing.Entry] = {}
         self._objects: dict[str, dict[str, Any]] = {}
         self._directory: list[SegmentPlace] = []
+        self.rows: list[TensorRow] = []
+        """Of the tensors that are finished, in their order."""
         self._checksum = xxhash.xxh3_64()
         self._source_header = base64.b64encode(zstandard.ZstdCompressor(level=SOURCE_HEADER_LEVEL).compress(source.header.raw)).decode()
         self._data_start = layout.align(8 + self._header_room(plans), layout.DATA_ALIGNMENT)
@@ -55,30 +59,44 @@ class ContainerOutput:
         self._directory.append(SegmentPlace(offset, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0))
         self._writer.write(segment.data)
 
-    def end_record(self, plan: TensorPlan, *, exact: bool) -> bool:
-        """Finish the record; if it is not smaller than the tensor itself, drop it and return False."""
+    def end_record(self, plan: TensorPlan, exponents: Exponents, *, exact: bool) -> bool:
+        """Finish the record of a tensor with these exponents; if it is not smaller than the tensor itself, drop it and return False."""
         size = self._writer.position - self._start
         directory, self._directory = self._directory, []
         if size >= plan.target_size:
             self._writer.rewind(self._start)
             return False
         self._writer.write(pack_front(directory, SEGMENT_WEIGHTS), self._start)
-        self._add(plan, _record_entry(plan, self._start - self._data_start, size), _record_object(plan, exact))
+        entry = _record_entry(plan, self._start - self._data_start, size)
+        stored = tuple(segment.stored_checksum for segment in directory)
+        decoded = tuple(segment.decoded_checksum for segment in directory)
+        self._add(entry, _record_object(plan, exact), plan.entry.shape, stored, decoded, exponents)
         return True
 
-    def write_verbatim(self, plan: TensorPlan, data: Bytes, *, last: bool, exact: bool = True) -> None:
+    def write_verbatim(self, plan: TensorPlan, data: Bytes, exponents: Exponents = None, *, last: bool, exact: bool = True) -> None:
         """Append bytes of a verbatim tensor; with ``last`` the tensor ends."""
         self._writer.write(data)
         self._checksum.update(data)
         if last:
             end = self._writer.position - self._data_start
             entry = framing.Entry(plan.entry.name, plan.target_dtype, plan.entry.shape, end - plan.target_size, end)
-            self._add(plan, entry, _verbatim_object(plan, exact, self._checksum.hexdigest()))
+            checksum = (self._checksum.intdigest(),)
+            self._add(entry, _verbatim_object(plan, exact, self._checksum.hexdigest()), entry.shape, checksum, checksum, exponents)
             self._checksum = xxhash.xxh3_64()
 
-    def _add(self, plan: TensorPlan, entry: framing.Entry, value: dict[str, Any]) -> None:
-        self._entries[plan.entry.name] = entry
-        self._objects[plan.entry.name] = value
+    def _add(
+        self,
+        entry: framing.Entry,
+        value: dict[str, Any],
+        shape: tuple[int, ...],
+        stored: tuple[int, ...],
+        decoded: tuple[int, ...],
+        exponents: Exponents,
+    ) -> None:
+        self._entries[entry.name] = entry
+        self._objects[entry.name] = value
+        info = TensorInfo(entry.name, value["dtype"], shape, value["encoding"], entry.size, value.get("exact"))
+        self.rows.append(row_of(self._writer.path.name, info, stored, decoded, exponents))
 
     def finish(self, source_sha256: str) -> None:
         """Write the header, when all tensors are there."""

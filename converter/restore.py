@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from df11.converter.convert import thread_count
+from df11.converter.files import LocalTree
 from df11.converter.ordered import ordered
 from df11.converter.source import Progress, ignore
-from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, write_index
+from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, read_index, write_index
 from df11.formats import errors, framing
 from df11.formats.container import Container
 from df11.formats.record import Bytes, Record, Scratch, Weights
@@ -61,18 +62,18 @@ def restore(
     written instead. ``force`` replaces other files at the target. Progress is in bytes written.
     """
     threads = thread_count(jobs)
-    plan = plan_tree(Path(path), Path(dst), DF11, SAFETENSORS)
+    plan = plan_tree(LocalTree(Path(path)), Path(dst), DF11, SAFETENSORS)
     shards = [job for job in plan if job.kind == "convert"]
     total = 0
     for job in shards:
-        with Container(job.source) as container:
+        with Container(job.source.label) as container:
             total += _layout(container, bf16=bf16).size
     on_total(total)
     files = tuple(_restore_shard(job, bf16, force, threads, on_progress) for job in shards)
     others = [job for job in plan if job.kind != "convert"]
     for job in others:
         if job.kind == "index":
-            write_index(job, DF11, SAFETENSORS, force=force)
+            write_index(job, read_index(job, DF11, SAFETENSORS), force=force)
         else:
             copy_file(job, force=force)
     return RestoreReport(files, len(others))
@@ -118,13 +119,13 @@ def _without_metadata(entries: list[framing.Entry]) -> object:
 
 
 def _restore_shard(job: FileJob, bf16: bool, force: bool, jobs: int, progress: Progress) -> RestoredFile:
-    with Container(job.source) as container:
+    with Container(job.source.label) as container:
         target = _layout(container, bf16=bf16)
         converted = target.sha256 is None
         existing = _sha256(job.target) if job.target.exists() and not force else None
         if existing is not None and existing == target.sha256:
             progress(target.size)
-            return RestoredFile(str(job.source), str(job.target), target.size, existing, converted, "skipped")
+            return RestoredFile(job.source.label, str(job.target), target.size, existing, converted, "skipped")
         if existing is not None and not converted:
             raise already_there(job.target)
         make_parents(job.target)
@@ -132,14 +133,14 @@ def _restore_shard(job: FileJob, bf16: bool, force: bool, jobs: int, progress: P
             sha256 = _write(container, target, writer, jobs, progress)
             if target.sha256 is not None and sha256 != target.sha256:
                 raise errors.DifferenceError(
-                    "what was restored is not the source", file=job.source, expected=f"SHA-256 {target.sha256}", found=sha256
+                    "what was restored is not the source", file=job.source.label, expected=f"SHA-256 {target.sha256}", found=sha256
                 )
             if existing is None:
                 writer.commit()
             elif existing != sha256:
                 raise already_there(job.target)
     status: Literal["restored", "skipped"] = "restored" if existing is None else "skipped"
-    return RestoredFile(str(job.source), str(job.target), target.size, sha256, converted, status)
+    return RestoredFile(job.source.label, str(job.target), target.size, sha256, converted, status)
 
 
 def _write(container: Container, target: _Layout, writer: AtomicWriter, jobs: int, progress: Progress) -> str:

@@ -6,11 +6,13 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
+from df11.converter.files import SourceFile, Tree, walk
+from df11.converter.manifest import FILE_NAME as MANIFEST
 from df11.formats import errors
 from df11.formats.writer import AtomicWriter, make_parents
 
@@ -18,63 +20,60 @@ SAFETENSORS: Final = ".safetensors"
 DF11: Final = ".df11"
 _INDEX: Final = re.compile(r"\.index(\.[^.]+)?\.json$")
 """End of an index file's name after its shards' suffix; that of a variant has the variant's name in it."""
-SKIPPED_FOLDERS: Final = frozenset({".git", ".cache"})
-"""Bookkeeping of git and of the Hub's client, not part of a model."""
 
-_CHUNK: Final = 4 << 20
+Kind = Literal["convert", "index", "copy"]
 
 
 @dataclass(frozen=True, slots=True)
 class FileJob:
     """One file of a tree. ``convert``: a shard, from or to df11."""
 
-    kind: Literal["convert", "index", "copy"]
-    source: Path
+    kind: Kind
+    source: SourceFile
     target: Path
 
 
-def plan_tree(source: Path, target: Path, old: str, new: str) -> list[FileJob]:
+def plan_tree(tree: Tree, target: Path, old: str, new: str) -> list[FileJob]:
     """Jobs for a file or a folder; ``old`` and ``new`` are the suffixes of shards in source and target.
 
-    Folders keep their shape and links are followed, as the Hub's cache makes them. Shards come first, then the index files.
+    Folders keep their shape. Shards come first, the index files last. A manifest is left out: it describes one conversion only.
     """
-    if not source.exists():
-        raise errors.MissingError("no such file or folder", file=source, hint="check the path")
-    if source.is_file():
+    if tree.is_file:
         if target.is_dir():
             raise errors.UsageError("the target is a folder, but the source is a file", file=target, hint="name a file")
-        if target.exists() and target.samefile(source):
+        if tree.path is not None and target.exists() and target.samefile(tree.path):
             raise errors.UsageError("source and target are the same file", file=target)
-        return [FileJob("convert", source, target)]
+        return [FileJob("convert", file, target) for file in tree.files]
     if target.exists() and not target.is_dir():
         raise errors.UsageError("the target is a file, but the source is a folder", file=target, hint="name a folder")
-    inside, outside = target.resolve(), source.resolve()
-    if inside == outside or outside in inside.parents:
-        raise errors.UsageError("the target lies in the source", file=target, hint="choose another folder")
-    jobs = []
-    for path in walk(source):
-        relative = path.relative_to(source)
-        name = relative.name
-        if name.endswith(old):
-            jobs.append(FileJob("convert", path, target / relative.with_name(name.removesuffix(old) + new)))
-        elif (index := _INDEX.search(name)) and name[: index.start()].endswith(old):
-            jobs.append(FileJob("index", path, target / relative.with_name(name[: index.start()].removesuffix(old) + new + index[0])))
-        else:
-            jobs.append(FileJob("copy", path, target / relative))
+    if tree.path is not None:
+        inside, outside = target.resolve(), tree.path.resolve()
+        if inside == outside or outside in inside.parents:
+            raise errors.UsageError("the target lies in the source", file=target, hint="choose another folder")
+    jobs = [FileJob(kind, file, target / name) for kind, file, name in plan_names(tree.files, old, new)]
     if not any(job.kind == "convert" for job in jobs):
-        raise errors.SafetensorsError(f"no {old} file in this folder", file=source, hint="check the path")
-    by_target: dict[Path, FileJob] = {}
-    for job in jobs:
-        if job.target in by_target:
-            raise errors.UsageError(f"{by_target[job.target].source} and {job.source} would both be written here", file=job.target)
-        by_target[job.target] = job
+        raise errors.SafetensorsError(f"no {old} file in this folder", file=tree.label, hint="check the path")
+    return jobs
+
+
+def plan_names(files: Iterable[SourceFile], old: str, new: str) -> list[tuple[Kind, SourceFile, PurePosixPath]]:
+    """What becomes of the files of a folder, and their names in the target; ``old``, ``new`` and the order as in :func:`plan_tree`."""
+    plan: dict[PurePosixPath, tuple[Kind, SourceFile, PurePosixPath]] = {}
+    for file in files:
+        name = file.name.name
+        kind: Kind = "copy"
+        if name.endswith(old):
+            kind, name = "convert", name.removesuffix(old) + new
+        elif (index := _INDEX.search(name)) and name[: index.start()].endswith(old):
+            kind, name = "index", name[: index.start()].removesuffix(old) + new + index[0]
+        elif name == MANIFEST:
+            continue
+        target = file.name.with_name(name)
+        if target in plan:
+            raise errors.UsageError(f"{plan[target][1].label} and {file.label} would both be written as this file", file=target)
+        plan[target] = (kind, file, target)
     order = ("convert", "copy", "index")
-    return sorted(jobs, key=lambda job: order.index(job.kind))
-
-
-def walk(folder: Path) -> list[Path]:
-    """All files of a folder and the folders in it, links followed, in the order of their paths."""
-    return sorted(_walk(folder, frozenset()))
+    return sorted(plan.values(), key=lambda item: order.index(item[0]))
 
 
 def list_containers(path: Path) -> list[Path]:
@@ -87,25 +86,6 @@ def list_containers(path: Path) -> list[Path]:
     if not files:
         raise errors.UsageError(f"no {DF11} file in this folder", file=path, hint="check the path")
     return files
-
-
-def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in above:
-        raise errors.UsageError("a link leads back to a folder above it", file=folder)
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise errors.from_os_error(error, file=folder) from None
-    for entry in entries:
-        if entry.is_dir():
-            if entry.name not in SKIPPED_FOLDERS:
-                yield from _walk(folder / entry.name, above | {real})
-        elif entry.is_file():
-            if not (entry.name.startswith(".") and entry.name.endswith(".partial")):
-                yield folder / entry.name
-        else:
-            raise errors.MissingError("neither a file nor a folder, or a link that leads nowhere", file=entry.path)
 
 
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]')
@@ -163,16 +143,13 @@ def _renamed(name: str, old: str, new: str) -> str:
 def read_index(job: FileJob, old: str, new: str) -> bytes:
     """The bytes that an ``index`` job is to write."""
     try:
-        return rewrite_index(job.source.read_bytes().decode("utf-8"), old, new, job.source).encode("utf-8")
-    except OSError as error:
-        raise errors.from_os_error(error, file=job.source) from None
+        return rewrite_index(job.source.read_bytes().decode("utf-8"), old, new, job.source.label).encode("utf-8")
     except UnicodeDecodeError:
-        raise errors.SafetensorsError("not an index of safetensors shards", file=job.source) from None
+        raise errors.SafetensorsError("not an index of safetensors shards", file=job.source.label) from None
 
 
-def write_index(job: FileJob, old: str, new: str, *, force: bool) -> None:
-    """Carry out an ``index`` job."""
-    data = read_index(job, old, new)
+def write_index(job: FileJob, data: bytes, *, force: bool) -> None:
+    """Carry out an ``index`` job: write what :func:`read_index` gave."""
     if _exists(job.target, force=force, same=lambda: job.target.read_bytes() == data):
         return
     make_parents(job.target)
@@ -183,16 +160,12 @@ def write_index(job: FileJob, old: str, new: str, *, force: bool) -> None:
 
 def copy_file(job: FileJob, *, force: bool) -> None:
     """Carry out a ``copy`` job."""
-    if _exists(job.target, force=force, same=lambda: _same_content(job.source, job.target)):
+    if _exists(job.target, force=force, same=lambda: job.source.has_content(job.target)):
         return
     make_parents(job.target)
-    try:
-        with job.source.open("rb") as file, AtomicWriter(job.target) as writer:
-            while chunk := file.read(_CHUNK):
-                writer.write(chunk)
-            writer.commit()
-    except OSError as error:
-        raise errors.from_os_error(error, file=job.source) from None
+    with AtomicWriter(job.target) as writer:
+        job.source.copy_to(writer)
+        writer.commit()
 
 
 def _exists(target: Path, *, force: bool, same: Callable[[], bool]) -> bool:
@@ -206,13 +179,3 @@ def _exists(target: Path, *, force: bool, same: Callable[[], bool]) -> bool:
 def already_there(target: Path) -> errors.UsageError:
     """The error for a target that is not to be replaced."""
     return errors.UsageError("this file is already there", file=target, hint="remove it, or give --force to replace it")
-
-
-def _same_content(a: Path, b: Path) -> bool:
-    if a.stat().st_size != b.stat().st_size:
-        return False
-    with a.open("rb") as file_a, b.open("rb") as file_b:
-        while chunk := file_a.read(_CHUNK):
-            if chunk != file_b.read(len(chunk)):
-                return False
-    return True

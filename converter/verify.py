@@ -13,7 +13,7 @@ import numpy as np
 from df11.converter.convert import thread_count
 from df11.converter.native import cast_f32
 from df11.converter.ordered import ordered
-from df11.converter.source import Progress, Source, ignore
+from df11.converter.source import LocalSource, Progress, Source, ignore
 from df11.converter.tree import DF11, SAFETENSORS, list_containers
 from df11.formats import errors, framing
 from df11.formats.container import Container, TensorInfo
@@ -61,7 +61,7 @@ def verify(
     for file in files:
         with ExitStack() as stack:
             container = stack.enter_context(Container(file))
-            source = None if against is None else stack.enter_context(Source(_source_path(file, Path(path), Path(against))))
+            source = None if against is None else stack.enter_context(LocalSource(_source_path(file, Path(path), Path(against))))
             _verify(container, source, threads, on_progress)
             tensors += len(container)
             size += sum(_decoded_size(container.info(name)) for name in container.keys())

@@ -274,6 +274,12 @@ class Container:
             checksum.update(chunk)
         self.check_verbatim(name, checksum.intdigest())
 
+    def checksum(self, name: str) -> int:
+        """The XXH3 that the file gives for a verbatim tensor."""
+        if self.info(name).encoding != "verbatim":
+            raise errors.UsageError("this tensor is a record", file=self.path, tensor=name)
+        return self._checksums[name]
+
     def check_verbatim(self, name: str, found: int) -> None:
         """Raise ChecksumError unless ``found`` is the XXH3 that the file gives for a verbatim tensor."""
         expected = self._checksums[name]

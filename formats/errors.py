@@ -175,6 +175,10 @@ class SourceHeaderError(FormatError):
     """The stored header of the source does not decompress, or does not match the tensors."""
 
 
+class ManifestError(FormatError):
+    """The manifest of a tree is damaged, or is not one."""
+
+
 # The record, sections 4 to 8.
 
 

@@ -83,7 +83,15 @@ def read_header(file: IO[bytes], path: str | os.PathLike[str]) -> Header:
     Raises a :class:`~df11.formats.errors.SafetensorsError` at the first violation; nothing is allocated before its size is checked.
     """
     size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
+    length = header_length(file.read(8), size, path)
+    raw = file.read(length)
+    if len(raw) != length:
+        raise errors.TruncatedFileError("the file ends inside its header", file=path, expected=f"{length} bytes", found=len(raw))
+    return parse_header(raw, size - 8 - length, path)
+
+
+def header_length(prefix: bytes, size: int, path: str | os.PathLike[str]) -> int:
+    """Bytes of the JSON header, from the first 8 bytes of a file of ``size`` bytes; checked against the limit and the file."""
     if len(prefix) < 8:
         raise errors.TruncatedFileError(
             "not a safetensors file: it is too short to hold a header", file=path, expected="at least 8 bytes", found=f"{size} bytes"
@@ -101,10 +109,7 @@ def read_header(file: IO[bytes], path: str | os.PathLike[str]) -> Header:
         raise errors.TruncatedFileError(
             "the file ends inside its header", file=path, offset=0, expected=f"{length + 8} bytes", found=f"{size} bytes", hint="download it again"
         )
-    raw = file.read(length)
-    if len(raw) != length:
-        raise errors.TruncatedFileError("the file ends inside its header", file=path, expected=f"{length} bytes", found=len(raw))
-    return parse_header(raw, size - 8 - length, path)
+    return length
 
 
 def read_at(file: IO[bytes], position: int, out: npt.NDArray[np.uint8], path: str | os.PathLike[str]) -> bool:

@@ -46,6 +46,7 @@ def __getattr__(name: str) -> Any:
 _EXTENDED = {
     "transformers.modeling_utils": ("df11.runtime.for_transformers", "install"),
     "diffusers.models.modeling_utils": ("df11.runtime.for_diffusers", "install"),
+    "diffusers.pipelines.pipeline_utils": ("df11.runtime.for_diffusers", "install_pipelines"),
     "diffusers.loaders.lora_pipeline": ("df11.runtime.for_diffusers", "install_lora"),
 }
 

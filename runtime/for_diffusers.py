@@ -1,14 +1,15 @@
 """``from_pretrained`` and ``save_pretrained`` of diffusers for folders and repositories of `.df11` files, models and pipelines alike.
 
 diffusers finds, names and places the tensors itself; it is given records in the guise of the tensors that they decode to (`undecoded.py`).
-Functions of two of its modules are wrapped; on models that are not df11 they do what they always did.
+Functions of three of its modules are wrapped; on models that are not df11 they do what they always did.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -17,10 +18,11 @@ import torch
 
 from df11.formats import errors
 from df11.formats.container import Container
-from df11.runtime import undecoded
+from df11.runtime import hub, undecoded
 
 _SAFETENSORS: Final = ".safetensors"
 _DF11: Final = ".df11"
+_WEIGHTS: Final = re.compile(r"\.df11(?=$|\.index\.)")
 _INDEX: Final = "diffusion_pytorch_model.df11.index.json"
 
 
@@ -44,6 +46,53 @@ def install_lora(library: Any) -> None:
         compare = vars(loader).get("_maybe_expand_lora_state_dict") if isinstance(loader, type) else None
         if isinstance(compare, classmethod):
             loader._maybe_expand_lora_state_dict = classmethod(_naming(compare.__func__))
+
+
+def install_pipelines(library: Any) -> None:
+    """Wrap what in ``diffusers.pipelines.pipeline_utils`` chooses the files of a repository that are downloaded: it is told of safetensors files."""
+    library.filter_model_files = _filtering(library.filter_model_files)
+    library._get_ignore_patterns = _ignoring(library._get_ignore_patterns)
+    library.variant_compatible_siblings = _choosing(library.variant_compatible_siblings)
+
+
+def _renamed(names: Iterable[str]) -> dict[str, str]:
+    # Names as they would be with safetensors files in the place of ours, where these are not there, too -> the names.
+    known = set(names)
+    renamed = {_WEIGHTS.sub(_SAFETENSORS, name): name for name in known}
+    return {**renamed, **{name: name for name in known if name in renamed}}
+
+
+def _filtering(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def filter_model_files(filenames: Any) -> Any:
+        names = _renamed(filenames)
+        return [names[name] for name in original(list(names))]
+
+    return filter_model_files
+
+
+def _ignoring(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def ignore_patterns(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.arguments["model_filenames"] = set(_renamed(call.arguments["model_filenames"]))
+        return original(*call.args, **call.kwargs)
+
+    return ignore_patterns
+
+
+def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def compatible(filenames: Any, variant: Any = None, ignore_patterns: Any = None) -> Any:
+        names = _renamed(filenames)
+        if names.keys() != names.values():  # Ours are wanted also where safetensors files are not, as a component has pickled weights only.
+            ignore_patterns = [pattern for pattern in ignore_patterns or [] if pattern != f"*{_SAFETENSORS}"]
+        chosen = original(set(names), variant=variant, ignore_patterns=ignore_patterns)
+        return tuple({names[name] for name in part} for part in chosen)
+
+    return compatible
 
 
 def _naming(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +157,8 @@ def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_state_dict(checkpoint_file: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(checkpoint_file, (str, Path)) and str(checkpoint_file).endswith(_DF11):
-            return undecoded.read_all(checkpoint_file)
+            with hub.naming_downloads():
+                return undecoded.read_all(checkpoint_file)
         return original(checkpoint_file, *args, **kwargs)
 
     return load_state_dict
@@ -132,7 +182,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
         if not call.get("low_cpu_mem_usage", True):
             raise errors.UsageError("weights can stay compressed only with low_cpu_mem_usage", file=folder, hint="install accelerate")
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        with ExitStack() as stack:
+        with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in files]
             undecoded.check_dtype(call.get("dtype") or torch.get_default_dtype(), containers)
             held = {name: container.info(name).shape for container in containers for name in container.keys()}

@@ -21,7 +21,7 @@ from torch import nn
 
 from df11.formats import errors
 from df11.formats.container import Container
-from df11.runtime import undecoded
+from df11.runtime import hub, undecoded
 from df11.runtime.model import MismatchError, read_index
 
 _FILE: Final = "model.df11"
@@ -62,6 +62,8 @@ def install(library: Any) -> None:
         library._get_resolved_checkpoint_files = _refusing(library._get_resolved_checkpoint_files)
         return
     library._get_resolved_checkpoint_files = _resolving(library, library._get_resolved_checkpoint_files)
+    if hasattr(library, "auto_conversion"):
+        library.auto_conversion = _not_asking(library, library.auto_conversion)
     model_class = library.PreTrainedModel
     model_class._load_pretrained_model = staticmethod(_loading_records(model_class._load_pretrained_model))
     model_class._finalize_model_loading = staticmethod(_finalizing(library, model_class._finalize_model_loading))
@@ -95,6 +97,18 @@ def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]
     return resolve
 
 
+def _not_asking(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    # With use_safetensors=True, transformers asks a bot on the Hub to convert a repository that has no safetensors file. One of ours needs none.
+    @functools.wraps(original)
+    def convert(source: Any, *args: Any, **kwargs: Any) -> Any:
+        is_waited_for = not (args or kwargs.get("ignore_errors_during_conversion"))
+        if is_waited_for and any(library.cached_file(source, name, **kwargs) is not None for name in (_FILE, _INDEX)):
+            return None, kwargs.get("revision"), False  # Nothing: it goes on to our files.
+        return original(source, *args, **kwargs)
+
+    return convert
+
+
 def _cached(library: Any, source: str, name: str, download: dict[str, Any], user_agent: Any) -> str | None:
     try:
         found: str | None = library.cached_file(source, name, user_agent=user_agent, _raise_exceptions_for_missing_entries=False, **download)
@@ -111,7 +125,7 @@ def _files(library: Any, source: str, path: str, download: dict[str, Any]) -> tu
         read_index(path)  # One that is none, or leads out of the folder, raises.
         keywords = {name: value for name, value in download.items() if name in inspect.signature(library.get_checkpoint_shard_files).parameters}
         files, metadata = library.get_checkpoint_shard_files(source, path, **keywords)
-    with Container(files[0]) as container:
+    with hub.naming_downloads(), Container(files[0]) as container:
         return files, {"dtype": undecoded.first_dtype(container), **metadata}
 
 
@@ -126,7 +140,7 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
             raise errors.UsageError("the weights are compressed and cannot be quantized", file=folder, hint="quantize the original model")
         if load_config.device_mesh is not None:
             raise errors.UsageError("compressed weights cannot be cut for tensor parallelism", file=folder, hint="load the original model")
-        with ExitStack() as stack:
+        with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in checkpoint_files]
             undecoded.check_dtype(load_config.dtype, containers)
             devices = load_config.device_map or {}

@@ -16,7 +16,7 @@ import xxhash
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.formats.record import Record, Scratch
-from df11.runtime import cpu, gpu, pieces
+from df11.runtime import cpu, gpu, hub, pieces
 from df11.runtime.kernels import Range
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ _TORCH_NAMES: Final = {
 def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda") -> dict[str, torch.Tensor]:
     """All tensors of a `.df11` file, decoded, on a device, as ``safetensors.torch.load_file`` gives those of a safetensors file.
 
+    ``path``: of the file, or its address on the Hub: ``hf://owner/name[@revision]/model.df11``.
     On the processor all cores read and decode, and stored and decoded checksums are checked. To a GPU the file goes compressed, through a
     ring of pinned memory; every stored checksum is checked on the way, and the kernels check that each lane ends where it should.
-    Raises a :class:`~df11.formats.errors.Df11Error` for damage, for too little memory, and where there is no usable GPU.
+    Raises a :class:`~df11.formats.errors.Df11Error` for damage, for too little memory, where there is no usable GPU, and for what the Hub refuses.
     """
     try:
         import torch
@@ -67,8 +68,8 @@ def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda")
     from df11.runtime import operators
 
     target = device_of(device)
-    with Container(path) as container:
-        decoder = operators.decoder_of(target)  # Before the file is read: it says whether there is a GPU.
+    decoder = operators.decoder_of(target)  # Before the file is read: it says whether there is a GPU.
+    with hub.naming_downloads(), Container(hub.local_file(path)) as container:
         if target.type == "cuda":
             target = gpu.of(target).device  # with its index
         dtypes = {name: torch_dtype(container, name) for name in container.keys()}

@@ -16,7 +16,7 @@ from torch import nn
 
 from df11.formats import errors
 from df11.formats.container import Container
-from df11.runtime import cpu, gpu, load, operators
+from df11.runtime import cpu, gpu, hub, load, operators
 from df11.runtime.ahead import CudaStreams
 from df11.runtime.modules import (
     SLICE_WEIGHTS,
@@ -61,6 +61,7 @@ def load_model(
 ) -> Model:
     """Load all parameters and persistent buffers of a model from a `.df11` file or a folder of them; returns the model, on ``device``.
 
+    ``path`` may be an address on the Hub, ``hf://owner/name[@revision][/folder or file]``.
     BF16 tensors of 65,536 weights and more stay compressed and are decoded each time their module runs; others become ordinary parameters.
     The model may be on the meta device. Tied parameters are stored once. ``rename``: from a name in the container to one in the model.
     ``cpu_offload``: records stay in the processor's memory, pinned, and are copied as modules run. ``prefetch``: on a GPU, the next linear layer's
@@ -71,16 +72,16 @@ def load_model(
     operators.decoder_of(target)
     if target.type == "cuda":
         target = gpu.of(target).device
-    with ExitStack() as stack:
-        containers = [stack.enter_context(Container(file)) for file in files_of(path)]
+    if any(isinstance(module, CompressedModule) for module in model.modules()):
+        raise errors.UsageError("the model is compressed already", file=path, hint="load into a new one, or materialize it before")
+    with hub.naming_downloads(), ExitStack() as stack:
+        containers = [stack.enter_context(Container(file)) for file in files_of(hub.local_weights(path))]
         held: dict[str, tuple[Container, str]] = {}
         for container in containers:
             for name in container.keys():
                 if rename(name) in held:
                     raise MismatchError(f"two tensors have the name {errors.shortened(rename(name))}", file=container.path, tensor=name)
                 held[rename(name)] = (container, name)
-        if any(isinstance(module, CompressedModule) for module in model.modules()):
-            raise errors.UsageError("the model is compressed already", file=path, hint="load into a new one, or materialize it before")
         places = _places_of(model)
         _compare(places, held, os.fspath(path))
         _check_other_buffers(model)

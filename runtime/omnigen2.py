@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from df11.formats import errors
+from df11.formats.hub import Address, is_address
+from df11.runtime import hub
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,8 @@ _HOMES: Final = {
     "OmniGen2ChatPipeline": "omnigen2.pipelines.omnigen2.pipeline_omnigen2_chat",
     "FlowMatchEulerDiscreteScheduler": "omnigen2.schedulers.scheduling_flow_match_euler_discrete",
 }
+_INDEX: Final = "model_index.json"
+_CONFIG: Final = "config.json"
 _MODELS: Final = ("transformer", "mllm", "vae")
 _BLOCKS_IN_A_GROUP: Final = 2
 """Of group offloading, as in OmniGen2's scripts."""
@@ -56,11 +60,12 @@ def load_pipeline(
 ) -> Any:
     """The pipeline of a df11 folder, BF16 throughout, ready to be called: an ``OmniGen2Pipeline``, or with ``chat`` an ``OmniGen2ChatPipeline``.
 
+    ``path`` may be on the Hub: ``hf://owner/name[@revision][/folder]``, or ``owner/name`` where there is no such folder.
     ``offload``: where the weights are between uses: None: on ``device``; else in the processor's memory, and on the device while the model
     ("model"), the layer ("sequential") or two blocks ("group") run. ``classes``: a module or object that has OmniGen2's classes, or the folder of
     a checkout of its repository; by default the installed package ``omnigen2``. ``trust_remote_code``: names of Python files in ``path``, without
     suffix, that may be executed to get classes that are not installed. ``components``: a ready ``transformer``, ``scheduler``, …, or a folder
-    to load it from instead.
+    or ``hf://`` address to load it from instead; from the Hub only the others are downloaded.
 
     Where its hidden states are asked for, the mllm computes no logits; see :func:`skip_unused_logits`.
     """
@@ -73,7 +78,10 @@ def load_pipeline(
     target = load.device_of(device)
     operators.decoder_of(target)
     target = gpu.of(target).device if target.type == "cuda" else target
-    tree = _Tree(path, classes, _names(trust_remote_code), "OmniGen2ChatPipeline" if chat else "OmniGen2Pipeline")
+    snapshot = hub.opened(path, _INDEX)
+    tree = _Tree(snapshot.folder if snapshot else path, classes, _names(trust_remote_code), "OmniGen2ChatPipeline" if chat else "OmniGen2Pipeline")
+    if snapshot:
+        snapshot.fetch(tree.parts.keys() - components.keys())
     pipeline = tree.build(target if offload is None else torch.device("cpu"), components)
     _place(pipeline, target, offload)
     return pipeline
@@ -112,9 +120,8 @@ class _Tree:
     def __init__(self, path: StrPath, classes: Any, allowed: frozenset[str], pipeline: Any) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            hint = f"this version loads local folders only: hf download {path} --local-dir DIR, then df11-convert --cast bf16 DIR DIR-df11"
-            raise errors.MissingError("no such folder", file=path, hint=hint)
-        self.index = _read_json(self.path / "model_index.json")
+            raise errors.MissingError("no such folder", file=path, hint="on the Hub it would be hf://owner/name")
+        self.index = _read_json(self.path / _INDEX)
         self.allowed = allowed
         self.known = _known_classes(classes)
         self.pipeline = self._pipeline_class(pipeline) if isinstance(pipeline, str) else pipeline
@@ -123,16 +130,16 @@ class _Tree:
             if name.startswith("_"):
                 continue
             if not (isinstance(found, list) and len(found) == 2 and all(isinstance(part, str) for part in found)):
-                raise errors.UsageError("a component is a library and a class", file=self.path / "model_index.json", found=f"{name}: {found}")
+                raise errors.UsageError("a component is a library and a class", file=self.path / _INDEX, found=f"{name}: {found}")
             self.parts[name] = (self._component_class(name, *found), self.path / name)
         if missing := {"transformer", "vae", "scheduler", "mllm", "processor"} - self.parts.keys():
-            raise errors.MissingError(f"not an OmniGen2 pipeline: no {', '.join(sorted(missing))}", file=self.path / "model_index.json")
+            raise errors.MissingError(f"not an OmniGen2 pipeline: no {', '.join(sorted(missing))}", file=self.path / _INDEX)
 
     def build(self, device: torch.device, components: dict[str, Any]) -> Any:
         if unknown := sorted(components.keys() - self.parts.keys()):
             raise errors.UsageError("no such component", expected=", ".join(sorted(self.parts)), found=", ".join(unknown))
         ready = {name: value for name, value in components.items() if not isinstance(value, (str, os.PathLike))}
-        folders = {name: Path(components[name]) if name in components else folder for name, (_, folder) in self.parts.items() if name not in ready}
+        folders = {name: _folder(components.get(name, folder)) for name, (_, folder) in self.parts.items() if name not in ready}
         for name in _MODELS:
             if name in folders:
                 _check_weights(folders[name])
@@ -170,6 +177,10 @@ class _Tree:
         for name, found in self.index.items():
             if isinstance(found, list) and found and isinstance(found[0], str):
                 yield (self.path if name.startswith("_") else self.path / name), found[0]
+
+
+def _folder(path: StrPath) -> Path:
+    return hub.Snapshot.open(Address.parse(str(path)), _CONFIG).fetch() if is_address(path) else Path(path)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -398,7 +409,7 @@ def _no_logits(hidden_states: torch.Tensor) -> torch.Tensor:
 
 # OmniGen2's own scripts.
 
-_IGNORED: Final = {"trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "local_files_only"}
+_IGNORED: Final = {"revision", "trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "local_files_only"}
 
 
 @contextmanager
@@ -413,22 +424,29 @@ def loading_df11() -> Iterator[None]:
     loaded: weakref.WeakValueDictionary[tuple[Any, Path], Any] = weakref.WeakValueDictionary()
 
     def load_pipeline_here(cls: Any, /, path: StrPath, **options: Any) -> Any:
-        if not any(_is_df11(Path(path) / name) for name in _MODELS):
+        snapshot = hub.found(path, _INDEX, _MODELS, revision=options.get("revision"))
+        if snapshot is None and not any(_is_df11(Path(path) / name) for name in _MODELS):
             return load_other_pipeline.__get__(None, cls)(path, **options)
         import torch
 
-        tree = _Tree(path, sys.modules[cls.__module__], frozenset(), cls)
-        pipeline = tree.build(torch.device("cpu"), _components(path, options))
+        tree = _Tree(snapshot.folder if snapshot else path, sys.modules[cls.__module__], frozenset(), cls)
+        components = _components(path, options)
+        if snapshot:
+            snapshot.fetch(tree.parts.keys() - components.keys())
+        pipeline = tree.build(torch.device("cpu"), components)
         loaded[type(pipeline.transformer), (tree.path / "transformer").resolve()] = pipeline.transformer
         return pipeline
 
     def load_model_here(cls: Any, /, path: StrPath, **options: Any) -> Any:
-        folder = Path(path, options.get("subfolder") or "")
-        if not _is_df11(folder):
+        snapshot = hub.found(path, _CONFIG, revision=options.get("revision"), subfolder=options.get("subfolder"))
+        folder = snapshot.folder if snapshot else Path(path, options.get("subfolder") or "")
+        if snapshot is None and not _is_df11(folder):
             return load_other_model.__get__(None, cls)(path, **options)
         import torch
 
         options.pop("subfolder", None)
+        if snapshot:
+            snapshot.fetch()
         if rest := _components(path, options):
             raise errors.UsageError("options that a df11 folder does not have", file=folder, found=", ".join(sorted(rest)))
         known = loaded.pop((cls, folder.resolve()), None)

@@ -83,7 +83,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(*arguments: object) -> Result:
     """Run ``df11`` in this process."""
-    from df11.converter import cli
+    from df11.pipelines import cli
 
     compile_kernels()
     before = signal.getsignal(signal.SIGTERM)

@@ -282,7 +282,7 @@ def test_an_unexpected_error_is_one_line_too(model, tmp_path, monkeypatch):
 
 
 def test_the_hub_is_not_mistaken_for_a_folder(tmp_path):
-    commands.run("convert", "hf://owner/name", tmp_path / "out").error(2, "hf://owner/name")
+    commands.run("convert", "hf://owner", tmp_path / "out").error(2, "hf://owner")
 
 
 NAMES = ["with space", "ünïcode 重み", "new\nline", "-dash", "\udcff not UTF-8"]

@@ -542,8 +542,8 @@ def test_remote_code_runs_only_if_it_is_allowed_by_name(small: Family, tmp_path:
 
 
 def test_folders_that_cannot_be_loaded(small: Family, tmp_path: Path) -> None:
-    with pytest.raises(errors.MissingError, match="OmniGen2/OmniGen2: no such folder; this version loads local folders only"):
-        omnigen2.load_pipeline("OmniGen2/OmniGen2", "cpu", classes=stand_in)
+    with pytest.raises(errors.MissingError, match="OmniGen2-df11: no such folder; on the Hub it would be hf://owner/name"):
+        omnigen2.load_pipeline("OmniGen2-df11", "cpu", classes=stand_in)
     with pytest.raises(errors.MissingError, match=r"model_index\.json"):
         omnigen2.load_pipeline(tmp_path, "cpu", classes=stand_in)
     with pytest.raises(errors.MissingError, match=r"no \.df11 file in this folder; df11-convert --cast bf16"):

@@ -17,7 +17,7 @@ def convert_main() -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
-        from df11.converter.cli import run
+        from df11.pipelines.cli import run
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "tqdm"):
             raise

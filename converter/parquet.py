@@ -1,0 +1,307 @@
+"""The Parquet file of a manifest: write it always the same, and believe nothing in one that is read. Needs pyarrow, which nobody else imports."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import string
+from collections.abc import Iterator
+from typing import Any, Final, NoReturn
+
+import numpy as np
+
+from df11.converter.manifest import COUNTED_WEIGHTS, MAX_BYTES, ExponentCounts, FileRow, Manifest, Origin, TensorRow, has_exponents
+from df11.formats import errors, framing, layout
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ModuleNotFoundError:
+    raise errors.missing_extra("pyarrow", "convert") from None
+
+VERSION: Final = 1
+METADATA_KEY: Final = b"df11"
+MAX_ROWS: Final = 4_000_000
+MAX_DECODED_BYTES: Final = 4 << 30
+"""Most bytes that the columns of a file that is read may say they take, encoded but not compressed."""
+ROW_GROUP: Final = 1024
+"""Rows in a row group: their counts are 2 MiB while they are written."""
+_BATCH: Final = 1024
+_ENTROPY_SLACK: Final = 1e-6
+"""How far an entropy may be from that of its counts: logarithms differ in the last bits, and other programs may round."""
+
+_CHECKSUMS: Final = pa.list_(pa.field("element", pa.uint64(), nullable=False))
+_NUMBERS: Final = pa.list_(pa.field("element", pa.int64(), nullable=False))
+COLUMNS: Final = (
+    pa.field("file", pa.string(), nullable=False),
+    pa.field("name", pa.string(), nullable=False),
+    pa.field("dtype", pa.string(), nullable=False),
+    pa.field("shape", _NUMBERS, nullable=False),
+    pa.field("encoding", pa.string(), nullable=False),
+    pa.field("stored_bytes", pa.int64(), nullable=False),
+    pa.field("elements", pa.int64(), nullable=False),
+    pa.field("bits_per_weight", pa.float64()),
+    pa.field("exponent_entropy", pa.float64()),
+    pa.field("exponent_counts", _NUMBERS),
+    pa.field("exact", pa.bool_()),
+    pa.field("stored_xxh3", _CHECKSUMS, nullable=False),
+    pa.field("decoded_xxh3", _CHECKSUMS, nullable=False),
+)
+_TEXTS: Final = [field.name for field in COLUMNS if field.type == pa.string()]
+
+
+def to_bytes(manifest: Manifest) -> bytes:
+    """The file. See :meth:`Manifest.to_bytes`."""
+    if len(manifest.tensors) > MAX_ROWS:
+        raise errors.LimitError("too many tensors for a manifest", expected=f"at most {MAX_ROWS}", found=len(manifest.tensors))
+    schema = pa.schema(COLUMNS)
+    # Arrow's own pools keep what they have freed, which counts against the memory of a conversion.
+    pool = pa.system_memory_pool()
+    sink = pa.BufferOutputStream(pool)
+    with pq.ParquetWriter(
+        sink, schema, compression="zstd", use_dictionary=["file", "dtype", "encoding"], store_schema=False, write_page_checksum=True
+    ) as writer:
+        for start in range(0, len(manifest.tensors), ROW_GROUP):
+            rows = manifest.tensors[start : start + ROW_GROUP]
+            arrays = [pa.array([_cell(row, field.name) for row in rows], field.type, memory_pool=pool) for field in COLUMNS]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=ROW_GROUP)
+        writer.add_key_value_metadata({METADATA_KEY: framing.compact_json(_document(manifest))})
+    return bytes(sink.getvalue())
+
+
+def _cell(row: TensorRow, column: str) -> Any:
+    value = getattr(row, column)
+    if isinstance(value, ExponentCounts):
+        return value.array()
+    return _text(value) if column == "file" else value
+
+
+def _text(path: str) -> str:
+    # A file's name that is not UTF-8, in another spelling: no Parquet file could hold it.
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _document(manifest: Manifest) -> dict[str, Any]:
+    origin = manifest.origin
+    return {
+        "version": VERSION,
+        "tool": manifest.tool,
+        "source": {"repository": origin.repository, "commit": origin.commit, "path": _text(origin.path)},
+        "options": {"cast": manifest.cast},
+        "files": [
+            {
+                "file": _text(file.file),
+                "bytes": file.bytes,
+                "sha256": file.sha256,
+                "source": {"file": _text(file.source_file), "bytes": file.source_bytes, "sha256": file.source_sha256},
+            }
+            for file in manifest.files
+        ],
+    }
+
+
+def from_bytes(data: bytes, where: str | os.PathLike[str]) -> Manifest:
+    """The manifest. See :meth:`Manifest.from_bytes`."""
+    if len(data) > MAX_BYTES:
+        raise errors.ManifestError("too large for a manifest", file=where, expected=f"at most {MAX_BYTES} bytes")
+    try:
+        return _Reader(data, where).manifest()
+    # Everything that Arrow is known to say of damage; its exceptions derive from these.
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+        reason = str(error).splitlines()
+        raise errors.ManifestError(f"not a manifest, or a damaged one ({reason[0][:200] if reason else type(error).__name__})", file=where) from None
+
+
+class _Reader:
+    # One file that is read. Everything in it may be forged.
+
+    def __init__(self, data: bytes, where: str | os.PathLike[str]) -> None:
+        self._where = where
+        self._data = data
+        self._file = self._open()
+
+    def _open(self, **options: Any) -> Any:
+        limit = max(len(self._data), 1)
+        return pq.ParquetFile(
+            pa.BufferReader(self._data),
+            pre_buffer=False,
+            thrift_string_size_limit=limit,
+            thrift_container_size_limit=limit,
+            page_checksum_verification=True,
+            **options,
+        )
+
+    def _refuse(self, what: str, *, tensor: str | None = None, expected: object = None, found: object = None) -> NoReturn:
+        raise errors.ManifestError(f"manifest: {what}", file=self._where, tensor=tensor, expected=expected, found=found)
+
+    def manifest(self) -> Manifest:
+        document = self._read_document()
+        origin, cast, tool, files = self._check_document(document)
+        self._check_columns()
+        return Manifest(origin, cast, tool, files, self._read_rows(files, cast))
+
+    def _read_document(self) -> Any:
+        raw = (self._file.metadata.metadata or {}).get(METADATA_KEY)
+        if raw is None:
+            self._refuse("the file has no df11 metadata: another Parquet file")
+        try:
+            return json.loads(raw.decode("utf-8"))
+        except (ValueError, RecursionError):
+            self._refuse("the df11 metadata are not JSON")
+
+    def _check_document(self, document: Any) -> tuple[Origin, Any, str, tuple[FileRow, ...]]:
+        version = _member(document, "version")
+        if type(version) is not int or version != VERSION:
+            self._refuse("version", expected=VERSION, found=repr(version)[:80])
+        tool, source, cast = document.get("tool"), document.get("source"), _member(document.get("options"), "cast")
+        repository, commit, path = (_member(source, key) for key in ("repository", "commit", "path"))
+        if not (isinstance(tool, str) and isinstance(repository, str | None) and isinstance(commit, str | None) and isinstance(path, str)):
+            self._refuse("tool or source is not as specified")
+        if cast not in (None, "bf16"):
+            self._refuse("options.cast", expected="bf16 or null", found=repr(cast)[:80])
+        files = document.get("files")
+        if not isinstance(files, list):
+            self._refuse("files must be a list")
+        rows = tuple(map(self._check_file, files))
+        if len({row.file for row in rows}) != len(rows):
+            self._refuse("a file is named twice")
+        return Origin(repository, commit, path), cast, tool, rows
+
+    def _check_file(self, value: Any) -> FileRow:
+        source = _member(value, "source")
+        row = FileRow(
+            _member(value, "file"),
+            _member(value, "bytes"),
+            _member(value, "sha256"),
+            _member(source, "file"),
+            _member(source, "bytes"),
+            _member(source, "sha256"),
+        )
+        if not (_is_relative(row.file) and _is_relative(row.source_file)):
+            self._refuse("the name of a file must be relative to its tree", found=repr((row.file, row.source_file))[:200])
+        if not (_is_size(row.bytes) and _is_size(row.source_bytes)):
+            self._refuse("the size of a file", found=repr((row.bytes, row.source_bytes))[:80])
+        if not (row.sha256 is None or _is_sha256(row.sha256)) or not _is_sha256(row.source_sha256):
+            self._refuse("a SHA-256", found=repr((row.sha256, row.source_sha256))[:200])
+        return row
+
+    def _check_columns(self) -> None:
+        metadata = self._file.metadata
+        if metadata.num_rows > MAX_ROWS:
+            self._refuse("too many rows", expected=f"at most {MAX_ROWS}", found=metadata.num_rows)
+        size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+        if not 0 <= size <= MAX_DECODED_BYTES:
+            self._refuse("its columns are too large", expected=f"at most {MAX_DECODED_BYTES} bytes", found=size)
+        schema = self._file.schema_arrow
+        for field in COLUMNS:
+            if schema.names.count(field.name) != 1:
+                self._refuse(f"the column {field.name} is missing, or there twice")
+            found = schema.field(field.name).type
+            if found != field.type:
+                self._refuse(f"type of the column {field.name}", expected=field.type, found=found)
+
+    def _read_rows(self, files: tuple[FileRow, ...], cast: str | None) -> tuple[TensorRow, ...]:
+        order = {file.file: place for place, file in enumerate(files)}
+        rows: list[TensorRow] = []
+        place = length = 0
+        for row in self._rows(cast):
+            if order.get(row.file, -1) < place:
+                self._refuse("a row's file is unknown, or not in the order of the files", tensor=row.name, found=row.file[:200])
+            place = order[row.file]
+            length += len(row.name)
+            if length > MAX_BYTES:  # A few bytes can repeat a long name as often as there may be rows.
+                self._refuse("its names are too long", expected=f"at most {MAX_BYTES} characters")
+            rows.append(row)
+        if len(rows) != self._file.metadata.num_rows:
+            self._refuse("rows are missing", expected=self._file.metadata.num_rows, found=len(rows))
+        return tuple(rows)
+
+    def _rows(self, cast: str | None) -> Iterator[TensorRow]:
+        names = [field.name for field in COLUMNS]
+        # With dictionaries, so that one long text is not there as often as it is named.
+        file = self._open(read_dictionary=_TEXTS, metadata=self._file.metadata)
+        for batch in file.iter_batches(_BATCH, columns=names, use_threads=False):
+            batch.validate(full=True)  # Arrow takes a damaged page's indices and offsets as they are.
+            columns = {}
+            for field in COLUMNS:
+                column = batch.column(field.name)
+                if column.null_count and not field.nullable:
+                    self._refuse(f"the column {field.name} has a null")
+                if pa.types.is_dictionary(column.type):
+                    texts = column.dictionary.to_pylist()
+                    columns[field.name] = [texts[index] for index in column.indices.to_pylist()]
+                elif field.name == "exponent_counts":
+                    columns[field.name] = [scalar.values if scalar.is_valid else None for scalar in column]
+                else:
+                    columns[field.name] = column.to_pylist()
+            for values in zip(*columns.values(), strict=True):
+                yield self._check_row(dict(zip(names, values, strict=True)), cast)
+
+    def _check_row(self, value: dict[str, Any], cast: str | None) -> TensorRow:
+        name, dtype, shape = value["name"], value["dtype"], tuple(value["shape"])
+        if dtype not in framing.DTYPE_BITS or len(shape) > layout.MAX_DIMENSIONS or not all(map(_is_size, shape)) or not _is_size(math.prod(shape)):
+            self._refuse("dtype or shape", tensor=name, found=f"{dtype} {shape}"[:200])
+        counts = None if value["exponent_counts"] is None else self._check_counts(name, value["exponent_counts"])
+        row = TensorRow(
+            value["file"],
+            name,
+            dtype,
+            shape,
+            value["encoding"],
+            value["stored_bytes"],
+            value["exponent_entropy"],
+            counts,
+            value["exact"],
+            tuple(value["stored_xxh3"]),
+            tuple(value["decoded_xxh3"]),
+        )
+        if row.encoding == "df11":
+            right = dtype == "BF16" and row.elements > 0 and 0 < len(row.stored_xxh3) == len(row.decoded_xxh3) and row.stored_bytes > 0
+        else:
+            right = row.encoding == "verbatim" and row.stored_bytes == row.decoded_bytes and row.stored_xxh3 == row.decoded_xxh3
+            right = right and len(row.stored_xxh3) == 1
+        if not right or None in row.stored_xxh3 or None in row.decoded_xxh3:
+            self._refuse("encoding, size or checksums do not fit the tensor", tensor=name)
+        if (row.elements, row.bits_per_weight) != (value["elements"], value["bits_per_weight"]):
+            self._refuse("elements or bits_per_weight", tensor=name, expected=(row.elements, row.bits_per_weight))
+        if row.exact is not None and (cast is None or dtype != "BF16"):
+            self._refuse("exact is only for tensors that were cast", tensor=name)
+        self._check_exponents(row)
+        return row
+
+    def _check_counts(self, name: str, values: Any) -> ExponentCounts:
+        if len(values) != 256 or values.null_count:
+            self._refuse("exponent_counts", tensor=name, expected="256 counts", found=len(values))
+        array = values.to_numpy()
+        if array.min() < 0:
+            self._refuse("exponent_counts", tensor=name, found=int(array.min()))
+        return ExponentCounts.of(array)
+
+    def _check_exponents(self, row: TensorRow) -> None:
+        counted = has_exponents(row.dtype, row.elements)
+        entropy, counts = row.exponent_entropy, row.exponent_counts
+        if (entropy is not None) != counted or (counts is not None) != (counted and row.elements >= COUNTED_WEIGHTS):
+            self._refuse("exponent_entropy or exponent_counts is missing, or too much", tensor=row.name)
+        if entropy is not None and not 0 <= entropy <= 8:
+            self._refuse("exponent_entropy", tensor=row.name, expected="0 to 8", found=entropy)
+        if counts is not None and entropy is not None:
+            total = sum(np.frombuffer(counts.counts, "<u8").tolist())
+            if total != row.elements or abs(counts.entropy() - entropy) > _ENTROPY_SLACK:
+                self._refuse("exponent_counts do not fit elements or entropy", tensor=row.name, expected=row.elements, found=total)
+
+
+def _member(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set(string.digits + "abcdef")
+
+
+def _is_relative(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value and all(part not in ("", ".", "..") for part in value.split("/"))

@@ -1,0 +1,196 @@
+"""Read a job file: which models are converted, from where to where, and within which limits.
+
+docs/jobs.md describes the keys. Everything is checked before anything is done: a mistake costs a line, not a night.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from df11.converter.convert import parse_size
+from df11.converter.plan import Cast
+from df11.formats import errors
+from df11.formats.hub import Address, is_address
+from df11.pipelines.card import CardFields
+
+DEFAULT_MEMORY: Final = "300MiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model of a job. ``source`` and ``target``: an ``hf://`` address or a folder."""
+
+    source: str
+    target: str
+    cast: Cast
+    private: bool
+    exclude: tuple[str, ...]
+    """Glob patterns of files, relative to the source, that are left out."""
+    card: CardFields
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a job may use. ``memory`` and ``disk`` in bytes; ``disk``: of files waiting to be uploaded, None: no limit but the disk itself."""
+
+    memory: int
+    disk: int | None
+    threads: int | None
+    work: Path
+    """Folder for these files; they are removed as soon as they are uploaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A whole job file."""
+
+    models: tuple[Model, ...]
+    limits: Limits
+    shards_per_commit: int
+
+
+class _Table:
+    # A table of the file, taken apart key by key: what is left at the end is a mistake.
+
+    def __init__(self, value: Any, file: Path, where: str) -> None:
+        self.file, self.where = file, where
+        if not isinstance(value, dict):
+            raise self.error(where, "a table", value)
+        self._left = dict(value)
+
+    def error(self, key: str, expected: str, found: Any) -> errors.UsageError:
+        return errors.UsageError(
+            f"{self.where} {key}".strip() if key != self.where else self.where, file=self.file, expected=expected, found=repr(found)
+        )
+
+    def take(self, key: str, kind: type, default: Any = None, *, needed: bool = False) -> Any:
+        if key not in self._left:
+            if needed:
+                raise errors.UsageError(f"{self.where} has no {key!r}", file=self.file, hint="docs/jobs.md lists the keys")
+            return default
+        value = self._left.pop(key)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.error(key, {str: "a string", bool: "true or false", int: "a whole number", list: "a list", dict: "a table"}[kind], value)
+        return value
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        value = self.take(key, list, [])
+        if not all(isinstance(item, str) for item in value):
+            raise self.error(key, "a list of strings", value)
+        return tuple(value)
+
+    def end(self, known: str) -> None:
+        if self._left:
+            raise errors.UsageError(f"{self.where} has unknown keys", file=self.file, expected=known, found=", ".join(map(str, sorted(self._left))))
+
+
+def read_job(path: str | os.PathLike[str]) -> Job:
+    """Read and check a job file (TOML). Relative paths in it start from its folder. Raises UsageError, MissingError."""
+    file = Path(path)
+    try:
+        content = tomllib.loads(file.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise errors.from_os_error(error, file=file) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.UsageError(f"not a TOML file: {error}", file=file) from None
+    top = _Table(content, file, "the job")
+    models = [_read_model(value, file, number) for number, value in enumerate(top.take("model", list, [], needed=True), 1)]
+    limits = _read_limits(top.take("limits", dict, {}), file)
+    upload = _Table(top.take("upload", dict, {}), file, "[upload]")
+    shards_per_commit = upload.take("shards_per_commit", int, 1)
+    if shards_per_commit < 1:
+        raise upload.error("shards_per_commit", "at least 1", shards_per_commit)
+    upload.end("shards_per_commit")
+    top.end("[[model]], [limits], [upload]")
+    if not models:
+        raise errors.UsageError("the job has no [[model]]", file=file)
+    seen: dict[str, int] = {}
+    for number, model in enumerate(models, 1):
+        if model.target in seen:
+            raise errors.UsageError(f"[[model]] {seen[model.target]} and {number} have the same target", file=file, found=model.target)
+        seen[model.target] = number
+    return Job(tuple(models), limits, shards_per_commit)
+
+
+def _read_model(value: Any, file: Path, number: int) -> Model:
+    table = _Table(value, file, f"[[model]] {number}")
+    source = table.take("source", str, needed=True)
+    revision = table.take("revision", str)
+    target = table.take("target", str, needed=True)
+    cast = table.take("cast", str)
+    if cast not in (None, "bf16"):
+        raise table.error("cast", "'bf16'", cast)
+    private = table.take("private", bool, False)
+    exclude = table.strings("exclude")
+    card = _read_card(table.take("card", dict, {}), file, number)
+    table.end("source, revision, target, cast, private, exclude, [model.card]")
+    if revision is not None:
+        if not is_address(source) or Address.parse(source).revision is not None:
+            raise table.error("revision", "a source on the Hub without @revision", revision)
+        address = Address.parse(source)
+        source = str(Address(address.repository, revision, address.path))
+    if is_address(target):
+        goal = Address.parse(target)
+        if goal.path:
+            raise table.error("target", "a repository without a folder in it", target)
+        if is_address(source) and Address.parse(source).repository.lower() == goal.repository.lower():
+            raise errors.UsageError(f"{table.where}: source and target are the same repository", file=file, found=target)
+    elif private:
+        raise table.error("private", "a target on the Hub", target)
+    return Model(_located(source, file), _located(target, file), cast, private, exclude, card)
+
+
+def _located(place: str, file: Path) -> str:
+    # An address as it is written in one way only; a path from the job file's folder.
+    return str(Address.parse(place)) if is_address(place) else os.fspath(file.parent / Path(place).expanduser())
+
+
+def _read_card(value: Any, file: Path, number: int) -> CardFields:
+    table = _Table(value, file, f"[model.card] {number}")
+    lists = {"tags", "language"}
+    names = [field.name for field in fields(CardFields)]
+    found: dict[str, Any] = {}
+    for name in names:
+        if name in lists:
+            found[name] = table.strings(name)
+        elif (text := table.take(name, str)) is not None:
+            found[name] = text
+    table.end(", ".join(names))
+    if "results" in found:
+        found["results"] = os.fspath(file.parent / found["results"])
+    return CardFields(**found)
+
+
+def _read_limits(value: Mapping[str, Any], file: Path) -> Limits:
+    table = _Table(value, file, "[limits]")
+
+    def size(key: str, default: str | None) -> int | None:
+        text = table.take(key, str, default)
+        if text is None:
+            return None
+        try:
+            return parse_size(text)
+        except errors.UsageError:
+            raise table.error(key, "a size such as '300MiB'", text) from None
+
+    memory, disk = size("memory", DEFAULT_MEMORY), size("disk", None)
+    assert memory is not None
+    threads = table.take("threads", int)
+    if threads is not None and threads < 1:
+        raise table.error("threads", "at least 1", threads)
+    work = table.take("work", str)
+    table.end("memory, disk, threads, work")
+    folder = Path(tempfile.gettempdir()) if work is None else file.parent / Path(os.path.expandvars(work)).expanduser()
+    return Limits(memory, disk, threads, folder)
+
+
+def safe_name(text: str) -> str:
+    """``text`` as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "job"

@@ -1,0 +1,83 @@
+"""Figures of speed for a card: from a results file of ``make gpu-omnigen2`` or ``make gpu-bench``, and from nowhere else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from df11.formats import errors
+
+SECTIONS: Final = ("image", "text", "sizes", "block")
+"""Sections of the two programs that say something to those who use a model; a results file has many more for those who work on the kernels."""
+LARGEST: Final = 16 << 20
+MOST_ROWS: Final = 200
+_COLUMNS: Final = {
+    "seconds": "time",
+    "tokens_per_second": "tokens a second",
+    "of_bf16": "of BF16's time",
+    "bytes_per_second": "GB/s of BF16",
+    "of_floor": "of the floor",
+    "held_bytes": "model, GB",
+    "peak_bytes": "peak, GB",
+}
+_HINT: Final = "give the .json that make gpu-omnigen2 or make gpu-bench has written"
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What was measured on one device on one day. ``rows``: a cell a column, the first two what and by what; None where there is no figure."""
+
+    device: str
+    date: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | None, ...], ...]
+
+
+def read_results(path: str | os.PathLike[str]) -> Results:
+    """Read and check a results file. Raises UsageError if it is none, or one that was not measured on a GPU."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except OSError as error:
+        raise errors.from_os_error(error, file=path) from None
+
+    def refuse(what: str) -> NoReturn:
+        raise errors.UsageError(f"not a results file for a card: {what}", file=path, hint=_HINT)
+
+    if len(data) > LARGEST:
+        refuse("it is too large")
+    try:
+        content: Any = json.loads(data)
+        device, date, sections = content["machine"]["gpu"]["name"], content["machine"]["date"], content["sections"]
+        found = [row for name in SECTIONS if name in sections for row in sections[name]["rows"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        refuse("it has no machine, gpu or sections")
+    if not isinstance(device, str) or not isinstance(date, str) or not device or not date:
+        refuse("it does not name its device and date")
+    if "memory_bytes" not in content["machine"]["gpu"]:
+        refuse("it was measured without a GPU")
+    if not found:
+        refuse(f"it has none of the sections {', '.join(SECTIONS)}")
+    if len(found) > MOST_ROWS or not all(_is_row(row) for row in found):
+        refuse("a row is not as these programs write it")
+    known = [key for key in _COLUMNS if any(row.get(key) is not None for row in found)]
+    rows = tuple((row["what"], row["name"], *(_cell(key, row.get(key)) for key in known)) for row in found)
+    return Results(device, date[:10], ("what", "by", *(_COLUMNS[key] for key in known)), rows)
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(row.get("what"), str) or not isinstance(row.get("name"), str) or "seconds" not in row:
+        return False
+    return all(value is None or (type(value) in (int, float) and 0 <= value < math.inf) for key, value in row.items() if key in _COLUMNS)
+
+
+def _cell(key: str, value: float | None) -> str | None:
+    if value is None:
+        return None
+    if key == "seconds":
+        return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.2f} ms" if value >= 1e-3 else f"{1e6 * value:.1f} µs"
+    return f"{value / 1e9:.2f}" if "bytes" in key else f"{value:.3f}"

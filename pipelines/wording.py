@@ -1,0 +1,80 @@
+"""Names and numbers as people read them. Names come from files of strangers: they may hold anything."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Final
+from urllib.parse import quote
+
+_INVISIBLE: Final = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
+"""Categories of characters that show nothing, end a line, or change the direction of those beside them."""
+_REPOSITORY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def visible(name: str) -> str:
+    """A name in which every character shows: what does not is written as its escape, U+202E as ``u202e`` after a backslash."""
+    if name.isascii() and name.isprintable():
+        return name
+    return "".join(_escape(character) if unicodedata.category(character) in _INVISIBLE else character for character in name)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def fitted(name: str, length: int) -> str:
+    """:func:`visible`, and if it is longer than ``length`` characters its two ends with an ellipsis between them. The end tells more."""
+    text = visible(name)
+    if len(text) <= length:
+        return text
+    first = (length - 1) // 3
+    return f"{text[:first]}…{text[len(text) - (length - 1 - first) :]}"
+
+
+def size(count: float) -> str:
+    """Bytes in units of a thousand, with four digits: ``45.43 MB``."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 999.95 or unit == "TB":
+            break
+        count /= 1000
+    if unit == "bytes":
+        return "1 byte" if count == 1 else f"{count:.0f} bytes"
+    return f"{count:.{1 if count >= 100 else 2}f} {unit}"
+
+
+def percent(share: float | None) -> str:
+    """A share with one digit: ``66.9 %``. A dash for None."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def bits(value: float | None) -> str:
+    """Bits a weight with two digits. A dash for None."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """A number and its noun: ``1 tensor``, ``1,650 tensors``."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def hub_page(repository: str | None, commit: str | None, path: str = "") -> str | None:
+    """Address of a repository's page on the Hub, at a commit if one is given; None if this is no repository's name."""
+    if repository is None or not is_repository(repository):
+        return None
+    page = f"https://huggingface.co/{repository}"
+    if commit is None:
+        return page
+    return "/".join([page, "tree", quote(commit, safe=""), *([quote(path)] if path else [])])
+
+
+def is_repository(name: str) -> bool:
+    """Whether this can be the name of a repository, ``owner/name``, as the Hub allows them: safe in an address and in a shell."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def folder_name(repository: str | None) -> str:
+    """What commands call the converted folder of a repository: safe in a shell."""
+    name = repository.split("/")[1] if repository is not None and is_repository(repository) else "MODEL"
+    return f"{name}-df11"
