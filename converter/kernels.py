@@ -85,17 +85,15 @@ def collect_pairs(histogram: np.ndarray, used: np.ndarray, counts: np.ndarray, e
 
 
 @kernel
-def count_exponents(weights: np.ndarray, counts: np.ndarray, scratch: np.ndarray) -> None:
-    """Count exponents: ``weights`` u16; ``counts`` i64[256], overwritten; ``scratch`` u32[4 * 256], one for each weight of four, as above."""
-    scratch[:] = 0
+def count_exponents(weights: np.ndarray, counts: np.ndarray) -> None:
+    """Count exponents: ``weights`` u16; ``counts`` u32[4 * 256], overwritten, its quarters to be added, as above."""
+    counts[:] = 0
     for i in range(0, len(weights) & ~3, 4):
         q = load_u64(weights, U64(2 * i))
         for which in range(4):
-            scratch[U64(256 * which) | ((q >> U64(16 * which + 7)) & U64(0xFF))] += np.uint32(1)
+            counts[U64(256 * which) | ((q >> U64(16 * which + 7)) & U64(0xFF))] += np.uint32(1)
     for i in range(len(weights) & ~3, len(weights)):
-        scratch[(weights[i] >> np.uint16(7)) & np.uint16(0xFF)] += np.uint32(1)
-    for e in range(256):
-        counts[e] = np.int64(scratch[e]) + np.int64(scratch[256 + e]) + np.int64(scratch[512 + e]) + np.int64(scratch[768 + e])
+        counts[(weights[i] >> np.uint16(7)) & np.uint16(0xFF)] += np.uint32(1)
 
 
 @kernel
@@ -469,7 +467,7 @@ def _export_count_pairs(a: Any) -> int:
 
 
 def _export_count_exponents(a: Any) -> int:
-    count_exponents(u16_array(a, 0), i64_array(a, 2), u32_array(a, 4))
+    count_exponents(u16_array(a, 0), u32_array(a, 2))
     return 0
 
 

@@ -360,7 +360,7 @@ def collect(
     """
     folder = Path(folder)
     known: Manifest | None = None
-    with contextlib.suppress(errors.MissingError, errors.FormatError):
+    with contextlib.suppress(errors.MissingError, errors.ManifestError):
         known = read(folder)
     rows: list[TensorRow] = []
     file_rows: list[FileRow] = []

@@ -92,9 +92,9 @@ class Encoder:
 
 def count_exponents(weights: Weights) -> npt.NDArray[np.int64]:
     """How often each exponent occurs in up to 2**32 weights: i64 [256]."""
-    counts = np.empty(256, np.int64)
-    _LIBRARY["count_exponents"](weights, counts, np.empty(4 * 256, np.uint32))
-    return counts
+    counts = np.empty((4, 256), np.uint32)
+    _LIBRARY["count_exponents"](weights, counts)
+    return counts.sum(axis=0, dtype=np.int64)
 
 
 def cast_f32(source: npt.NDArray[np.uint32], out: Weights) -> bool:

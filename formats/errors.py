@@ -140,6 +140,13 @@ class TensorRangeError(SafetensorsError):
     """Byte ranges overlap, leave a hole, or reach past the end of the file."""
 
 
+# The manifest, docs/manifest.md.
+
+
+class ManifestError(Df11Error):
+    """The manifest of a tree is damaged, or is not one."""
+
+
 # The container, formats/SPEC.md sections 2 and 3.
 
 
@@ -173,10 +180,6 @@ class LimitError(FormatError):
 
 class SourceHeaderError(FormatError):
     """The stored header of the source does not decompress, or does not match the tensors."""
-
-
-class ManifestError(FormatError):
-    """The manifest of a tree is damaged, or is not one."""
 
 
 # The record, sections 4 to 8.

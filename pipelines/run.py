@@ -33,6 +33,11 @@ from df11.pipelines.target import Delivery, Digest
 Log = Callable[..., None]
 """Called with the name of an event and its values, which JSON has."""
 
+
+def unheard(event: str, **values: Any) -> None:
+    """A log that nobody keeps."""
+
+
 _LOCK: Final = ".lock"
 
 
@@ -62,7 +67,7 @@ class JobReport:
 
 
 def run_job(
-    job: Job, *, on_ray: bool = False, log: Log = ignore, on_total: Callable[[int], None] = ignore, on_progress: Progress = ignore
+    job: Job, *, on_ray: bool = False, log: Log = unheard, on_total: Callable[[int], None] = ignore, on_progress: Progress = ignore
 ) -> JobReport:
     """Do all models of a job, one after the other; one that fails does not keep the others from being done.
 

@@ -18,7 +18,7 @@ from df11.formats import errors, hub
 from df11.formats.writer import AtomicWriter, make_parents
 from df11.pipelines.job import Limits
 from df11.pipelines.plan import OVERHEAD, plan_push
-from df11.pipelines.run import Log, ModelReport, run_model
+from df11.pipelines.run import Log, ModelReport, run_model, unheard
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def push(
     *,
     private: bool = False,
     jobs: int | None = None,
-    log: Log = ignore,
+    log: Log = unheard,
     on_total: Callable[[int], None] = ignore,
     on_progress: Progress = ignore,
 ) -> ModelReport:

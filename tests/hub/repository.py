@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -81,6 +82,8 @@ class Commit:
     author: str
     paths: tuple[str, ...]
     date: str
+    time: float
+    """When it came: `time.monotonic()`."""
     tree: Mapping[str, Blob] = field(repr=False)
 
 
@@ -176,7 +179,7 @@ class Repository:
             date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
             content = [self.name, len(self._commits), parent, title, message, sorted((path, blob.oid) for path, blob in tree.items())]
             oid = hashlib.sha1(json.dumps(content).encode(), usedforsecurity=False).hexdigest()
-            commit = Commit(oid, parent, title, message, author or self.owner, tuple(sorted(changes)), date, tree)
+            commit = Commit(oid, parent, title, message, author or self.owner, tuple(sorted(changes)), date, time.monotonic(), tree)
             self._commits[oid] = commit
             self.branches[branch] = oid
             return commit
