@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from df11.converter.files import SourceFile, open_tree
+from df11.converter import manifest
+from df11.converter.files import SourceFile, Tree, open_tree
 from df11.converter.hub import HubFile, downloaded
-from df11.converter.manifest import TensorRow
+from df11.converter.manifest import FileRow, TensorRow
 from df11.converter.pipeline import Settings, convert_file
 from df11.converter.plan import Cast
 from df11.converter.source import Progress, Source, ignore
@@ -99,6 +100,7 @@ def convert(
     ``cast="bf16"`` rounds F32 tensors to BF16. ``verify``: every segment is decoded and compared before it is written. ``resume``: a finished
     output of the same source and cast is kept (the source's SHA-256 decides). ``force``: replace whatever is there. ``dry_run``: write
     nothing. ``on_total`` and ``on_progress`` get bytes of source, ``on_file`` the report of each shard when it is done.
+    A folder gets a manifest; see docs/manifest.md.
 
     Raises a :class:`~df11.formats.errors.Df11Error`. A file takes its name only when it is complete.
     """
@@ -145,7 +147,19 @@ def convert(
             write_index(job, indexes[job], force=force)
         else:
             copy_file(job, force=force)
+    if not tree.is_file and not dry_run:
+        _write_manifest(tree, Path(dst), shards, reports, settings)
     return ConversionReport(tuple(reports), len(others), time.monotonic() - started)
+
+
+def _write_manifest(tree: Tree, folder: Path, shards: Sequence[FileJob], reports: Sequence[FileReport], settings: Settings) -> None:
+    files = []
+    for job, report in zip(shards, reports, strict=True):
+        assert report.output_bytes is not None and report.source_sha256 is not None  # As this is no dry run.
+        name = job.target.relative_to(folder).as_posix()
+        row = FileRow(name, report.output_bytes, None, job.source.name.as_posix(), report.source_bytes, report.source_sha256)
+        files.append((row, report.rows if report.status == "converted" else None))
+    manifest.collect(folder, tree.origin, settings.cast, files, jobs=settings.jobs)
 
 
 def convert_shard(

@@ -94,7 +94,8 @@ def count_exponents(weights: Weights) -> npt.NDArray[np.int64]:
     """How often each exponent occurs in up to 2**32 weights: i64 [256]."""
     counts = np.empty((4, 256), np.uint32)
     _LIBRARY["count_exponents"](weights, counts)
-    return counts.sum(axis=0, dtype=np.int64)
+    total: npt.NDArray[np.int64] = counts.sum(axis=0, dtype=np.int64)
+    return total
 
 
 def cast_f32(source: npt.NDArray[np.uint32], out: Weights) -> bool:

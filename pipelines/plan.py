@@ -113,6 +113,8 @@ def plan_push(folder: Path, address: Address, *, private: bool) -> ModelPlan:
         raise errors.UsageError(
             f"no {DF11} file in this folder" if not tree.is_file else "this is a file", file=folder, hint="name a converted folder"
         )
+    if address.path:
+        raise errors.UsageError("the target is a repository without a folder in it", file=str(address))
     target = HubTarget(address, private)
     held = target.look()
     known = read_manifest(target, held)

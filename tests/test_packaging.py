@@ -52,7 +52,7 @@ def package_files() -> set[str]:
     """What the package must hold, by the checkout."""
     files = {f"df11/{path.name}" for path in (ROOT / "src" / "df11").iterdir() if path.is_file()}
     for room in ROOMS:
-        for suffix in (".py", ".md", ".cu"):
+        for suffix in (".py", ".md", ".cu", ".css", ".js"):
             files |= {f"df11/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(f"*{suffix}")}
     return files
 

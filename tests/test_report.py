@@ -496,7 +496,7 @@ def test_folder_without_containers(tmp_path: Path):
 
 def test_damaged_manifest(tmp_path: Path):
     (tmp_path / manifests.FILE_NAME).write_bytes(b"PAR1 not a manifest PAR1")
-    with pytest.raises(errors.FormatError, match="manifest"):
+    with pytest.raises(errors.ManifestError, match="manifest"):
         report.write_report(tmp_path, tmp_path / "out")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import df11
+from df11.converter.manifest import FILE_NAME
 from df11.formats import errors
 from tests import commands, sources
 from tests.sources import bf16, f32, random_tensor, tree_bytes
@@ -59,6 +60,7 @@ def test_a_sharded_checkpoint(tmp_path):
     source = sharded(tmp_path / "model")
     report, out = convert_and_restore(source, tmp_path)
     assert set(out) == {
+        FILE_NAME,
         "model-00001-of-00002.df11",
         "model-00002-of-00002.df11",
         "model.df11.index.json",
@@ -85,6 +87,7 @@ def test_a_pipeline_of_components(tmp_path):
     ]
     assert [Path(file.source).name for file in report.files][2] == "diffusion_pytorch_model.safetensors"
     assert set(out) == {
+        FILE_NAME,
         "model_index.json",
         "image.png",
         "scheduler/scheduler_config.json",
@@ -224,6 +227,7 @@ def test_bookkeeping_is_left_out(tmp_path):
     (source / "unet" / ".diffusion.df11.partial").write_text("what a killed conversion left")
     df11.convert(source, tmp_path / "out")
     assert set(tree_bytes(tmp_path / "out")) == {
+        FILE_NAME,
         ".gitattributes",
         "config.json",
         "empty.txt",
