@@ -158,7 +158,7 @@ def as_markdown(results: dict[str, Any]) -> str:
             "",
             table.markdown(["", "measured", "goal"], rows),
             "",
-            f"The job took {job['wall']:.1f} s ({job['cpu']:.1f} s of processor time). Converting took {steps['convert']:.1f} s, verifying what is on",
+            f"The job took {job['wall']:.1f} s ({job['cpu']:.1f} s of processor). Converting took {steps['convert']:.1f} s, verifying what is on",
             f"the disk {steps['verify']:.1f} s, and hashing and uploading {steps['deliver']:.1f} s, while the next one was converted.",
             f"`df11-convert` took {local['wall']:.1f} s, peak memory {local['peak_rss'] / 2**20:.0f} MiB.",
             "",
