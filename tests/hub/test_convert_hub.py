@@ -13,7 +13,7 @@ import pytest
 
 import df11
 from df11.converter import ranges
-from df11.converter.manifest import FILE_NAME
+from df11.converter.manifest import FILE_NAME, Manifest, Origin
 from df11.formats import errors
 from df11.formats import hub as hub_client
 from tests import commands, sources
@@ -79,6 +79,16 @@ def nothing_under_a_final_name(folder):
     assert not [name for name in (tree_bytes(folder) if folder.exists() else {}) if not name.endswith(".download")]
 
 
+def assert_same_conversion(mine, local):
+    """The same bytes; only the manifests tell where the sources have come from."""
+    found, wanted = tree_bytes(mine), tree_bytes(local)
+    ours, theirs = (Manifest.from_bytes(files.pop(FILE_NAME), FILE_NAME) for files in (found, wanted))
+    assert found == wanted
+    assert (ours.files, ours.tensors, ours.cast) == (theirs.files, theirs.tensors, theirs.cast)
+    assert theirs.origin == Origin()
+    assert ours.origin.repository is not None
+
+
 # The same bytes.
 
 
@@ -87,7 +97,7 @@ def test_a_tree_is_as_converted_locally(options, model, tmp_path):
     cast = "bf16" if "bf16" in options else None
     df11.convert(local(model, tmp_path / "model"), tmp_path / "local", cast=cast)
     result = commands.run("convert", "hf://me/m", tmp_path / "out", "--json", *options).fine()
-    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "local")
+    assert_same_conversion(tmp_path / "out", tmp_path / "local")
     *files, done = result.events
     assert [file["source"] for file in files] == [
         f"hf://me/m@{model.head}/{name}"
@@ -101,7 +111,7 @@ def test_a_tree_is_as_converted_locally(options, model, tmp_path):
 def test_a_folder_of_a_repository(model, tmp_path):
     df11.convert(local(model, tmp_path / "model") / "transformer", tmp_path / "local")
     df11.convert("hf://me/m/transformer", tmp_path / "out")
-    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "local")
+    assert_same_conversion(tmp_path / "out", tmp_path / "local")
 
 
 def test_one_file_of_a_repository(one, tmp_path):
@@ -126,7 +136,7 @@ def test_a_revision_that_moves_on_meanwhile(model, tmp_path):
         model.commit({"vae/x.safetensors": b"other", "vae/config.json": b"other", "empty.txt": None})
 
     report = df11.convert("hf://me/m@main", tmp_path / "out", on_total=move_on)
-    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "local")
+    assert_same_conversion(tmp_path / "out", tmp_path / "local")
     assert all(head in file.source for file in report.files)
     assert model.head != head
 
@@ -226,7 +236,7 @@ def test_killed_and_run_again(options, hub, tmp_path):
     starts = sorted(int(request.headers["range"][6:].split("-")[0]) for request in hub.requests if request.cdn)
     if options:
         assert starts[1] == had  # After that of the header.
-    assert sorted(path.name for path in out.iterdir()) == [".gitattributes", "a.df11", "b.df11"]
+    assert sorted(path.name for path in out.iterdir()) == [".gitattributes", "a.df11", "b.df11", FILE_NAME]
     for path in paths:
         assert df11.verify(out / f"{path.stem}.df11", path).compared
 
@@ -387,14 +397,14 @@ def test_a_fault_that_passes(where, fault, hub, model, tmp_path, monkeypatch):
     for after in (0, 3, 7):
         hub.inject("GET", where, fault, after=after)
     commands.run("convert", "hf://me/m", tmp_path / "out").fine()
-    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "local")
+    assert_same_conversion(tmp_path / "out", tmp_path / "local")
 
 
 def test_ranges_that_are_ignored(hub, model, tmp_path):
     hub.inject("GET", "/cdn/|/resolve/", ignore_range, times=10_000)
     df11.convert(local(model, tmp_path / "model"), tmp_path / "local")
     df11.convert("hf://me/m", tmp_path / "out")
-    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "local")
+    assert_same_conversion(tmp_path / "out", tmp_path / "local")
 
 
 @pytest.mark.parametrize("after", [2, 3, 5])

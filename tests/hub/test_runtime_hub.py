@@ -45,7 +45,8 @@ def empty() -> nn.Sequential:
 
 
 def tree(folder: Path, *, under: str = "") -> dict[str, bytes | Path | None]:
-    return {f"{under}{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()}
+    """The files of a folder, without the manifest, which nothing loads."""
+    return {f"{under}{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file() and path.name not in JUNK}
 
 
 @pytest.fixture(scope="module")
