@@ -25,6 +25,8 @@ from df11.formats.hub import is_address
 from df11.formats.writer import AtomicWriter, make_parents
 
 DEFAULT_MEMORY: Final = "256MiB"
+MOST_THREADS: Final = 1024
+"""More than any machine can make use of; each takes some memory before it does anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,9 @@ def convert(
                 )
             with job.source.open() as source:  # Every header is checked before the first byte is written.
                 tensors[job] = len(source.header.entries)
-    indexes = {job: read_index(job, SAFETENSORS, DF11) for job in plan if job.kind == "index"}
+    if not tree.is_file and not dry_run:
+        manifest.check_installed()  # Better found now than when all is done.
+    indexes = {job: read_index(job.source, SAFETENSORS, DF11) for job in plan if job.kind == "index"}
     on_total(sum(job.source.size for job in shards))
     reports = []
     for job in shards:
@@ -184,7 +188,7 @@ def convert_shard(
     make_parents(target)
     with _source(file, target, download=download) as source, AtomicWriter(target) as writer:
         result = convert_file(source, writer, settings, on_progress)
-        if isinstance(file, HubFile) and source.expected_sha256 not in (None, result.source_sha256):
+        if isinstance(file, HubFile) and file.sha256 not in (None, result.source_sha256):
             raise file.differs(result.source_sha256)
         if target.exists() and not force:
             raise errors.ConflictError("this file has appeared meanwhile", file=target, hint="run the same command again")
@@ -240,8 +244,8 @@ def _finished(file: SourceFile, target: Path, cast: Cast, progress: Progress) ->
 
 def thread_count(jobs: int | None) -> int:
     """``jobs`` if it is given, else the cores that this process may use."""
-    if jobs is not None and jobs < 1:
-        raise errors.UsageError("--jobs", expected="at least 1", found=jobs)
+    if jobs is not None and not 1 <= jobs <= MOST_THREADS:
+        raise errors.UsageError("--jobs", expected=f"at least 1 and at most {MOST_THREADS}", found=jobs)
     return jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class HubFile:
         return self.sha256 or self.blob_id
 
     def _start_digest(self) -> Any:
-        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False) if self.sha256 is None else hashlib.sha256()
+        return start_blob_id(self.size) if self.sha256 is None else hashlib.sha256()
 
     def _check(self, digest: Any) -> None:
         if digest.hexdigest() != self.listed:
@@ -123,30 +124,46 @@ class HubFile:
         )
 
 
+def start_blob_id(size: int) -> hashlib._Hash:
+    """The hash that git gives a file of ``size`` bytes: the content is to follow."""
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
+def find_commit(address: hub.Address) -> Any:
+    """What the Hub says of a repository at a revision: ``sha``, the commit that this is now, and whether it is ``private``."""
+    info = hub.retrying(lambda: hub.api().repo_info(address.repository, revision=address.revision), str(address))
+    if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):  # What is none may be a branch, which moves.
+        raise errors.RetryLaterError(
+            "the Hub's answer names no commit", file=str(address), found=errors.shortened(str(info.sha)), hint="run the same command again"
+        )
+    return info
+
+
+def list_files(root: hub.Address) -> list[HubFile]:
+    """All files of a repository, or of a folder in it, at a commit."""
+    # As a list in one go: tried again as a whole, so that no page is missing.
+    entries = hub.retrying(
+        lambda: list(hub.api().list_repo_tree(root.repository, root.path or None, recursive=True, revision=root.revision)), str(root)
+    )
+    return [_hub_file(entry, root, False) for entry in entries if _is_file(entry)]
+
+
 class HubTree(Tree):
     """A repository, or a folder or file in it, at the commit that its revision means now."""
 
     def __init__(self, address: hub.Address) -> None:
-        where = str(address)
-        info = hub.retrying(lambda: hub.api().repo_info(address.repository, revision=address.revision), where)
-        commit = str(info.sha)
+        commit = str(find_commit(address).sha)
         root = hub.Address(address.repository, commit, address.path)
         self.path = None
         self.label = str(root)
         self.origin = Origin(address.repository, commit, address.path)
-        entries: list[Any] = []
         self.is_file = False
         if address.path:
             entries = hub.retrying(lambda: hub.api().get_paths_info(address.repository, [address.path], revision=commit), self.label)
             if not entries:
                 raise errors.MissingError("no such file or folder in this repository", file=self.label, hint="check the address")
             self.is_file = _is_file(entries[0])
-        if not self.is_file:
-            # As a list in one go: tried again as a whole, so that no page is missing.
-            entries = hub.retrying(
-                lambda: list(hub.api().list_repo_tree(address.repository, address.path or None, recursive=True, revision=commit)), self.label
-            )
-        files = [_hub_file(entry, root, self.is_file) for entry in entries if _is_file(entry)]
+        files = [_hub_file(entries[0], root, True)] if self.is_file else list_files(root)
         self.files = sorted((file for file in files if not is_left_out(file.name)), key=lambda file: file.name)
 
 
@@ -172,7 +189,6 @@ class HubSource(Source):
     def __init__(self, file: HubFile) -> None:
         self.path = file.label
         self.size = file.size
-        self.expected_sha256 = file.sha256
         remote = file.remote()
         head = np.empty(min(file.size, HEAD_BYTES), np.uint8)
         remote.fetch(0, head)
@@ -223,7 +239,6 @@ def downloaded(file: HubFile, target: Path) -> Iterator[Source]:
         except OSError as error:
             raise errors.from_os_error(error, file=path) from None
         with LocalSource(path, label=file.label) as source:
-            source.expected_sha256 = file.sha256
             source.memory = CLIENT_MEMORY
             yield source
         path.unlink(missing_ok=True)

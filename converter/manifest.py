@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -315,6 +316,12 @@ def _count(container: Container, jobs: int, progress: Progress) -> Iterator[tupl
             if counted:
                 yield name, summarized(total, info.elements)
                 total[:] = 0
+
+
+def check_installed() -> None:
+    """Raise a MissingExtraError if no manifest could be read or written. Nothing is imported: that takes memory."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise errors.missing_extra("pyarrow", "convert")
 
 
 def read(path: str | os.PathLike[str]) -> Manifest:

@@ -6,8 +6,8 @@ Memory is a fixed number of slots, whatever the size of the file and of its tens
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,6 +38,8 @@ COUNTS_MEMORY: Final = 2560
 """Bytes of the counts that a row keeps of a tensor that is not small, if every exponent occurs in it."""
 ENCODER_MEMORY: Final = 4 << 20
 """Bytes that a thread takes to encode, besides its slot's buffers."""
+HEARTBEAT: Final = 0.5
+"""Seconds after which progress is told of no bytes, where none come."""
 MIN_SLOTS: Final = 2
 
 
@@ -97,7 +99,7 @@ def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progr
     exponents: dict[str, Exponents] = {}
     digest = source.start_sha256()
     progress(source.header.data_start)
-    for batch, outcomes in _process_batches(batches, list(slots), source, digest, settings):
+    for batch, outcomes in _process_batches(batches, list(slots), source, digest, settings, progress):
         for piece, outcome in zip(batch.pieces, outcomes, strict=True):
             plan = piece.tensor
             name = plan.entry.name
@@ -131,7 +133,23 @@ def _joined(one: Exponents, other: Exponents) -> Exponents:
     return other
 
 
-def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> list[_Slot]:
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    # Bytes of memory: of a slot and its parts, of all besides the slots, and at least.
+    read: int
+    write: int
+    weights: int
+    each: int
+    base: int
+    least: int
+
+
+def least_memory(source: Source, plans: Sequence[TensorPlan]) -> int:
+    """Bytes that ``max_memory`` must allow at least, to convert this source by these plans."""
+    return _needs(plan_batches(plans), source).least
+
+
+def _needs(batches: list[Batch], source: Source) -> _Needs:
     pieces = [(piece, batch) for batch in batches for piece in batch.pieces]
     read = max((batch.size for batch in batches), default=0)
     write = max((batch.output_size for batch in batches), default=0)
@@ -141,25 +159,32 @@ def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> lis
     entries = source.header.entries
     base = BASE_MEMORY + HEADER_MEMORY * len(source.header.raw) + TENSOR_MEMORY * len(entries)
     base += COUNTS_MEMORY * sum(entry.elements >= COUNTED_WEIGHTS for entry in entries) + source.memory
-    count = (settings.max_memory - base) // each
-    needed = max(base + MIN_SLOTS * each, LOADING_MEMORY + source.memory)
-    if settings.max_memory < needed:
+    return _Needs(read, write, weights, each, base, max(base + MIN_SLOTS * each, LOADING_MEMORY + source.memory))
+
+
+def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> list[_Slot]:
+    needs = _needs(batches, source)
+    if settings.max_memory < needs.least:
         raise errors.BudgetError(
             "--max-memory is too small for this file",
             file=source.path,
-            expected=f"at least {_mebibytes(needed)}",
-            found=_mebibytes(settings.max_memory),
+            expected=f"at least {mebibytes(needs.least)}",
+            found=mebibytes(settings.max_memory),
         )
-    count = max(min(count, settings.jobs + 2, len(batches)), 1)
-    return [_Slot(np.empty(read, np.uint8), np.empty(write, np.uint8), np.empty(weights, np.uint16), SegmentEncoder()) for _ in range(count)]
+    count = max(min((settings.max_memory - needs.base) // needs.each, settings.jobs + 2, len(batches)), 1)
+    return [
+        _Slot(np.empty(needs.read, np.uint8), np.empty(needs.write, np.uint8), np.empty(needs.weights, np.uint16), SegmentEncoder())
+        for _ in range(count)
+    ]
 
 
-def _mebibytes(size: int) -> str:
+def mebibytes(size: int) -> str:
+    """A size as an option spells it, rounded up."""
     return f"{-(-size >> 20)}MiB"
 
 
 def _process_batches(
-    batches: list[Batch], free: list[_Slot], source: Source, digest: Any, settings: Settings
+    batches: list[Batch], free: list[_Slot], source: Source, digest: Any, settings: Settings, progress: Progress
 ) -> Iterator[tuple[Batch, list[_Outcome]]]:
     # Batches and their outcomes in order. An outcome is valid until the next one is asked for.
     waiting: deque[tuple[Batch, _Slot, Future[tuple[Future[None], Future[list[_Outcome]]]]]] = deque()
@@ -192,6 +217,8 @@ def _process_batches(
                 break
             batch, slot, reading = waiting.popleft()
             loading.result()
+            while not wait([reading], HEARTBEAT).done:
+                progress(0)  # A server can be silent for minutes; meanwhile a caller can say, by an error, that nobody wants the outcome any more.
             hashing, processing = reading.result()
             yield batch, processing.result()
             hashing.result()

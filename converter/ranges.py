@@ -236,6 +236,7 @@ class RangeReader:
             for piece in self._held.values():
                 piece.unwanted.set()
                 piece.ready.set()
+        self._free.put(np.empty(0, np.uint8))  # For one who waits for a buffer, to notice.
 
     def close(self) -> None:
         """End the threads; one whose server is silent ends later, on its own."""

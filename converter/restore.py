@@ -73,7 +73,7 @@ def restore(
     others = [job for job in plan if job.kind != "convert"]
     for job in others:
         if job.kind == "index":
-            write_index(job, read_index(job, DF11, SAFETENSORS), force=force)
+            write_index(job, read_index(job.source, DF11, SAFETENSORS), force=force)
         else:
             copy_file(job, force=force)
     return RestoreReport(files, len(others))

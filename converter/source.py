@@ -14,7 +14,7 @@ from df11.formats import errors, framing
 from df11.formats.record import Bytes
 
 Progress = Callable[[int], None]
-"""Called with the bytes of source that have been dealt with since the last call."""
+"""Called with the bytes of source that have been dealt with since the last call; these may be none. An error that it raises ends the work."""
 
 
 AHEAD_BYTES: Final = 32 << 20
@@ -32,8 +32,6 @@ class Source(ABC):
     """What messages and reports call it: a path or an address."""
     size: int
     header: framing.Header
-    expected_sha256: str | None = None
-    """SHA-256 that the file must have, in hexadecimal, if somebody has promised one."""
     memory: int = 0
     """Bytes of memory that reading takes, besides the caller's."""
 

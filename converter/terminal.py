@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -100,16 +101,21 @@ def run(app: typer.Typer, arguments: list[str]) -> int:
             raise KeyboardInterrupt  # Typer has made an exit code of it.
     except BaseException as error:
         if debug:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
         text, code = _explain(error)
         print(f"df11: {redacted(text)}", file=sys.stderr)  # noqa: T201
     return code if isinstance(code, int) else 0
 
 
 def redacted(text: str) -> str:
-    """``text`` without the Hub's token, whoever has put it there."""
-    token = os.environ.get("HF_TOKEN")
-    return text.replace(token, "***") if token else text
+    """``text`` without the Hub's token, whoever has put it there, and wherever the client has it from."""
+    tokens = [os.environ.get("HF_TOKEN", ""), os.environ.get("HUGGING_FACE_HUB_TOKEN", "")]
+    if "huggingface_hub" in sys.modules:  # Else nobody has read one from a file.
+        with contextlib.suppress(Exception):  # A file that cannot be read: then there is no token in the text.
+            tokens.append(sys.modules["huggingface_hub"].get_token() or "")
+    for token in {token.strip() for token in tokens} - {""}:
+        text = text.replace(token, "***")
+    return text
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

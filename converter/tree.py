@@ -46,14 +46,19 @@ def plan_tree(tree: Tree, target: Path, old: str, new: str) -> list[FileJob]:
         return [FileJob("convert", file, target) for file in tree.files]
     if target.exists() and not target.is_dir():
         raise errors.UsageError("the target is a file, but the source is a folder", file=target, hint="name a folder")
-    if tree.path is not None:
-        inside, outside = target.resolve(), tree.path.resolve()
-        if inside == outside or outside in inside.parents:
-            raise errors.UsageError("the target lies in the source", file=target, hint="choose another folder")
+    check_apart(tree, target)
     jobs = [FileJob(kind, file, target / name) for kind, file, name in plan_names(tree.files, old, new)]
     if not any(job.kind == "convert" for job in jobs):
         raise errors.SafetensorsError(f"no {old} file in this folder", file=tree.label, hint="check the path")
     return jobs
+
+
+def check_apart(tree: Tree, target: Path) -> None:
+    """Raise a UsageError if a folder is, or lies in, the one that is its source."""
+    if tree.path is not None:
+        inside, outside = target.resolve(), tree.path.resolve()
+        if inside == outside or outside in inside.parents:
+            raise errors.UsageError("the target lies in the source", file=target, hint="choose another folder")
 
 
 def plan_names(files: Iterable[SourceFile], old: str, new: str) -> list[tuple[Kind, SourceFile, PurePosixPath]]:
@@ -140,12 +145,12 @@ def _renamed(name: str, old: str, new: str) -> str:
     return name.removesuffix(old) + new if name.endswith(old) else name
 
 
-def read_index(job: FileJob, old: str, new: str) -> bytes:
-    """The bytes that an ``index`` job is to write."""
+def read_index(file: SourceFile, old: str, new: str) -> bytes:
+    """An index file as it is in the target. Raises SafetensorsError if it is none."""
     try:
-        return rewrite_index(job.source.read_bytes().decode("utf-8"), old, new, job.source.label).encode("utf-8")
+        return rewrite_index(file.read_bytes().decode("utf-8"), old, new, file.label).encode("utf-8")
     except UnicodeDecodeError:
-        raise errors.SafetensorsError("not an index of safetensors shards", file=job.source.label) from None
+        raise errors.SafetensorsError("not an index of safetensors shards", file=file.label) from None
 
 
 def write_index(job: FileJob, data: bytes, *, force: bool) -> None:

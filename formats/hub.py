@@ -39,7 +39,7 @@ LONGEST_WAIT: Final = 300.0
 _EXAMPLE: Final = "hf://owner/name, hf://owner/name@revision, hf://owner/name/folder"
 _ADDRESS: Final = re.compile(r"hf://([^/@]*)/([^/@]*)(?:@(refs/(?:pr|convert)/[^/]+|[^/]*))?(?:/(.*))?", re.DOTALL)
 _SPECIAL: Final = re.compile(r"refs/(?:pr|convert)/[^/]+")
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_REPOSITORY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _OTHER_KINDS: Final = ("datasets", "spaces", "buckets", "kernels", "models")
 
 T = TypeVar("T")
@@ -57,10 +57,10 @@ class Address:
     """A folder or file, without ``..``, ``.`` or empty parts; ``""`` is all of the repository."""
 
     def __post_init__(self) -> None:
-        owner, _, name = self.repository.partition("/")
+        owner = self.repository.partition("/")[0]
         if owner in _OTHER_KINDS:
             raise errors.UsageError(f"{owner}/ is no owner of models", file=self._text(), hint=f"write {_EXAMPLE}")
-        if not _NAME.fullmatch(owner) or not _NAME.fullmatch(name):
+        if not is_repository(self.repository):
             raise errors.UsageError("not the address of a model on the Hub", file=self._text(), expected=_EXAMPLE)
         if self.revision is not None and (not self.revision or ".." in self.revision or re.search(r"[\x00-\x20\x7f\ud800-\udfff]", self.revision)):
             raise errors.UsageError("no revision can have this name", file=self._text(), found=errors.shortened(self.revision))
@@ -95,6 +95,11 @@ def _printable(text: str) -> str:
 def is_address(path: object) -> bool:
     """Whether ``path`` means something on the Hub."""
     return isinstance(path, str) and path.startswith(SCHEME)
+
+
+def is_repository(name: str) -> bool:
+    """Whether this can be the name of a repository, ``owner/name``, as the Hub allows them: safe in an address and in a shell."""
+    return _REPOSITORY.fullmatch(name) is not None
 
 
 def is_safe_path(path: str) -> bool:
@@ -220,8 +225,17 @@ def _explain(error: BaseException, where: str, missing_hint: str) -> errors.Df11
             return LaterError(f"the connection to the Hub broke off ({type(error).__name__})", file=where, hint=_AGAIN)
         case RuntimeError() | ValueError() if error.__cause__ is not None:
             return _explain(error.__cause__, where, missing_hint)  # What goes wrong in an upload comes so.
+        case KeyError() | TypeError() | AttributeError() if _comes_from_client(error):
+            return LaterError("the Hub's answer cannot be read", file=where, hint=_AGAIN)  # JSON, but of another shape.
         case _:
             return None
+
+
+def _comes_from_client(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("huggingface_hub.")
 
 
 _AGAIN: Final = "run the same command again"
@@ -269,7 +283,7 @@ def _repository(where: str) -> str:
         return ""
 
 
-def retrying(action: Callable[[], T], where: str, *, sleep: Callable[[float], object] = time.sleep) -> T:
+def retrying(action: Callable[[], T], where: str) -> T:
     """Call ``action``, under :func:`explained`, until it ends otherwise than by a RetryLaterError; give up after :data:`WAITS`.
 
     Only for what may be done twice. Between tries: :func:`pause`.
@@ -279,7 +293,7 @@ def retrying(action: Callable[[], T], where: str, *, sleep: Callable[[float], ob
             with explained(where):
                 return action()
         except errors.RetryLaterError as error:
-            pause(error, wait, sleep=sleep)
+            pause(error, wait)
     with explained(where):
         return action()
 
@@ -309,17 +323,3 @@ def request(address: Address) -> tuple[str, dict[str, str]]:
 
     url = hf_hub_url(address.repository, address.path, revision=address.revision, endpoint=endpoint())
     return url, build_hf_headers(library_name="df11")
-
-
-def read_bytes(address: Address) -> bytes:
-    """All of a file, in memory, at the commit or branch that the address names. Nothing is checked: hold it to what the Hub lists."""
-
-    def read() -> bytes:
-        url, headers = request(address)
-        from huggingface_hub import get_session, hf_raise_for_status
-
-        response = get_session().get(url, headers=headers, follow_redirects=True)
-        hf_raise_for_status(response)
-        return bytes(response.content)
-
-    return retrying(read, str(address))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from df11.formats import errors
+from df11.formats.hub import is_repository
 from df11.pipelines import plots, summary, wording
 from df11.pipelines.results import read_results
 
@@ -78,9 +79,9 @@ def render_card(
         raise errors.missing_extra("huggingface_hub", "hub") from None
     carried = _front_matter(source_card)
     base = fields.base_model or manifest.origin.repository
-    if fields.base_model is not None and not wording.is_repository(fields.base_model):
+    if fields.base_model is not None and not is_repository(fields.base_model):
         raise errors.UsageError("base_model of the card", expected="owner/name", found=errors.shortened(fields.base_model))
-    if base is not None and not wording.is_repository(base):
+    if base is not None and not is_repository(base):
         base = None
     data: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized" if base else None}
     for key in ("license", "license_name", "license_link", "pipeline_tag", "library_name"):
@@ -133,7 +134,8 @@ def _front_matter(card: str | None) -> dict[str, Any]:
     if match is None or len(match[2]) > _LONGEST_FRONT_MATTER:
         return {}
     try:
-        found = yaml.safe_load(match[2])
+        # Without merges (<<), of which a few lines can make more entries than there is memory.
+        found = yaml.load(match[2], type("Loader", (yaml.SafeLoader,), {"flatten_mapping": lambda _loader, _node: None}))
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError):  # Of dates and numbers, too.
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,16 +9,19 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
+from df11.converter.source import Progress
 from df11.formats import errors
-from df11.pipelines.shards import Done, Progress, Staged, Task, deliver, discard, produce
+from df11.pipelines.shards import Done, Staged, Task, deliver, discard, produce
 
 TRIES: Final = 4
 """Times that a task is started on a cluster: workers die, and networks break."""
 
+LONGEST_STOP: Final = 5.0
+"""Seconds that the work ahead may take to end when nobody wants it any more: it notices between two pieces, unless a server is silent."""
 _PATIENCE: Final = 10.0
 """Seconds that a cluster's head may take to accept a connection."""
 
@@ -50,19 +53,39 @@ class InProcess:
                 raise Stopped
             progress(size)
 
-        with ThreadPoolExecutor(1, "df11-job") as pool:
-            ahead: Future[Staged] | None = None
-            try:
-                for number, task in enumerate(tasks):
-                    staged = (ahead or pool.submit(produce, task, advance)).result()
-                    following = tasks[number + 1 : number + 2] if self._overlap else []
-                    # From here on two finished or growing files can be on the disk, and no more.
-                    ahead = pool.submit(produce, following[0], advance) if following else None
-                    yield deliver(staged)
-            finally:
-                stop.set()
-                if ahead is not None and not ahead.cancel() and ahead.exception() is None:
-                    discard(ahead.result().task)
+        ahead: Future[Staged] | None = None
+        try:
+            for number, task in enumerate(tasks):
+                ahead = ahead or _started(task, advance)
+                staged = ahead.result()
+                following = tasks[number + 1 : number + 2] if self._overlap else []
+                # From here on two finished or growing files can be on the disk, and no more.
+                ahead = _started(following[0], advance) if following else None
+                yield deliver(staged)
+        finally:
+            stop.set()
+            if ahead is not None:
+                ahead.add_done_callback(_forget)
+                wait([ahead], LONGEST_STOP)
+
+
+def _started(task: Task, progress: Progress) -> Future[Staged]:
+    # In a daemon: a server that is silent when the command is interrupted must not hold it up.
+    future: Future[Staged] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(produce(task, progress))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="df11-job", daemon=True).start()
+    return future
+
+
+def _forget(future: Future[Staged]) -> None:
+    if future.exception() is None:
+        discard(future.result().task)
 
 
 class OnRay:
@@ -93,7 +116,9 @@ class OnRay:
                     progress(task.file.size)
                     yield done
             finally:
-                for _, reference in waiting:  # Never a task that has ended: Ray would abort.
+                references = [reference for _, reference in waiting]
+                _, unfinished = ray.wait(references, num_returns=len(references), timeout=0) if references else ([], [])
+                for reference in unfinished:  # Never a task that has ended: Ray would abort.
                     ray.cancel(reference, force=True)
 
 

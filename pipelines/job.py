@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from df11.converter.convert import parse_size
+from df11.converter.convert import MOST_THREADS, parse_size
 from df11.converter.plan import Cast
 from df11.formats import errors
 from df11.formats.hub import Address, is_address
@@ -80,6 +80,13 @@ class _Table:
             raise self.error(key, {str: "a string", bool: "true or false", int: "a whole number", list: "a list", dict: "a table"}[kind], value)
         return value
 
+    def place(self, key: str) -> str:
+        """An address or a path, which "" is not: it would be the job file's own folder."""
+        value = self.take(key, str, needed=True)
+        if not value.strip() or "\0" in value:
+            raise self.error(key, "hf://owner/name or a folder", value)
+        return str(value)
+
     def strings(self, key: str) -> tuple[str, ...]:
         value = self.take(key, list, [])
         if not all(isinstance(item, str) for item in value):
@@ -113,17 +120,18 @@ def read_job(path: str | os.PathLike[str]) -> Job:
         raise errors.UsageError("the job has no [[model]]", file=file)
     seen: dict[str, int] = {}
     for number, model in enumerate(models, 1):
-        if model.target in seen:
-            raise errors.UsageError(f"[[model]] {seen[model.target]} and {number} have the same target", file=file, found=model.target)
-        seen[model.target] = number
+        target = _identity(model.target)
+        if target in seen:
+            raise errors.UsageError(f"[[model]] {seen[target]} and {number} have the same target", file=file, found=model.target)
+        seen[target] = number
     return Job(tuple(models), limits, shards_per_commit)
 
 
 def _read_model(value: Any, file: Path, number: int) -> Model:
     table = _Table(value, file, f"[[model]] {number}")
-    source = table.take("source", str, needed=True)
+    source = table.place("source")
     revision = table.take("revision", str)
-    target = table.take("target", str, needed=True)
+    target = table.place("target")
     cast = table.take("cast", str)
     if cast not in (None, "bf16"):
         raise table.error("cast", "'bf16'", cast)
@@ -149,7 +157,22 @@ def _read_model(value: Any, file: Path, number: int) -> Model:
 
 def _located(place: str, file: Path) -> str:
     # An address as it is written in one way only; a path from the job file's folder.
-    return str(Address.parse(place)) if is_address(place) else os.fspath(file.parent / Path(place).expanduser())
+    return str(Address.parse(place)) if is_address(place) else os.fspath(_path(place, file))
+
+
+def _path(text: str, file: Path) -> Path:
+    try:
+        return file.parent / Path(text).expanduser()
+    except RuntimeError:  # There is no such user, or none at all.
+        raise errors.UsageError("nobody knows where this home folder is", file=file, found=repr(text), hint="write the whole path") from None
+
+
+def _identity(target: str) -> str:
+    # Of all spellings of a target the same.
+    if not is_address(target):
+        return os.path.realpath(target)
+    address = Address.parse(target)
+    return f"hf://{address.repository.lower()}@{address.revision or 'main'}"
 
 
 def _read_card(value: Any, file: Path, number: int) -> CardFields:
@@ -164,7 +187,9 @@ def _read_card(value: Any, file: Path, number: int) -> CardFields:
             found[name] = text
     table.end(", ".join(names))
     if "results" in found:
-        found["results"] = os.fspath(file.parent / found["results"])
+        if "\0" in found["results"]:
+            raise table.error("results", "a path", found["results"])
+        found["results"] = os.fspath(_path(found["results"], file))
     return CardFields(**found)
 
 
@@ -183,11 +208,13 @@ def _read_limits(value: Mapping[str, Any], file: Path) -> Limits:
     memory, disk = size("memory", DEFAULT_MEMORY), size("disk", None)
     assert memory is not None
     threads = table.take("threads", int)
-    if threads is not None and threads < 1:
-        raise table.error("threads", "at least 1", threads)
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise table.error("threads", f"at least 1 and at most {MOST_THREADS}", threads)
     work = table.take("work", str)
+    if work is not None and (not work.strip() or "\0" in work):
+        raise table.error("work", "a folder", work)
     table.end("memory, disk, threads, work")
-    folder = Path(tempfile.gettempdir()) if work is None else file.parent / Path(os.path.expandvars(work)).expanduser()
+    folder = Path(tempfile.gettempdir()) if work is None else _path(os.path.expandvars(work), file)
     return Limits(memory, disk, threads, folder)
 
 

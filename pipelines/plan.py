@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
-from df11.converter.files import SourceFile, open_tree
+from df11.converter import manifest as manifests
+from df11.converter.files import SourceFile, Tree, open_tree
 from df11.converter.manifest import FILE_NAME, TOOL, FileRow, Manifest, Origin
-from df11.converter.plan import plan_tensors
-from df11.converter.tree import DF11, SAFETENSORS, plan_names, rewrite_index
+from df11.converter.pipeline import least_memory, mebibytes
+from df11.converter.plan import Cast, plan_tensors
+from df11.converter.tree import DF11, SAFETENSORS, check_apart, plan_names, read_index
 from df11.formats import errors, layout
-from df11.formats.hub import Address
+from df11.formats.container import Container
+from df11.formats.hub import Address, is_safe_path
 from df11.pipelines.card import CONFIGS, CardFields, plot_paths, render_card
 from df11.pipelines.job import Limits, Model
 from df11.pipelines.plots import FOLDER
@@ -80,10 +84,13 @@ class ModelPlan:
 
 def plan_model(model: Model, limits: Limits) -> ModelPlan:
     """Look at source and target. Raises a Df11Error if the job cannot be done."""
+    _check_installed()
     tree = open_tree(model.source)
     if tree.is_file:
         raise errors.UsageError("a job converts folders and repositories", file=model.source, hint="for one file: df11-convert")
     target = open_target(model.target, private=model.private)
+    if target.folder is not None:
+        check_apart(tree, target.folder)
     held = target.look()
     known = read_manifest(target, held)
     if known is None:
@@ -95,12 +102,15 @@ def plan_model(model: Model, limits: Limits) -> ModelPlan:
     items = []
     for kind, file, name in plan_names([file for file in files if file is not card], SAFETENSORS, DF11):
         if kind == "index":
-            index_bytes(file)  # Better found now than after the shards.
-        items.append(_plan_item(kind, file, name.as_posix(), target, held, rows.get(file.name.as_posix()), model))
+            read_index(file, SAFETENSORS, DF11)  # Better found now than after the shards.
+        items.append(_plan_item(kind, file, name.as_posix(), target, held, rows.get(file.name.as_posix()), model, limits))
     if not any(item.kind == "convert" for item in items):
         raise errors.SafetensorsError(f"no {SAFETENSORS} file", file=tree.label, hint="check the source, and what the job excludes")
-    stale = [row.file for row in manifest.files if row.file in held and row.file not in {item.name for item in items}]
-    plan = ModelPlan(model, tree.origin, target, held, manifest, tuple(items), card, tuple(stale), *_disk_needs(target, items))
+    _check_names(items, target)
+    if known is None and target.folder is not None:
+        _check_in_the_way(items, card, held, target)
+    stale = _stale(manifest, held, items)
+    plan = ModelPlan(model, tree.origin, target, held, manifest, tuple(items), card, stale, *_disk_needs(target, items))
     _check_disk(plan, limits)
     render(plan, manifest)  # What is wrong with the card is better found now.
     return plan
@@ -108,6 +118,7 @@ def plan_model(model: Model, limits: Limits) -> ModelPlan:
 
 def plan_push(folder: Path, address: Address, *, private: bool) -> ModelPlan:
     """The plan for a converted folder that is there already. Raises a Df11Error if it is none."""
+    _check_installed()
     tree = open_tree(folder)
     if tree.is_file or not any(file.name.name.endswith(DF11) for file in tree.files):
         raise errors.UsageError(
@@ -120,15 +131,16 @@ def plan_push(folder: Path, address: Address, *, private: bool) -> ModelPlan:
     known = read_manifest(target, held)
     if known is None:
         _check_foreign(held, target)
-    path = folder / FILE_NAME
-    own = Manifest.from_bytes(path.read_bytes(), path) if path.is_file() else None
-    origin, cast = (own.origin, own.cast) if own is not None else (Origin(), None)
+    own = manifests.read(folder) if (folder / FILE_NAME).is_file() else None
+    if own is not None and not _describes(own, tree):
+        own = None
+    origin, cast = (own.origin, own.cast) if own is not None else (Origin(), _cast_of(tree))
     manifest = known or Manifest(origin, cast, TOOL, (), ())
     rows = {row.file: row for row in manifest.files}
     items = []
     for file in tree.files:
         name = file.name.as_posix()
-        if _is_left_out(file.name, ()) or name == CARD or name.startswith(f"{FOLDER}/"):
+        if _is_left_out(file.name, ()) or name == CARD:
             continue
         digest = Digest.of_source(file)
         kept = name in held and bool(digest.agrees(held[name]))
@@ -138,12 +150,67 @@ def plan_push(folder: Path, address: Address, *, private: bool) -> ModelPlan:
         else:
             items.append(Item("copy", file, name, kept, file.size, file.size, digest))
     items.sort(key=lambda item: item.kind == "copy")
+    _check_names(items, target)
     card = next((file for file in tree.files if file.name == PurePosixPath(CARD)), None)
-    stale = [row.file for row in manifest.files if row.file in held and row.file not in {item.name for item in items}]
+    stale = _stale(manifest, held, items)
     model = Model(str(folder), str(address), cast, private, (), CardFields())
-    plan = ModelPlan(model, origin, target, held, manifest, tuple(items), card, tuple(stale), 0, 0)
+    plan = ModelPlan(model, origin, target, held, manifest, tuple(items), card, stale, 0, 0)
     render(plan, manifest)
     return plan
+
+
+def _check_installed() -> None:
+    # What is needed only at the end is better missed now. Nothing is imported: that takes memory.
+    manifests.check_installed()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise errors.missing_extra("matplotlib", "report")
+
+
+def _check_names(items: Sequence[Item], target: Target) -> None:
+    # Names that are not UTF-8, or of more than a line, which a disk can hold.
+    for item in items:
+        if target.folder is None and not is_safe_path(item.name):
+            hint = "rename it, or leave it out: exclude of the job"
+            raise errors.UsageError("no file on the Hub can have this name", file=errors.shortened(item.name), hint=hint)
+
+
+def _check_in_the_way(items: Sequence[Item], card: SourceFile | None, held: Mapping[str, Digest], target: Target) -> None:
+    # In a folder that no job has filled, a file may be somebody's only copy. Containers are compared when their turn comes.
+    wanted = {CARD: None if card is None else Digest.of_source(card)}
+    for item in items:
+        if item.kind != "convert":
+            wanted[item.name] = Digest.of(read_index(item.file, SAFETENSORS, DF11)) if item.kind == "index" else item.digest
+    for name, digest in wanted.items():
+        if name in held and (digest is None or not digest.agrees(held[name])):
+            hint = "remove it, or name another folder"
+            raise errors.UsageError("this file is already there, and no job has written it", file=f"{target.label}/{name}", hint=hint)
+
+
+def _stale(manifest: Manifest, held: Mapping[str, Digest], items: Sequence[Item]) -> tuple[str, ...]:
+    # Containers only, whatever else the manifest may name: what a forged one says must not remove other files.
+    names = {item.name for item in items}
+    return tuple(row.file for row in manifest.files if row.file in held and row.file not in names and row.file.endswith(DF11))
+
+
+def _describes(manifest: Manifest, tree: Tree) -> bool:
+    # Whether a folder's manifest is of the containers that are there now: else they are from another source than it says.
+    known = {row.file: row.source_sha256 for row in manifest.files}
+    for file in tree.files:
+        if file.name.name.endswith(DF11):
+            with Container(file.label) as container:
+                if known.get(file.name.as_posix()) != container.source.sha256:
+                    return False
+    return True
+
+
+def _cast_of(tree: Tree) -> Cast:
+    # Of a folder without a manifest: any container that was cast says so.
+    for file in tree.files:
+        if file.name.name.endswith(DF11):
+            with Container(file.label) as container:
+                if container.source.cast is not None:
+                    return "bf16"
+    return None
 
 
 def _disk_needs(target: Target, items: Sequence[Item]) -> tuple[int, int]:
@@ -157,21 +224,13 @@ def render(plan: ModelPlan, manifest: Manifest) -> str:
     """The card of the target, once it holds what the manifest says."""
     source = None if plan.source_card is None else plan.source_card.read_bytes().decode("utf-8", "replace")
     configs = {item.name: item.file.read_bytes().decode("utf-8", "replace") for item in plan.items if item.name in CONFIGS}
-    repository = plan.model.target.removeprefix("hf://") if plan.target.folder is None else None
+    repository = Address.parse(plan.model.target).repository if plan.target.folder is None else None
     return render_card(manifest, plan.model.card, source, repository=repository, plots=plot_paths(manifest), configs=configs)
 
 
-def index_bytes(file: SourceFile) -> bytes:
-    """An index file as it is in the target. Raises SafetensorsError if it is none."""
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        raise errors.SafetensorsError("not an index of safetensors shards", file=file.label) from None
-    return rewrite_index(text, SAFETENSORS, DF11, file.label).encode()
-
-
 def _is_left_out(name: PurePosixPath, exclude: tuple[str, ...]) -> bool:
-    return name.as_posix() in _BOOKKEEPING or any(fnmatch.fnmatchcase(name.as_posix(), pattern) for pattern in exclude)
+    # Plots of the source, if it has some, are of other files.
+    return name.as_posix() in _BOOKKEEPING or name.parts[0] == FOLDER or any(fnmatch.fnmatchcase(name.as_posix(), pattern) for pattern in exclude)
 
 
 def _check_foreign(held: Mapping[str, Digest], target: Target) -> None:
@@ -184,7 +243,9 @@ def _check_foreign(held: Mapping[str, Digest], target: Target) -> None:
                 )
 
 
-def _plan_item(kind: str, file: SourceFile, name: str, target: Target, held: Mapping[str, Digest], row: FileRow | None, model: Model) -> Item:
+def _plan_item(
+    kind: str, file: SourceFile, name: str, target: Target, held: Mapping[str, Digest], row: FileRow | None, model: Model, limits: Limits
+) -> Item:
     there = held.get(name)
     if kind == "convert":
         kept = (
@@ -194,7 +255,7 @@ def _plan_item(kind: str, file: SourceFile, name: str, target: Target, held: Map
             and _is_of(file, row)
             and _is_same(Digest(row.bytes, row.sha256), there, target, name)
         )
-        most, expected = (0, 0) if kept else _container_size(file, model)
+        most, expected = (0, 0) if kept else _container_size(file, model, limits)
         return Item("convert", file, name, kept, most, expected)
     if kind == "index":
         return Item("index", file, name, False, file.size * 2, file.size)
@@ -220,11 +281,18 @@ def _hash(file: SourceFile) -> str:
         return source.sha256(lambda _: None)
 
 
-def _container_size(file: SourceFile, model: Model) -> tuple[int, int]:
-    # The most bytes that the container can have (nothing is coded), and about how many it will.
+def _container_size(file: SourceFile, model: Model, limits: Limits) -> tuple[int, int]:
+    # The most bytes that the container can have (nothing is coded), and about how many it will; BudgetError if the memory is too small.
     with file.open() as source:
         plans = plan_tensors(source.header, model.cast)
         header = _HEADERS + 8 * len(source.header.raw)
+        if (needed := least_memory(source, plans) + OVERHEAD) > limits.memory:
+            raise errors.BudgetError(
+                "the memory budget is too small for this file",
+                file=file.label,
+                expected=f"[limits] memory of at least {mebibytes(needed)}",
+                found=mebibytes(limits.memory),
+            )
     most = sum(plan.target_size + layout.RECORD_ALIGNMENT for plan in plans)
     coded = sum(plan.target_size for plan in plans if plan.target_dtype == "BF16")
     return most + header, int(most - coded * (1 - _EXPECTED_RATIO))

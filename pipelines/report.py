@@ -100,13 +100,13 @@ def _render(manifest: Manifest, title: str, drawn: Sequence[plots.Plot]) -> str:
     pictures = {plot.name: f"<figure>{plot.svg()}</figure>" for plot in drawn}
     shown_title = _text(" ".join(title.split()) or "df11 report")
     sections = [
-        _section("converted", "What was converted", _converted(manifest)),
-        _section("sizes", "Sizes", _sizes(manifest, pictures.get("sizes", ""))),
-        _section("layers", "Bits a weight by layer", _layers(manifest, pictures.get("layers", ""))),
-        _section("exponents", "Exponents", _exponents(manifest, pictures.get("exponents", ""))),
-        _section("outliers", "Outlier tensors", _outliers(manifest, pictures.get("outliers", ""))),
-        _section("proof", "The proof chain", _proof(manifest)),
-        _section("tensors", "All tensors", _tensors(manifest)),
+        ("converted", "What was converted", _converted(manifest)),
+        ("sizes", "Sizes", _sizes(manifest, pictures.get("sizes", ""))),
+        ("layers", "Bits a weight by layer", _layers(manifest, pictures.get("layers", ""))),
+        ("exponents", "Exponents", _exponents(manifest, pictures.get("exponents", ""))),
+        ("outliers", "Outlier tensors", _outliers(manifest, pictures.get("outliers", ""))),
+        ("proof", "The proof chain", _proof(manifest)),
+        ("tensors", "All tensors", _tensors(manifest)),
     ]
     links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in sections)
     body = "\n".join(
@@ -160,10 +160,6 @@ def _text(text: str) -> str:
 
 def _name(name: str) -> str:
     return f"<code>{html.escape(wording.fitted(name, LONGEST_NAME))}</code>"
-
-
-def _section(name: str, heading: str, content: str) -> tuple[str, str, str]:
-    return name, heading, content
 
 
 def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, label: str, sortable: bool = False) -> str:

@@ -21,11 +21,12 @@ from df11.converter.convert import thread_count
 from df11.converter.manifest import FILE_NAME, Manifest
 from df11.converter.pipeline import Settings
 from df11.converter.source import Progress, ignore
+from df11.converter.tree import DF11, SAFETENSORS, read_index
 from df11.formats import errors, hub
 from df11.pipelines.card import plot_paths
 from df11.pipelines.engine import Engine, InProcess, OnRay
 from df11.pipelines.job import Job, Limits, Model, safe_name
-from df11.pipelines.plan import CARD, OVERHEAD, ModelPlan, index_bytes, plan_model, render
+from df11.pipelines.plan import CARD, OVERHEAD, ModelPlan, plan_model, render
 from df11.pipelines.plots import draw_plots
 from df11.pipelines.shards import Done, Task
 from df11.pipelines.target import Delivery, Digest
@@ -39,6 +40,7 @@ def unheard(event: str, **values: Any) -> None:
 
 
 _LOCK: Final = ".lock"
+_NOTHING: Final = Digest(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +145,10 @@ def run_model(plan: ModelPlan, limits: Limits, shards_per_commit: int, *, on_ray
     log("checked", target=target.label, files=checked)
     delivered = len(plan.tasks) + len(files)
     totals = manifest.totals()
-    commit = getattr(target, "head", None)
     return ModelReport(
         plan.model.source,
         plan.model.target,
-        commit,
+        target.head,
         totals.source_bytes,
         totals.container_bytes,
         delivered,
@@ -167,9 +168,11 @@ def _staging(plan: ModelPlan, limits: Limits) -> Iterator[Path]:
         yield plan.target.folder
         return
     digest = hashlib.sha256(plan.target.label.encode()).hexdigest()[:8]
-    folder = limits.work / f"df11-job-{safe_name(plan.target.label.removeprefix('hf://'))}-{digest}"
+    folder = limits.work / f"df11-job-{safe_name(plan.target.label.removeprefix(hub.SCHEME))}-{digest}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.geteuid():  # Anybody can make one like it where temporary files are.
+            raise errors.NotAllowedError("this folder is somebody else's", file=folder, hint="name another folder: [limits] work")
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise errors.from_os_error(error, file=folder) from None
@@ -207,16 +210,28 @@ def _bring_files(plan: ModelPlan, limits: Limits, staging: Path, shards_per_comm
     settings = Settings(thread_count(limits.threads), limits.memory - OVERHEAD, plan.model.cast, verify=True)
     carrier = plan.target.carrier()
     staged = plan.target.folder is None
+    known = {row.file for row in plan.manifest.files}
     tasks = [
-        Task(item.kind, item.file, item.name, staging / f"{number:05}" if staged else staging, staged, settings, carrier)
+        Task(
+            item.kind,
+            item.file,
+            item.name,
+            staging / f"{number:05}" if staged else staging,
+            staged,
+            settings,
+            carrier,
+            replace=not staged and item.name in known,
+        )
         for number, item in enumerate(plan.tasks)
-        if item.kind != "index"
+        if item.kind != "index"  # None is a task; this tells its type.
     ]
     room = min(limits.disk or plan.disk, shutil.disk_usage(_existing(limits.work)).free)
     engine: Engine = OnRay(limits.memory) if on_ray else InProcess(overlap=plan.disk <= room)
     order = [item.name for item in plan.items if item.kind in ("convert", "container")]
     kept = {item.name for item in plan.items if item.kept}
     manifest = dataclasses.replace(plan.manifest.ordered([name for name in order if name in kept]), origin=plan.origin, cast=plan.model.cast)
+    # Those that the last commit will remove are named until then: a job that goes on would not know of them otherwise.
+    stale = tuple(row for row in plan.manifest.files if row.file in plan.stale)
     waiting: list[Done] = []
     with closing(engine.run(tasks, on_progress)) as results:
         for number, done in enumerate(results, 1):
@@ -227,7 +242,8 @@ def _bring_files(plan: ModelPlan, limits: Limits, staging: Path, shards_per_comm
             if len(waiting) >= shards_per_commit or number == len(tasks):
                 names = [one.delivery.name for one in waiting]
                 summary = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-                files = {FILE_NAME: manifest.to_bytes()} if any(one.row for one in waiting) else {}
+                so_far = dataclasses.replace(manifest, files=(*manifest.files, *stale))
+                files = {FILE_NAME: so_far.to_bytes()} if any(one.row for one in waiting) else {}
                 _commit(plan, [one.delivery for one in waiting], files, [], f"{summary} ({_short(plan)})", log)
                 waiting = []
     return manifest
@@ -275,13 +291,15 @@ def _small_files(plan: ModelPlan, manifest: Manifest, held: Mapping[str, Digest]
                 want(item.name, item.file.read_bytes())
     for item in plan.items:
         if item.kind == "index":
-            want(item.name, index_bytes(item.file))
+            want(item.name, read_index(item.file, SAFETENSORS, DF11))
     want(FILE_NAME, manifest.to_bytes())
-    paths = plot_paths(manifest)
-    if not set(paths.values()) <= held.keys() or not wanted[FILE_NAME].agrees(plan.held.get(FILE_NAME, Digest(-1))):
+    card = render(plan, manifest).encode()
+    # Pictures come with the card, which names every hash: if it is the one that is there, so are they those of this manifest.
+    known = Digest.of(card).agrees(held.get(CARD, _NOTHING)) and wanted[FILE_NAME].agrees(plan.held.get(FILE_NAME, _NOTHING))
+    if not known or not set(plot_paths(manifest).values()) <= held.keys():
         for name, picture in draw_plots(manifest).items():
             want(name, picture)
-    want(CARD, render(plan, manifest).encode())
+    want(CARD, card)
     return wanted, files
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -13,14 +12,13 @@ from df11.converter.convert import convert_shard
 from df11.converter.files import SourceFile
 from df11.converter.manifest import FileRow, TensorRow, scan
 from df11.converter.pipeline import Settings
+from df11.converter.source import Progress
 from df11.converter.tree import DF11, SAFETENSORS
 from df11.converter.verify import verify
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.formats.writer import AtomicWriter, make_parents
 from df11.pipelines.target import Carrier, Delivery
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +38,8 @@ class Task:
     """Which of the two."""
     settings: Settings
     carrier: Carrier
+    replace: bool = False
+    """Whether a container that is there is one of an earlier run, of another source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,19 @@ class Done:
     """Of each step: "convert" or "fetch", "verify", "deliver"."""
 
 
+class _CopyWriter(AtomicWriter):
+    # Tells of each piece; whoever is told can end it so.
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._progress = progress
+        super().__init__(path)
+
+    def write(self, data: object, offset: int | None = None) -> None:
+        super().write(data, offset)
+        self._progress(memoryview(data).nbytes)  # type: ignore[arg-type]
+
+
 def produce(task: Task, progress: Progress) -> Staged:
-    """Bring the file to the disk, and prove it there. ``progress`` gets bytes of source. Raises a Df11Error; then nothing is left."""
+    """Bring the file to the disk, and prove it there. ``progress`` gets bytes of source, or none. Raises a Df11Error; then nothing is left."""
     seconds: dict[str, float] = {}
     if task.kind == "container":
         return _prove_container(task, progress, seconds)
@@ -76,19 +87,18 @@ def produce(task: Task, progress: Progress) -> Staged:
     try:
         make_parents(path)
         if task.kind == "copy":
-            with AtomicWriter(path) as writer:
+            with _CopyWriter(path, progress) as writer:
                 task.file.copy_to(writer)
                 writer.commit()
-            progress(task.file.size)
             return Staged(task, path, None, (), {"fetch": time.monotonic() - started})
-        report = convert_shard(task.file, path, task.settings, on_progress=progress)
+        report = convert_shard(task.file, path, task.settings, force=task.replace, on_progress=progress)
         seconds["convert"] = time.monotonic() - started
         started = time.monotonic()
         if report.status == "converted":
-            verify(path, jobs=task.settings.jobs)
+            verify(path, jobs=task.settings.jobs, on_progress=lambda _: progress(0))
             tensors = report.rows
         else:  # What another run has finished; this decodes and checks everything, too.
-            tensors = scan(path, task.name, jobs=task.settings.jobs)
+            tensors = scan(path, task.name, jobs=task.settings.jobs, progress=lambda _: progress(0))
         seconds["verify"] = time.monotonic() - started
     except BaseException:
         discard(task)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -335,4 +334,4 @@ def checksum_list(manifest: Manifest) -> str:
 
 def share(part: float, whole: float) -> float | None:
     """``part`` of ``whole``; None of nothing."""
-    return part / whole if whole and not math.isnan(whole) else None
+    return part / whole if whole else None

@@ -7,11 +7,11 @@ import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from df11.converter.files import LocalFile, SourceFile, walk
-from df11.converter.hub import HubFile
+from df11.converter.hub import HubFile, find_commit, list_files, start_blob_id
 from df11.converter.manifest import FILE_NAME, Manifest
 from df11.formats import errors, hub
 from df11.formats.writer import AtomicWriter, make_parents
@@ -32,8 +32,9 @@ class Digest:
     @classmethod
     def of(cls, data: bytes) -> Digest:
         """The digest of some bytes, with both hashes."""
-        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        return cls(len(data), hashlib.sha256(data).hexdigest(), blob)
+        blob = start_blob_id(len(data))
+        blob.update(data)
+        return cls(len(data), hashlib.sha256(data).hexdigest(), blob.hexdigest())
 
     @classmethod
     def of_source(cls, file: SourceFile) -> Digest:
@@ -87,6 +88,8 @@ class Target(Protocol):
     label: str
     folder: Path | None
     """Where files are written and stay; None: they wait for their upload in a staging folder."""
+    head: str | None
+    """Of a repository the commit that this job has seen or made last; None if there is none."""
 
     def look(self) -> dict[str, Digest]:
         """All files that are there now."""
@@ -128,6 +131,7 @@ class FolderTarget:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.folder: Path | None = path
+        self.head: str | None = None
         self.label = str(path)
 
     def look(self) -> dict[str, Digest]:
@@ -152,15 +156,15 @@ class FolderTarget:
         return FolderCarrier()
 
     def commit(self, deliveries: Sequence[Delivery], files: Mapping[str, bytes], removed: Iterable[str], summary: str) -> None:
-        """Write the small files, each atomically, in their order."""
+        """Remove files, and then write the small ones, each atomically, in their order: the manifest forgets only what is gone."""
         del deliveries, summary
+        for name in removed:
+            (self.path / name).unlink(missing_ok=True)
         for name, data in files.items():
             make_parents(self.path / name)
             with AtomicWriter(self.path / name) as writer:
                 writer.write(data)
                 writer.commit()
-        for name in removed:
-            (self.path / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,58 +185,40 @@ class HubTarget:
         self.private = private
         self.label = str(address)
         self.head: str | None = None
-        """The commit that this job has seen or made last; None if there is no repository."""
         self._run = uuid.uuid4().hex
         self._commits = 0
         self._held: dict[str, HubFile] = {}
 
     def look(self) -> dict[str, Digest]:
-        """All files of the branch's newest commit, which becomes the parent of the next one; none if there is no repository."""
+        """All files of the branch's newest commit, which becomes the parent of the next one; none if there is no repository.
+
+        Raises UsageError if it is public, but should be private.
+        """
         try:
-            head = self._find_head()
+            info = find_commit(self.address)
         except errors.MissingError:
             self.head = None
             return {}
+        if self.private and not info.private:
+            raise errors.UsageError("the repository is public, but the job wants it private", file=self.label, hint="change one of them")
+        head = str(info.sha)
         if self.head is not None and head != self.head:
             raise self._changed(head)
         self.head = head
-        entries: list[Any] = hub.retrying(
-            lambda: list(hub.api().list_repo_tree(self.address.repository, recursive=True, revision=head)), f"{self.label}: the list of files"
-        )
-        self._held = {
-            entry.path: HubFile(
-                PurePosixPath(entry.path),
-                hub.Address(self.address.repository, head, entry.path),
-                entry.size,
-                None if entry.lfs is None else entry.lfs.sha256,
-                entry.blob_id,
-            )
-            for entry in entries
-            if hasattr(entry, "blob_id")  # No folder.
-        }
+        self._held = {file.name.as_posix(): file for file in list_files(hub.Address(self.address.repository, head))}
         return {name: Digest.of_source(file) for name, file in self._held.items()}
-
-    def _find_head(self) -> str:
-        def ask() -> Any:
-            return hub.api().repo_info(self.address.repository, revision=self.address.revision)
-
-        return str(hub.retrying(ask, self.label).sha)
 
     def read(self, name: str) -> bytes:
         """A small file's content, of the commit that was looked at."""
         return self._held[name].read_bytes()
 
     def create(self) -> None:
-        """Create the repository. Raises UsageError if it exists and is public, but should be private."""
+        """Create the repository, and its branch."""
         if self.head is None:
             hub.retrying(lambda: hub.api().create_repo(self.address.repository, private=self.private, exist_ok=True), self.label)
             if (branch := self.address.revision) is not None:
                 hub.retrying(lambda: hub.api().create_branch(self.address.repository, branch=branch, exist_ok=True), self.label)
             self.look()
-        if self.private:
-            info = hub.retrying(lambda: hub.api().repo_info(self.address.repository), self.label)
-            if not info.private:
-                raise errors.UsageError("the repository is public, but the job wants it private", file=self.label, hint="change one of them")
 
     def carrier(self) -> Carrier:
         """Who brings files here."""

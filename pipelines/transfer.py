@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from df11.converter import manifest as manifests
 from df11.converter.convert import DEFAULT_MEMORY, parse_size
 from df11.converter.files import open_tree
 from df11.converter.manifest import FILE_NAME, Manifest
@@ -69,11 +70,15 @@ def pull(
     """
     if not hub.is_address(source):
         raise errors.UsageError("the source must be on the Hub", file=source, expected="hf://owner/name")
+    if not os.fspath(folder):
+        raise errors.UsageError("the folder has no name", hint="give . for the one that you are in")
     tree, root = open_tree(source), Path(folder)
     if tree.is_file:
         raise errors.UsageError("this is a file, not a tree", file=source)
     if not any(file.name.name.endswith(DF11) for file in tree.files):
         raise errors.UsageError(f"no {DF11} file in this repository or folder", file=tree.label, hint="check the address")
+    if any(str(file.name) == FILE_NAME for file in tree.files):
+        manifests.check_installed()  # Better found now than when all has come.
     on_total(sum(file.size for file in tree.files))
     kept = 0
     for file in tree.files:
@@ -89,8 +94,9 @@ def pull(
                 writer.commit()
         on_progress(file.size)
     verify(root, jobs=jobs)
-    if (root / FILE_NAME).is_file():
-        _compare(Manifest.from_bytes((root / FILE_NAME).read_bytes(), root / FILE_NAME), {str(file.name): file.sha256 for file in tree.files}, root)
+    hashes = {str(file.name): file.sha256 for file in tree.files}
+    if FILE_NAME in hashes:
+        _compare(manifests.read(root), hashes, root)
     return PullReport(tree.label, len(tree.files) - kept, kept, sum(file.size for file in tree.files))
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from typing import Final
 from urllib.parse import quote
 
+from df11.formats.hub import DEFAULT_ENDPOINT, is_repository
+
 _INVISIBLE: Final = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
 """Categories of characters that show nothing, end a line, or change the direction of those beside them."""
-_REPOSITORY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def visible(name: str) -> str:
@@ -63,15 +63,10 @@ def hub_page(repository: str | None, commit: str | None, path: str = "") -> str 
     """Address of a repository's page on the Hub, at a commit if one is given; None if this is no repository's name."""
     if repository is None or not is_repository(repository):
         return None
-    page = f"https://huggingface.co/{repository}"
+    page = f"{DEFAULT_ENDPOINT}/{repository}"
     if commit is None:
         return page
     return "/".join([page, "tree", quote(commit, safe=""), *([quote(path)] if path else [])])
-
-
-def is_repository(name: str) -> bool:
-    """Whether this can be the name of a repository, ``owner/name``, as the Hub allows them: safe in an address and in a shell."""
-    return _REPOSITORY.fullmatch(name) is not None
 
 
 def folder_name(repository: str | None) -> str:

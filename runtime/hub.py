@@ -15,14 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from df11.formats import errors
-from df11.formats.hub import SCHEME, Address, explained, is_address
+from df11.formats.hub import SCHEME, Address, explained, is_address, is_repository
 
 StrPath = str | os.PathLike[str]
 
 _OTHER_WEIGHTS: Final = re.compile(r"\.(safetensors|bin|pth?|ckpt|h5|msgpack|gguf|onnx(_data)?|pb)$")
 _ABOUT: Final = re.compile(r"\.(md|parquet|png|jpe?g|gif|webp|svg|mp4|gitattributes)$", re.IGNORECASE)
 """Descriptions and pictures, which nothing reads when a component is loaded."""
-_PLAIN: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _CACHED: Final = re.compile(r"/models--[^/]+/snapshots/[0-9a-f]+/")
 
 
@@ -31,7 +30,7 @@ def address_of(path: object) -> Address | None:
     if is_address(path):
         return Address.parse(str(path))
     try:
-        is_plain = isinstance(path, str) and _PLAIN.fullmatch(path) and not os.path.lexists(path)
+        is_plain = isinstance(path, str) and is_repository(path) and not os.path.lexists(path)
         return Address.parse(f"{SCHEME}{path}") if is_plain else None
     except errors.UsageError:  # Such as models/name: a folder that is not there.
         return None

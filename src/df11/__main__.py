@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 
@@ -17,6 +19,7 @@ def convert_main() -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
+        from df11.converter.terminal import INTERRUPTED
         from df11.pipelines.cli import run
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "tqdm"):
@@ -25,7 +28,14 @@ def _run(arguments: list[str]) -> int:
 
         print(f"df11: {missing_extra(error.name, 'convert')}", file=sys.stderr)  # noqa: T201
         return 2
-    return run(arguments)
+    code = run(arguments)
+    if code == INTERRUPTED:
+        # Python would wait for its threads, of which one may wait for a server that is silent.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

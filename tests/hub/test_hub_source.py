@@ -309,7 +309,6 @@ def test_a_source_in_git(hub, tmp_path):
         source.read(0, out)
         assert out.tobytes() == data[-10_000:]
         assert source.sha256(lambda _: None) == sources.sha256(path)
-        assert source.expected_sha256 is None
 
 
 @pytest.mark.parametrize("head", [10, 300, 1 << 20])
@@ -320,7 +319,6 @@ def test_a_header_of_any_size(head, hub, tmp_path, monkeypatch):
     (file,) = HubTree(Address.parse("hf://me/m/x.safetensors")).files
     with file.open() as source:
         assert source.sha256(lambda _: None) == sources.sha256(path) == file.sha256
-        assert source.expected_sha256 == file.sha256
 
 
 # Trees.

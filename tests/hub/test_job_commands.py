@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,22 @@ def test_interrupted_it_leaves_nothing_behind(hub: HubServer, source: Repository
     assert source.head
 
 
+@pytest.mark.parametrize("shard", ["00001", "00002"])
+def test_interrupted_it_waits_for_no_silent_source(hub: HubServer, source: Repository, tmp_path: Path, shard: str) -> None:
+    """Which is read in another thread, be it the first one or one that is converted while the one before is uploaded."""
+    job = write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))
+    env = {**commands.environment(), **hub.environment(tmp_path / "home")}
+    hub.inject("GET", f"/cdn/.*{shard}", hang, after=2, times=99)  # Its header is read twice before.
+    process = subprocess.Popen([*commands.COMMAND, "job", "run", str(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    commands.wait_until(lambda: hub.count("GET", f"/cdn/.*{shard}") > 2, process)
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert commands.finish(process).code == 130
+    assert time.monotonic() - started < 30  # A silent server is given a minute, and several tries.
+    assert not [path for path in (tmp_path / "work").rglob("*") if path.is_file() and path.name != ".lock"]
+    assert source.head
+
+
 @pytest.mark.parametrize("fault", [None, status(401), status(403), status(429), status(500), corrupt(5)])
 def test_the_token_is_never_printed(
     hub: HubServer, source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Action | None
@@ -312,6 +329,18 @@ def test_what_a_job_has_made_can_be_pushed_elsewhere(hub: HubServer, source: Rep
     assert {name for name in first if first[name] != second.get(name)} == {"README.md"}
     assert "base_model: lab/model" in hub.repository("me/copy").read("README.md").decode()
     assert source.head
+
+
+def test_a_cast_folder_without_a_manifest_is_pushed_twice(hub: HubServer, tmp_path: Path) -> None:
+    for name, data in models.model(2, "F32").items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(data)
+    df11.convert(tmp_path / "model", tmp_path / "cast", cast="bf16")
+    (tmp_path / "cast" / FILE_NAME).unlink()
+    commands.run("hub", "push", "--quiet", tmp_path / "cast", "hf://me/cast").fine()
+    before = hub.repository("me/cast").head
+    commands.run("hub", "push", "--quiet", tmp_path / "cast", "hf://me/cast").fine()
+    assert hub.repository("me/cast").head == before
 
 
 def test_a_damaged_folder_is_not_pushed(hub: HubServer, tree: Path) -> None:

@@ -150,6 +150,64 @@ def test_shards_that_are_gone_are_removed(hub: HubServer, source: Repository, tm
     assert names == {"model-00001-of-00002.df11", "model-00002-of-00002.df11"}
 
 
+class Enough(Exception):  # noqa: N818 - not an error
+    pass
+
+
+def break_off(tmp_path: Path, commits: int) -> None:
+    """Run the job up to so many commits."""
+    made = 0
+
+    def log(event: str, **_: Any) -> None:
+        nonlocal made
+        made += event == "commit"
+        if made == commits:
+            raise Enough
+
+    with pytest.raises(Enough):
+        run(tmp_path, log=log)
+
+
+@pytest.mark.parametrize("commits", [1, 2])
+def test_shards_that_are_gone_are_removed_by_a_job_that_goes_on(hub: HubServer, source: Repository, tmp_path: Path, commits: int) -> None:
+    run(tmp_path)
+    source.commit({**dict.fromkeys(models.model(3)), **models.model(2)})
+    break_off(tmp_path, commits)
+    target = hub.repository("me/model-df11")
+    assert {f"{name}.df11" for name in SHARDS} <= target.files().keys()  # What was there can be loaded until the other is whole.
+    run(tmp_path)
+    assert {name for name in target.files() if name.endswith(".df11")} == {"model-00001-of-00002.df11", "model-00002-of-00002.df11"}
+    assert len(Manifest.from_bytes(target.read(FILE_NAME), "").files) == 2
+
+
+def test_pictures_are_of_the_new_revision_also_of_a_job_that_goes_on(hub: HubServer, source: Repository, tmp_path: Path) -> None:
+    run(tmp_path)
+    source.commit({f"{SHARDS[1]}.safetensors": models.shard(2, rows=770)})
+    break_off(tmp_path, 1)  # The manifest is that of the new revision already.
+    run(tmp_path)
+    run(tmp_path, target="hf://me/whole")
+    found, wanted = (hub.repository(name).hashes() for name in ("me/model-df11", "me/whole"))
+    assert {name for name in wanted if found[name] != wanted[name]} == {"README.md"}  # Which names its repository.
+
+
+def test_a_source_is_no_target(source: Repository, tmp_path: Path) -> None:
+    for name, data in models.source_files(source).items():
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(data)
+    for target in ("model", "model/df11"):
+        with pytest.raises(errors.UsageError, match="lies in the source"):
+            run(tmp_path, source=str(tmp_path / "model"), target=str(tmp_path / target))
+
+
+def test_the_card_of_a_branch_names_the_repository(hub: HubServer, source: Repository, tmp_path: Path) -> None:
+    run(tmp_path, target=f"{TARGET}@draft")
+    target = hub.repository("me/model-df11")
+    card = target.files("draft")["README.md"].decode()
+    assert 'from_pretrained("me/model-df11"' in card
+    assert "@draft" not in card
+    assert source.head
+
+
 def test_a_revision_is_resolved_once(hub: HubServer, source: Repository, tmp_path: Path) -> None:
     first = source.head
 
