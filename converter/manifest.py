@@ -369,18 +369,19 @@ def collect(
     known: Manifest | None = None
     with contextlib.suppress(errors.MissingError, errors.ManifestError):
         known = read(folder)
+    known_rows = {} if known is None else known._by_file()
     rows: list[TensorRow] = []
     file_rows: list[FileRow] = []
     for file, fresh in files:
         file_rows.append(file)
-        rows += _placed(_finished(folder / file.file, file.file, known, jobs, progress) if fresh is None else fresh, file.file)
+        rows += _placed(_finished(folder / file.file, file.file, known_rows.get(file.file), jobs, progress) if fresh is None else fresh, file.file)
     manifest = Manifest(origin, cast, TOOL, tuple(file_rows), tuple(rows))
     write(folder, manifest)
     return manifest
 
 
-def _finished(path: Path, file: str, known: Manifest | None, jobs: int, progress: Progress) -> Sequence[TensorRow]:
-    if known is not None and (rows := known.rows_of(file)):
+def _finished(path: Path, file: str, rows: Sequence[TensorRow] | None, jobs: int, progress: Progress) -> Sequence[TensorRow]:
+    if rows:
         with Container(path) as container:
             if up_to_date(rows, container):
                 return rows

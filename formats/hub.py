@@ -225,7 +225,7 @@ def _explain(error: BaseException, where: str, missing_hint: str) -> errors.Df11
             return LaterError(f"the connection to the Hub broke off ({type(error).__name__})", file=where, hint=_AGAIN)
         case RuntimeError() | ValueError() if error.__cause__ is not None:
             return _explain(error.__cause__, where, missing_hint)  # What goes wrong in an upload comes so.
-        case KeyError() | TypeError() | AttributeError() if _comes_from_client(error):
+        case LookupError() | TypeError() | AttributeError() | ValueError() | NameError() if _comes_from_client(error):
             return LaterError("the Hub's answer cannot be read", file=where, hint=_AGAIN)  # JSON, but of another shape.
         case _:
             return None

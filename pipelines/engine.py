@@ -20,7 +20,7 @@ from df11.pipelines.shards import Done, Staged, Task, deliver, discard, produce
 TRIES: Final = 4
 """Times that a task is started on a cluster: workers die, and networks break."""
 
-LONGEST_STOP: Final = 5.0
+LONGEST_STOP: Final = 2.0
 """Seconds that the work ahead may take to end when nobody wants it any more: it notices between two pieces, unless a server is silent."""
 _PATIENCE: Final = 10.0
 """Seconds that a cluster's head may take to accept a connection."""

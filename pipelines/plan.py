@@ -27,8 +27,10 @@ from df11.pipelines.target import IN_MEMORY, Digest, HubTarget, Target, open_tar
 CARD: Final = "README.md"
 SMALL: Final = 1 << 20
 """Files up to this size are read into memory and go into the last commit; each larger one is a task of its own."""
-OVERHEAD: Final = 48 << 20
-"""Bytes that the job needs besides the conversion: the Hub's client, an upload under way, the manifest."""
+OVERHEAD: Final = 40 << 20
+"""Bytes that the job needs besides the conversion: an upload under way, pyarrow."""
+ROW_MEMORY: Final = 2 << 10
+"""Bytes that a tensor takes in the manifest, which is held until the model is done: 1,600 measured of a large one."""
 _BOOKKEEPING: Final = frozenset({".gitattributes", ".gitignore", FILE_NAME})
 _EXPECTED_RATIO: Final = 0.67
 """Of a container's size to BF16: for estimates only."""
@@ -49,6 +51,10 @@ class Item:
     """Bytes that it will have, about."""
     digest: Digest | None = None
     """Of a file that is copied as it is."""
+    memory: int = 0
+    """Bytes that converting it takes at least."""
+    tensors: int = 0
+    """In a shard that is to be converted."""
 
     @property
     def is_task(self) -> bool:
@@ -75,6 +81,8 @@ class ModelPlan:
     """Bytes that finished files take at most while they wait for their upload, two at a time."""
     disk_for_one: int
     """The same one at a time."""
+    overhead: int
+    """Bytes of memory that the job needs besides the conversion of a shard."""
 
     @property
     def tasks(self) -> list[Item]:
@@ -94,7 +102,7 @@ def plan_model(model: Model, limits: Limits) -> ModelPlan:
     held = target.look()
     known = read_manifest(target, held)
     if known is None:
-        _check_foreign(held, target)
+        check_foreign(held, target)
     manifest = Manifest(tree.origin, model.cast, TOOL, (), ()) if known is None else known
     files = [file for file in tree.files if not _is_left_out(file.name, model.exclude)]
     card = next((file for file in files if file.name == PurePosixPath(CARD)), None)
@@ -103,14 +111,16 @@ def plan_model(model: Model, limits: Limits) -> ModelPlan:
     for kind, file, name in plan_names([file for file in files if file is not card], SAFETENSORS, DF11):
         if kind == "index":
             read_index(file, SAFETENSORS, DF11)  # Better found now than after the shards.
-        items.append(_plan_item(kind, file, name.as_posix(), target, held, rows.get(file.name.as_posix()), model, limits))
+        items.append(_plan_item(kind, file, name.as_posix(), target, held, rows.get(file.name.as_posix()), model))
     if not any(item.kind == "convert" for item in items):
         raise errors.SafetensorsError(f"no {SAFETENSORS} file", file=tree.label, hint="check the source, and what the job excludes")
     _check_names(items, target)
     if known is None and target.folder is not None:
         _check_in_the_way(items, card, held, target)
     stale = _stale(manifest, held, items)
-    plan = ModelPlan(model, tree.origin, target, held, manifest, tuple(items), card, stale, *_disk_needs(target, items))
+    overhead = OVERHEAD + ROW_MEMORY * (len(manifest.tensors) + sum(item.tensors for item in items))
+    plan = ModelPlan(model, tree.origin, target, held, manifest, tuple(items), card, stale, *_disk_needs(target, items), overhead)
+    _check_memory(plan, limits)
     _check_disk(plan, limits)
     render(plan, manifest)  # What is wrong with the card is better found now.
     return plan
@@ -130,7 +140,7 @@ def plan_push(folder: Path, address: Address, *, private: bool) -> ModelPlan:
     held = target.look()
     known = read_manifest(target, held)
     if known is None:
-        _check_foreign(held, target)
+        check_foreign(held, target)
     own = manifests.read(folder) if (folder / FILE_NAME).is_file() else None
     if own is not None and not _describes(own, tree):
         own = None
@@ -154,7 +164,7 @@ def plan_push(folder: Path, address: Address, *, private: bool) -> ModelPlan:
     card = next((file for file in tree.files if file.name == PurePosixPath(CARD)), None)
     stale = _stale(manifest, held, items)
     model = Model(str(folder), str(address), cast, private, (), CardFields())
-    plan = ModelPlan(model, origin, target, held, manifest, tuple(items), card, stale, 0, 0)
+    plan = ModelPlan(model, origin, target, held, manifest, tuple(items), card, stale, 0, 0, OVERHEAD)
     render(plan, manifest)
     return plan
 
@@ -233,8 +243,8 @@ def _is_left_out(name: PurePosixPath, exclude: tuple[str, ...]) -> bool:
     return name.as_posix() in _BOOKKEEPING or name.parts[0] == FOLDER or any(fnmatch.fnmatchcase(name.as_posix(), pattern) for pattern in exclude)
 
 
-def _check_foreign(held: Mapping[str, Digest], target: Target) -> None:
-    # A repository of somebody's weights, without a manifest of ours, is most likely a mistake in the job.
+def check_foreign(held: Mapping[str, Digest], target: Target) -> None:
+    """Raise UsageError for a repository of somebody's weights: without a manifest of ours it is most likely a mistake in the job."""
     if target.folder is None:
         for name in held:
             if name.endswith((SAFETENSORS, DF11)):
@@ -243,9 +253,7 @@ def _check_foreign(held: Mapping[str, Digest], target: Target) -> None:
                 )
 
 
-def _plan_item(
-    kind: str, file: SourceFile, name: str, target: Target, held: Mapping[str, Digest], row: FileRow | None, model: Model, limits: Limits
-) -> Item:
+def _plan_item(kind: str, file: SourceFile, name: str, target: Target, held: Mapping[str, Digest], row: FileRow | None, model: Model) -> Item:
     there = held.get(name)
     if kind == "convert":
         kept = (
@@ -255,8 +263,7 @@ def _plan_item(
             and _is_of(file, row)
             and _is_same(Digest(row.bytes, row.sha256), there, target, name)
         )
-        most, expected = (0, 0) if kept else _container_size(file, model, limits)
-        return Item("convert", file, name, kept, most, expected)
+        return Item("convert", file, name, True, 0, 0) if kept else _plan_shard(file, name, model)
     if kind == "index":
         return Item("index", file, name, False, file.size * 2, file.size)
     digest = Digest.of_source(file)
@@ -281,21 +288,25 @@ def _hash(file: SourceFile) -> str:
         return source.sha256(lambda _: None)
 
 
-def _container_size(file: SourceFile, model: Model, limits: Limits) -> tuple[int, int]:
-    # The most bytes that the container can have (nothing is coded), and about how many it will; BudgetError if the memory is too small.
+def _plan_shard(file: SourceFile, name: str, model: Model) -> Item:
     with file.open() as source:
         plans = plan_tensors(source.header, model.cast)
+        most = sum(plan.target_size + layout.RECORD_ALIGNMENT for plan in plans)  # If nothing is coded.
+        coded = sum(plan.target_size for plan in plans if plan.target_dtype == "BF16")
         header = _HEADERS + 8 * len(source.header.raw)
-        if (needed := least_memory(source, plans) + OVERHEAD) > limits.memory:
-            raise errors.BudgetError(
-                "the memory budget is too small for this file",
-                file=file.label,
-                expected=f"[limits] memory of at least {mebibytes(needed)}",
-                found=mebibytes(limits.memory),
-            )
-    most = sum(plan.target_size + layout.RECORD_ALIGNMENT for plan in plans)
-    coded = sum(plan.target_size for plan in plans if plan.target_dtype == "BF16")
-    return most + header, int(most - coded * (1 - _EXPECTED_RATIO))
+        memory = least_memory(source, plans)
+    return Item("convert", file, name, False, most + header, int(most - coded * (1 - _EXPECTED_RATIO)), memory=memory, tensors=len(plans))
+
+
+def _check_memory(plan: ModelPlan, limits: Limits) -> None:
+    largest = max(plan.items, key=lambda item: item.memory)
+    if largest.memory and largest.memory + plan.overhead > limits.memory:
+        raise errors.BudgetError(
+            "the memory budget is too small for this file",
+            file=largest.file.label,
+            expected=f"[limits] memory of at least {mebibytes(largest.memory + plan.overhead)}",
+            found=mebibytes(limits.memory),
+        )
 
 
 def _check_disk(plan: ModelPlan, limits: Limits) -> None:

@@ -26,7 +26,7 @@ from df11.formats import errors, hub
 from df11.pipelines.card import plot_paths
 from df11.pipelines.engine import Engine, InProcess, OnRay
 from df11.pipelines.job import Job, Limits, Model, safe_name
-from df11.pipelines.plan import CARD, OVERHEAD, ModelPlan, plan_model, render
+from df11.pipelines.plan import CARD, ModelPlan, check_foreign, plan_model, render
 from df11.pipelines.plots import draw_plots
 from df11.pipelines.shards import Done, Task
 from df11.pipelines.target import Delivery, Digest
@@ -135,6 +135,8 @@ def run_model(plan: ModelPlan, limits: Limits, shards_per_commit: int, *, on_ray
     with _staging(plan, limits) as staging:
         if plan.tasks or not plan.held:
             target.create()
+            if not plan.manifest.files:
+                check_foreign(target.look(), target)  # A new branch has what the main one has.
         manifest = _bring_files(plan, limits, staging, shards_per_commit, on_ray, log, on_progress)
     held = target.look()
     wanted, files = _small_files(plan, manifest, held)
@@ -207,7 +209,7 @@ def _clear(folder: Path) -> None:
 
 def _bring_files(plan: ModelPlan, limits: Limits, staging: Path, shards_per_commit: int, on_ray: bool, log: Log, on_progress: Progress) -> Manifest:
     # Bring each file to the target; after every few of them comes a commit, with the manifest of what is there.
-    settings = Settings(thread_count(limits.threads), limits.memory - OVERHEAD, plan.model.cast, verify=True)
+    settings = Settings(thread_count(limits.threads), limits.memory - plan.overhead, plan.model.cast, verify=True)
     carrier = plan.target.carrier()
     staged = plan.target.folder is None
     known = {row.file for row in plan.manifest.files}

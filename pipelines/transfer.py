@@ -70,8 +70,6 @@ def pull(
     """
     if not hub.is_address(source):
         raise errors.UsageError("the source must be on the Hub", file=source, expected="hf://owner/name")
-    if not os.fspath(folder):
-        raise errors.UsageError("the folder has no name", hint="give . for the one that you are in")
     tree, root = open_tree(source), Path(folder)
     if tree.is_file:
         raise errors.UsageError("this is a file, not a tree", file=source)

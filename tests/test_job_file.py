@@ -85,6 +85,15 @@ MODEL = '[[model]]\nsource = "hf://a/b"\ntarget = "hf://me/b"\n'
         (MODEL + "[upload]\nshards_per_commit = 0\n", ["shards_per_commit", "at least 1"]),
         (MODEL + "[uploads]\n", ["unknown keys", "uploads", "[upload]"]),
         (MODEL + MODEL, ["1 and 2", "same target"]),
+        (MODEL + '[[model]]\nsource = "hf://c/d"\ntarget = "hf://ME/b@main"\n', ["1 and 2", "same target"]),
+        ('[[model]]\nsource = "a"\ntarget = "t"\n[[model]]\nsource = "b"\ntarget = "x/../t"\n', ["1 and 2", "same target"]),
+        ('[[model]]\nsource = "a"\ntarget = ""\n', ["target", "a folder"]),
+        ('[[model]]\nsource = " "\ntarget = "b"\n', ["source", "a folder"]),
+        ('[[model]]\nsource = "a"\ntarget = "b\\u0000"\n', ["target", "a folder"]),
+        ('[[model]]\nsource = "a"\ntarget = "~nobody-of-this-name/b"\n', ["home folder", "nobody-of-this-name"]),
+        (MODEL + '[model.card]\nresults = "a\\u0000"\n', ["results", "a path"]),
+        (MODEL + "[limits]\nthreads = 99999999999\n", ["threads", "at most"]),
+        (MODEL + '[limits]\nwork = ""\n', ["work", "a folder"]),
     ],
 )
 def test_mistakes(tmp_path: Path, text: str, words: list[str]) -> None:
