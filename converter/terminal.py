@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Self
 
 import typer
 
-from df11.formats import compiled, errors
+from df11.formats import compiled, errors, hub
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for programs.")]
@@ -95,6 +95,8 @@ def run(app: typer.Typer, arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)  # A cancelled CI job cleans up like an interrupted one.
     if "--quiet" not in arguments and "-q" not in arguments:
         compiled.announce = functools.cache(lambda text: print(f"df11: {text}", file=sys.stderr))  # noqa: T201 - once
+        if sys.stderr.isatty():
+            hub.on_pause = lambda error, seconds: say(f"df11: {redacted(str(error))}; trying again in {seconds:.0f} s")
     try:
         code = app(args=arguments or ["--help"], prog_name="df11", standalone_mode=False)
         if code == INTERRUPTED:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
-from df11.converter.files import SourceFile, Tree, walk
+from df11.converter.files import SourceFile, Tree, missing, walk
 from df11.converter.manifest import FILE_NAME as MANIFEST
 from df11.formats import errors
 from df11.formats.writer import AtomicWriter, make_parents
@@ -84,7 +84,7 @@ def plan_names(files: Iterable[SourceFile], old: str, new: str) -> list[tuple[Ki
 def list_containers(path: Path) -> list[Path]:
     """The containers that ``path`` means: itself if it is a file, else all `.df11` files in the folder."""
     if not path.exists():
-        raise errors.MissingError("no such file or folder", file=path, hint="check the path")
+        raise missing(path)
     if path.is_file():
         return [path]
     files = [file for file in walk(path) if file.name.endswith(DF11)]

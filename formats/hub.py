@@ -210,7 +210,7 @@ def _explain(error: BaseException, where: str, missing_hint: str) -> errors.Df11
             return reason or LaterError("the Hub could not be reached", file=where, hint=_AGAIN)
         case client.OIDCError() | client.LocalTokenNotFoundError() | http.LocalProtocolError() | UnicodeEncodeError():
             # The last two: characters that no header may have. Their texts quote the header.
-            return errors.NotAllowedError("the Hub's token cannot be used", file=where, hint=_LOG_IN)
+            return errors.NotAllowedError("the Hub's token cannot be used", file=where, hint=_login_hint())
         case http.UnsupportedProtocol() | http.InvalidURL():
             return errors.UsageError("the address of the Hub is none", file=where, found=endpoint(), hint="check HF_ENDPOINT")
         case client.HFValidationError():
@@ -242,11 +242,15 @@ _AGAIN: Final = "run the same command again"
 _LOG_IN: Final = "log in: hf auth login, or set HF_TOKEN"
 
 
+def _login_hint() -> str:
+    return "check HF_TOKEN, which is set" if os.environ.get("HF_TOKEN") else _LOG_IN
+
+
 def explain_status(status: int, headers: Mapping[str, str], where: str) -> errors.Df11Error:
     """The error for an HTTP status that is not the one that was hoped for."""
     match status:
         case 401:
-            return errors.NotAllowedError("the Hub does not accept this token, or wants one (401)", file=where, hint=_LOG_IN)
+            return errors.NotAllowedError("the Hub does not accept this token, or wants one (401)", file=where, hint=_login_hint())
         case 403:
             return errors.NotAllowedError("the Hub does not allow this (403)", file=where, hint=f"{_LOG_IN}, with a token that may do this")
         case 404 | 410:

@@ -95,7 +95,7 @@ def render_card(
     data["tags"] = list(dict.fromkeys([*TAGS, *(_lines(fields.tags) or [tag for tag in _lines(carried.get("tags")) if tag not in _NOT_CARRIED])]))
     front_matter = ModelCardData(**{key: value for key, value in data.items() if value is not None}).to_yaml()
     name = base or manifest.origin.repository or "model"
-    title = _line(fields.title) or f"{name.split('/')[-1]} in df11"
+    title = _line(fields.title) or (repository.split("/")[-1] if repository else f"{name.split('/')[-1]} in df11")
     sections = [
         f"# {_escaped(title)}",
         _introduction(manifest),
@@ -192,7 +192,7 @@ def _block(language: str, *lines: str) -> str:
 def _source_link(manifest: Manifest) -> str:
     origin = manifest.origin
     if origin.repository is None:
-        return "the source"
+        return "a local source"
     page = wording.hub_page(origin.repository, origin.commit, origin.path)
     at = f" at commit {_code(origin.commit[:12])}" if origin.commit else ""
     return f"{_code(origin.repository)}{at}" if page is None else f"[{_escaped(origin.repository)}]({page}){at}"
@@ -334,8 +334,8 @@ def _restoring(manifest: Manifest, repository: str | None) -> str:
     else:
         words = (
             f"The cast from F32 to BF16 has changed values in {len(changed):,} of {wording.count(len(proofs), 'file')}. **Their F32 originals cannot "
-            "be restored from here**; `--bf16` writes them as BF16 files, which hold the weights of this model bit for bit. The F32 files are at the "
-            f"source: {_source_link(manifest)}."
+            "be restored from here**; `--bf16` writes them as BF16 files, which hold the weights of this model bit for bit. The F32 files are those "
+            f"of {_source_link(manifest)}."
         )
         if len(changed) < len(proofs):
             words += " All others come back byte for byte, and their SHA-256 is compared before they take their names."

@@ -106,9 +106,13 @@ def job_plan(job: JobFile, json_lines: Json = False, debug: Debug = False) -> No
     from df11.pipelines.run import describe
 
     todo = read_job(job)
+    log = _Log(json_lines=json_lines, quiet=not json_lines)
     for model in todo.models:
         plan = describe(plan_model(model, todo.limits))
-        terminal.print_line(json.dumps({"event": "plan", **plan}) if json_lines else _plan_in_words(plan, todo.limits.memory))
+        if json_lines:
+            log("plan", **plan)
+        else:
+            terminal.print_line(_plan_in_words(plan, todo.limits.memory))
 
 
 def _plan_in_words(plan: dict[str, Any], memory: int) -> str:

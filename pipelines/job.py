@@ -76,6 +76,8 @@ class _Table:
                 raise errors.UsageError(f"{self.where} has no {key!r}", file=self.file, hint="docs/jobs.md lists the keys")
             return default
         value = self._left.pop(key)
+        if kind is list and isinstance(value, dict):
+            raise errors.UsageError(f"{self.where} {key} is a single table", file=self.file, hint=f"write [[{key}]], with two brackets")
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.error(key, {str: "a string", bool: "true or false", int: "a whole number", list: "a list", dict: "a table"}[kind], value)
         return value

@@ -109,8 +109,6 @@ def plan_model(model: Model, limits: Limits) -> ModelPlan:
     rows = {row.source_file: row for row in manifest.files} if manifest.cast == model.cast else {}
     items = []
     for kind, file, name in plan_names([file for file in files if file is not card], SAFETENSORS, DF11):
-        if kind == "index":
-            read_index(file, SAFETENSORS, DF11)  # Better found now than after the shards.
         items.append(_plan_item(kind, file, name.as_posix(), target, held, rows.get(file.name.as_posix()), model))
     if not any(item.kind == "convert" for item in items):
         raise errors.SafetensorsError(f"no {SAFETENSORS} file", file=tree.label, hint="check the source, and what the job excludes")
@@ -171,9 +169,9 @@ def plan_push(folder: Path, address: Address, *, private: bool) -> ModelPlan:
 
 def _check_installed() -> None:
     # What is needed only at the end is better missed now. Nothing is imported: that takes memory.
-    manifests.check_installed()
-    if importlib.util.find_spec("matplotlib") is None:
-        raise errors.missing_extra("matplotlib", "report")
+    for module in ("huggingface_hub", "pyarrow", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            raise errors.missing_extra(module, "jobs")
 
 
 def _check_names(items: Sequence[Item], target: Target) -> None:
@@ -265,7 +263,8 @@ def _plan_item(kind: str, file: SourceFile, name: str, target: Target, held: Map
         )
         return Item("convert", file, name, True, 0, 0) if kept else _plan_shard(file, name, model)
     if kind == "index":
-        return Item("index", file, name, False, file.size * 2, file.size)
+        digest = Digest.of(read_index(file, SAFETENSORS, DF11))  # One that is none is better found now than after the shards.
+        return Item("index", file, name, there is not None and _is_same(digest, there, target, name), digest.size, digest.size, digest)
     digest = Digest.of_source(file)
     kept = there is not None and _is_same(digest, there, target, name)
     return Item("copy", file, name, kept, file.size, file.size, digest)

@@ -278,7 +278,9 @@ def _exponents(manifest: Manifest) -> Plot | None:
             canvas.heading(figure, 248, "Spread: median, half, 99.8 % of the weights", colours)
             below = canvas.new_axes(figure, colours, 130, 268, 12, 19.0 * len(spreads))
             for index, (name, values) in enumerate(spreads):
-                canvas.write(figure, 8, 268 + 19.0 * (index + 0.5), wording.fitted(name, 20), colours["ink"], fontsize=9.5, va="center")
+                canvas.write(
+                    figure, 8, 268 + 19.0 * (index + 0.5), wording.fitted(name.removesuffix(".df11"), 20), colours["ink"], fontsize=9.5, va="center"
+                )
                 clipped = [min(max(value, limits[0]), limits[1]) for value in values]
                 below.plot([clipped[0], clipped[4]], [index, index], color=colours["muted"], linewidth=1.2)
                 below.plot([clipped[1] - 0.45, clipped[3] + 0.45], [index, index], color=colours["c1"], linewidth=7, solid_capstyle="butt")

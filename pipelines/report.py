@@ -324,7 +324,11 @@ def _exponents(manifest: Manifest, figure: str) -> str:
         f"<p>The exponents of tensors of {summary.OUTLIER_WEIGHTS:,} weights or more: a weight with exponent e lies between 2<sup>e</sup> and "
         "2<sup>e+1</sup>. Zeros and subnormal numbers have one of their own, as have infinity and NaN; the histogram leaves zeros out.</p>"
     )
-    return _beside(figure, words + _table("Counted, zero, infinite: of the weights.", heads, rows, label="Exponents by part"))
+    return _beside(
+        figure,
+        words
+        + _table("How many weights were counted, and how many of them are zero, infinite or not a number.", heads, rows, label="Exponents by part"),
+    )
 
 
 def _outliers(manifest: Manifest, figure: str) -> str:

@@ -436,7 +436,7 @@ def test_local_source_and_no_bf16():
     manifest = made.manifest(made.tensor("a.df11", "w", (30, 30), dtype="F32"))
     data, body = parts(render(manifest, None, CardFields(base_model="owner/name")))
     assert data["base_model"] == "owner/name"
-    assert "The weights of the source, stored by df11 0.1.0" in body
+    assert "The weights of a local source, stored by df11 0.1.0" in body
     assert "of their size in BF16" not in body
 
 
