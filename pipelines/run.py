@@ -169,7 +169,7 @@ def _staging(plan: ModelPlan, limits: Limits) -> Iterator[Path]:
     if plan.target.folder is not None:
         yield plan.target.folder
         return
-    digest = hashlib.sha256(plan.target.label.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(f"{hub.endpoint()} {plan.target.label}".encode()).hexdigest()[:8]
     folder = limits.work / f"df11-job-{safe_name(plan.target.label.removeprefix(hub.SCHEME))}-{digest}"
     try:
         folder.mkdir(0o700, parents=True, exist_ok=True)

@@ -199,16 +199,16 @@ def test_a_manifest_of_other_containers_is_not_believed(hub: HubServer, source: 
 # What is missed is missed before anything is done.
 
 
-@pytest.mark.parametrize(("package", "extra"), [("pyarrow", "convert"), ("matplotlib", "report")])
+@pytest.mark.parametrize("package", ["pyarrow", "matplotlib"])
 def test_packages_that_are_needed_at_the_end(
-    hub: HubServer, source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+    hub: HubServer, source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     tree = tmp_path / "tree"
     df11.convert(SOURCE, tree)
     commands.run("hub", "push", "--quiet", tree, "hf://me/pushed").fine()
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
-    commands.run("job", "run", "--quiet", write_job(tmp_path)).error(2, package, f"df11[{extra}]")
+    commands.run("job", "run", "--quiet", write_job(tmp_path)).error(2, package, "df11[jobs]")
     commands.run("hub", "push", tree, TARGET).error(2, package)
     assert "me/model-df11" not in hub.repositories
     if package == "pyarrow":
