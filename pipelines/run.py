@@ -41,6 +41,8 @@ def unheard(event: str, **values: Any) -> None:
 
 _LOCK: Final = ".lock"
 _NOTHING: Final = Digest(-1)
+TOGETHER: Final = 16 << 20
+"""Bytes of small files that are held in memory until a commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +140,10 @@ def run_model(plan: ModelPlan, limits: Limits, shards_per_commit: int, *, on_ray
             if not plan.manifest.files:
                 check_foreign(target.look(), target)  # A new branch has what the main one has.
         manifest = _bring_files(plan, limits, staging, shards_per_commit, on_ray, log, on_progress)
-    held = target.look()
-    wanted, files = _small_files(plan, manifest, held)
-    removed = [name for name in plan.stale if name in held]
-    if files or removed:
-        _commit(plan, [], files, removed, f"Index, configuration and card ({_short(plan)})", log)
+    wanted, sent = _send_small_files(plan, manifest, log)
     checked = _read_back(plan, wanted)
     log("checked", target=target.label, files=checked)
-    delivered = len(plan.tasks) + len(files)
+    delivered = len(plan.tasks) + sent
     totals = manifest.totals()
     return ModelReport(
         plan.model.source,
@@ -276,10 +274,13 @@ def _commit(plan: ModelPlan, deliveries: list[Delivery], files: Mapping[str, byt
     log("commit", target=plan.target.label, commit=commit, files=names, removed=removed, seconds=round(time.monotonic() - started, 3))
 
 
-def _small_files(plan: ModelPlan, manifest: Manifest, held: Mapping[str, Digest]) -> tuple[dict[str, Digest], dict[str, bytes]]:
-    # Digests of all files that the target is to hold, and those small ones that it does not hold yet: configurations first, the card last.
+def _send_small_files(plan: ModelPlan, manifest: Manifest, log: Log) -> tuple[dict[str, Digest], int]:
+    # Send those small files that the target does not hold yet: configurations first, the card last, all in one commit if they are not too many.
+    # Returns the digests of all files that the target is to hold, and the number of those that were sent.
+    held = plan.target.look()
     wanted: dict[str, Digest] = {row.file: Digest(row.bytes, row.sha256) for row in manifest.files}
     files: dict[str, bytes] = {}
+    sent = 0
 
     def want(name: str, data: bytes) -> None:
         wanted[name] = Digest.of(data)
@@ -289,8 +290,12 @@ def _small_files(plan: ModelPlan, manifest: Manifest, held: Mapping[str, Digest]
     for item in plan.items:
         if item.digest is not None:
             wanted[item.name] = item.digest
-            if not item.is_task and not item.kept:
-                want(item.name, item.file.read_bytes())
+        if item.kind == "copy" and not item.is_task and not item.kept:
+            if sum(map(len, files.values())) + item.file.size > TOGETHER:
+                _commit(plan, [], files, [], f"Other files ({_short(plan)})", log)
+                sent += len(files)
+                files.clear()
+            want(item.name, item.file.read_bytes())
     for item in plan.items:
         if item.kind == "index":
             want(item.name, read_index(item.file, SAFETENSORS, DF11))
@@ -302,7 +307,10 @@ def _small_files(plan: ModelPlan, manifest: Manifest, held: Mapping[str, Digest]
         for name, picture in draw_plots(manifest).items():
             want(name, picture)
     want(CARD, card)
-    return wanted, files
+    removed = [name for name in plan.stale if name in held]
+    if files or removed:
+        _commit(plan, [], files, removed, f"Index, configuration and card ({_short(plan)})", log)
+    return wanted, sent + len(files)
 
 
 def _read_back(plan: ModelPlan, wanted: Mapping[str, Digest]) -> int:

@@ -242,6 +242,20 @@ def test_several_shards_in_a_commit(hub: HubServer, source: Repository, tmp_path
 
 
 @pytest.mark.usefixtures("source")
+def test_many_small_files_do_not_come_at_once(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("df11.pipelines.run.TOGETHER", 5_000)
+    hub.repository("lab/model").commit({f"notes/{number}.txt": b"%d" % number * 1_000 for number in range(10)})
+    run(tmp_path)
+    target = hub.repository("me/model-df11")
+    sizes = [sum(len(target.read(path)) for path in commit.paths if path.startswith("notes/")) for commit in target.commits]
+    assert sum(sizes) == 10_000
+    assert max(sizes) <= 5_000
+    before = target.head
+    run(tmp_path)
+    assert target.head == before
+
+
+@pytest.mark.usefixtures("source")
 def test_what_is_excluded_does_not_come(hub: HubServer, tmp_path: Path) -> None:
     run(tmp_path, exclude=("tokenizer/*", "LICENSE"))
     names = hub.repository("me/model-df11").files().keys()
