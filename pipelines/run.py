@@ -233,19 +233,31 @@ def _bring_files(plan: ModelPlan, limits: Limits, staging: Path, shards_per_comm
     # Those that the last commit will remove are named until then: a job that goes on would not know of them otherwise.
     stale = tuple(row for row in plan.manifest.files if row.file in plan.stale)
     waiting: list[Done] = []
+
+    def commit() -> None:
+        batch = waiting.copy()
+        waiting.clear()
+        names = [one.delivery.name for one in batch]
+        summary = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        so_far = dataclasses.replace(manifest, files=(*manifest.files, *stale))
+        files = {FILE_NAME: so_far.to_bytes()} if any(one.row for one in batch) else {}
+        _commit(plan, [one.delivery for one in batch], files, [], f"{summary} ({_short(plan)})", log)
+
     with closing(engine.run(tasks, on_progress)) as results:
-        for number, done in enumerate(results, 1):
-            waiting.append(done)
-            log("file", **_describe_done(plan, done))
-            if done.row is not None:
-                manifest = manifest.with_file(done.row, done.tensors).ordered(order)
-            if len(waiting) >= shards_per_commit or number == len(tasks):
-                names = [one.delivery.name for one in waiting]
-                summary = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-                so_far = dataclasses.replace(manifest, files=(*manifest.files, *stale))
-                files = {FILE_NAME: so_far.to_bytes()} if any(one.row for one in waiting) else {}
-                _commit(plan, [one.delivery for one in waiting], files, [], f"{summary} ({_short(plan)})", log)
-                waiting = []
+        try:
+            for done in results:
+                waiting.append(done)
+                log("file", **_describe_done(plan, done))
+                if done.row is not None:
+                    manifest = manifest.with_file(done.row, done.tensors).ordered(order)
+                if len(waiting) >= shards_per_commit:
+                    commit()
+        except errors.Df11Error:
+            if waiting:
+                commit()  # These have been sent, and need not be sent again.
+            raise
+    if waiting:
+        commit()
     return manifest
 
 

@@ -241,6 +241,18 @@ def test_several_shards_in_a_commit(hub: HubServer, source: Repository, tmp_path
     assert_complete(target, source, tmp_path)
 
 
+def test_what_was_sent_before_an_error_is_committed(hub: HubServer, source: Repository, tmp_path: Path) -> None:
+    hub.inject("GET", "/cdn/.*model-00003", status(500), after=1, times=99)  # After the plan has read its header.
+    with pytest.raises(errors.RetryLaterError):
+        run(tmp_path, shards_per_commit=9)
+    assert {f"{SHARDS[0]}.df11", f"{SHARDS[1]}.df11", FILE_NAME} <= hub.repository("me/model-df11").files().keys()
+    hub._rules.clear()
+    log = Events()
+    run(tmp_path, log=log, shards_per_commit=9)
+    assert [event["file"] for event in log.of("file")] == [f"{SHARDS[2]}.df11", "tokenizer/tokenizer.json"]
+    assert_complete(hub.repository("me/model-df11"), source, tmp_path)
+
+
 @pytest.mark.usefixtures("source")
 def test_many_small_files_do_not_come_at_once(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("df11.pipelines.run.TOGETHER", 5_000)
@@ -327,13 +339,14 @@ FAULTS: list[tuple[str, str, Action, int, int | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "pattern", "action", "times", "code"), FAULTS)
-@pytest.mark.parametrize("after", [0, 1])
+# Each at the first request, and at the second one where there is one.
+CASES = [(*fault, after) for fault in FAULTS for after in (0, 1) if not (after and fault[1] in ("/api/repos/create", "/api/validate-yaml"))]
+
+
+@pytest.mark.parametrize(("method", "pattern", "action", "times", "code", "after"), CASES)
 def test_faults(
     hub: HubServer, source: Repository, tmp_path: Path, method: str, pattern: str, action: Action, times: int, code: int | None, after: int
 ) -> None:
-    if after and pattern in ("/api/repos/create", "/api/validate-yaml"):
-        pytest.skip("this is asked once only")
     hub.inject(method, pattern, action, times=times, after=after)
     try:
         run(tmp_path)
