@@ -5,6 +5,8 @@ Memory is a fixed number of slots, whatever the size of the file and of its tens
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -41,6 +43,19 @@ ENCODER_MEMORY: Final = 4 << 20
 HEARTBEAT: Final = 0.5
 """Seconds after which progress is told of no bytes, where none come."""
 MIN_SLOTS: Final = 2
+
+
+_M_MMAP_THRESHOLD: Final = -3
+"""Of malloc.h: from how many bytes on a block is asked of the system, and goes back to it when it is freed."""
+
+
+def give_memory_back() -> None:
+    """Let freed buffers go back to the system, in all of this process: for programs, as a library must not decide that.
+
+    glibc keeps freed blocks of up to 32 MiB for later, in an arena for each thread: over many shards 100 MiB more than are in use.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # Another C library.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Final, Self
 
 import typer
 
+from df11.converter.pipeline import give_memory_back
 from df11.formats import compiled, errors, hub
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
@@ -26,8 +26,6 @@ Jobs = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 INTERRUPTED: Final = 130
-_M_MMAP_THRESHOLD: Final = -3
-"""Of malloc.h: from how many bytes on a block is asked of the system, and goes back to it when it is freed."""
 
 
 class Bar:
@@ -95,7 +93,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def run(app: typer.Typer, arguments: list[str]) -> int:
     """Run a command line and return the exit code: an error is one line on standard error."""
     debug = "--debug" in arguments
-    _give_memory_back()
+    give_memory_back()
     signal.signal(signal.SIGTERM, _terminate)  # A cancelled CI job cleans up like an interrupted one.
     if "--quiet" not in arguments and "-q" not in arguments:
         compiled.announce = functools.cache(lambda text: print(f"df11: {text}", file=sys.stderr))  # noqa: T201 - once
@@ -111,12 +109,6 @@ def run(app: typer.Typer, arguments: list[str]) -> int:
         text, code = _explain(error)
         print(f"df11: {redacted(text)}", file=sys.stderr)  # noqa: T201
     return code if isinstance(code, int) else 0
-
-
-def _give_memory_back() -> None:
-    # glibc keeps freed blocks of up to 32 MiB for later, in an arena for each thread: over many shards 100 MiB more than are in use.
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # Another C library.
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def redacted(text: str) -> str:

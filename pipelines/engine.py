@@ -13,6 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
+from df11.converter.pipeline import give_memory_back
 from df11.converter.source import Progress
 from df11.formats import errors
 from df11.pipelines.shards import Done, Staged, Task, deliver, discard, produce
@@ -123,6 +124,7 @@ class OnRay:
 
 
 def _work(task: Task) -> Done:
+    give_memory_back()  # A worker gets many tasks.
     return deliver(produce(task, lambda _: None))
 
 

@@ -290,6 +290,15 @@ def test_the_token_is_never_printed(
     assert source.head
 
 
+def test_memory_does_not_grow_from_shard_to_shard(hub: HubServer, tmp_path: Path) -> None:
+    shards = [
+        sources.write_large(tmp_path / f"model-{number:05}-of-00006.safetensors", "BF16", 80 << 20, name=f"w{number}") for number in range(1, 7)
+    ]
+    hub.create("lab/large").commit({path.name: path for path in shards})
+    assert commands.peak_memory("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/large", "hf://me/large-df11"))) <= 300 << 20
+    assert len([name for name in hub.repository("me/large-df11").hashes() if name.endswith(".df11")]) == 6
+
+
 # df11 hub push, df11 hub pull, df11 report
 
 
