@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
-from df11.converter.pipeline import give_memory_back
+from df11.converter.pipeline import give_memory_back, mebibytes
 from df11.converter.source import Progress
 from df11.formats import errors
 from df11.pipelines.shards import Done, Staged, Task, deliver, discard, produce
@@ -107,6 +108,7 @@ class OnRay:
             raise errors.missing_extra("ray", "ray") from None
         with _connection(ray):
             remote = ray.remote(num_cpus=1, max_retries=TRIES - 1, retry_exceptions=[errors.RetryLaterError])(_work)
+            tasks = [replace(task, settings=replace(task.settings, jobs=min(task.settings.jobs, self._processors(ray)))) for task in tasks]
             options = [{"num_cpus": task.settings.jobs, "memory": self._memory, "name": f"df11 {task.name}"} for task in tasks]
             waiting = deque((task, remote.options(**option).remote(task)) for task, option in zip(tasks, options, strict=True))
             try:
@@ -121,6 +123,17 @@ class OnRay:
                 _, unfinished = ray.wait(references, num_returns=len(references), timeout=0) if references else ([], [])
                 for reference in unfinished:  # Never a task that has ended: Ray would abort.
                     ray.cancel(reference, force=True)
+
+    def _processors(self, ray: Any) -> int:
+        # Of the largest node that has the memory: Ray would wait for ever for one that is larger than all.
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        processors = int(max((node.get("CPU", 0) for node in nodes if node.get("memory", 0) >= self._memory), default=0))
+        if not processors:
+            most = int(max((node.get("memory", 0) for node in nodes), default=0))
+            raise errors.BudgetError(
+                "no node of the Ray cluster has processors and the memory of [limits]", expected=mebibytes(self._memory), found=mebibytes(most)
+            )
+        return processors
 
 
 def _work(task: Task) -> Done:

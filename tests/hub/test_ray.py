@@ -52,14 +52,16 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def write_job(folder: Path, source: object, target: object) -> Path:
+def write_job(folder: Path, source: object, target: object, limits: str = "threads = 1") -> Path:
     path = folder / "job.toml"
-    path.write_text(f'[[model]]\nsource = "{source}"\ntarget = "{target}"\n[limits]\nthreads = 1\n')
+    path.write_text(f'[[model]]\nsource = "{source}"\ntarget = "{target}"\n[limits]\n{limits}\n')
     return path
 
 
-def start(folder: Path, source: object, target: object, cluster: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [*commands.COMMAND, "job", "run", "--json", "--engine", "ray", str(write_job(folder, source, target))]
+def start(
+    folder: Path, source: object, target: object, cluster: str, env: dict[str, str] | None = None, limits: str = "threads = 1"
+) -> subprocess.Popen[str]:
+    command = [*commands.COMMAND, "job", "run", "--json", "--engine", "ray", str(write_job(folder, source, target, limits))]
     env = {**commands.environment(), **(env or {}), "RAY_ADDRESS": cluster}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
@@ -77,7 +79,8 @@ def worker_on(name: str) -> int | None:
 
 def test_the_same_bytes_as_in_this_process(tmp_path: Path, source: Path, cluster: str) -> None:
     commands.run("job", "run", "--quiet", write_job(tmp_path, source, tmp_path / "plain")).fine()
-    result = commands.finish(start(tmp_path, source, tmp_path / "ray", cluster)).fine()
+    # More threads than any node has processors: a task asks for those that there are.
+    result = commands.finish(start(tmp_path, source, tmp_path / "ray", cluster, limits="threads = 7")).fine()
     files = [event["file"] for event in result.events if event["event"] == "file"]
     assert files == [*(f"model-{number:05}-of-00004.df11" for number in (1, 2, 3, 4)), "tokenizer/tokenizer.json"]
     assert sources.tree_bytes(tmp_path / "ray") == sources.tree_bytes(tmp_path / "plain")
@@ -115,6 +118,12 @@ def test_from_the_hub_to_the_hub(tmp_path: Path, here: HubServer, source: Path, 
     mine, theirs = here.repository("me/plain").hashes(), with_ray.hashes()
     assert {name for name in mine if mine[name] != theirs[name]} == {"README.md"}  # Which names its repository.
     assert not here.leaks
+
+
+def test_more_memory_than_any_node_has(tmp_path: Path, source: Path, cluster: str) -> None:
+    result = commands.finish(start(tmp_path, source, tmp_path / "ray", cluster, limits='memory = "900TB"'))
+    assert result.code == 6, result
+    assert "no node of the Ray cluster" in result.err
 
 
 def test_no_cluster(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
