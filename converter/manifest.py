@@ -142,22 +142,6 @@ class TensorRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over a manifest."""
-
-    source_bytes: int
-    container_bytes: int
-    bf16_bytes: int
-    """Bytes of all decoded tensors: two a BF16 weight, the others as they are."""
-    weights: int
-    """Weights of BF16 tensors."""
-    bits_per_weight: float | None
-    """Stored bits a weight over the tensors that are coded; None if none is."""
-    entropy_bits: float | None
-    """What no code for single exponents can beat on them: the weighted mean of the entropies, and 8 bits for sign and mantissa."""
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a converted tree holds. ``tensors``: file by file in the order of ``files``, in a file as they lie in the container."""
 
@@ -203,19 +187,6 @@ class Manifest:
     def _of(self, files: Iterable[FileRow], rows: dict[str, tuple[TensorRow, ...]]) -> Manifest:
         files = tuple(files)
         return dataclasses.replace(self, files=files, tensors=tuple(row for file in files for row in rows.get(file.file, ())))
-
-    def totals(self) -> Totals:
-        """Sums over all files and tensors."""
-        coded = [row for row in self.tensors if row.encoding == "df11"]
-        coded_weights = sum(row.elements for row in coded)
-        return Totals(
-            source_bytes=sum(file.source_bytes for file in self.files),
-            container_bytes=sum(file.bytes for file in self.files),
-            bf16_bytes=sum(row.decoded_bytes for row in self.tensors),
-            weights=sum(row.elements for row in self.tensors if row.dtype == "BF16"),
-            bits_per_weight=8 * sum(row.stored_bytes for row in coded) / coded_weights if coded else None,
-            entropy_bits=8 + math.fsum((row.exponent_entropy or 0) * row.elements for row in coded) / coded_weights if coded else None,
-        )
 
 
 def _placed(rows: Iterable[TensorRow], file: str) -> tuple[TensorRow, ...]:

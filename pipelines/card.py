@@ -21,8 +21,6 @@ from df11.pipelines.results import read_results
 if TYPE_CHECKING:
     from df11.converter.manifest import Manifest
 
-PLOTS: Final = tuple(map(plots.path, plots.NAMES))
-"""Where the pictures of a card lie in its repository; those that there is nothing to show in are missing."""
 CONFIGS: Final = ("model_index.json", "config.json")
 """Files of a tree that tell how it is loaded."""
 TAGS: Final = ("df11", "lossless", "compression", "bfloat16")

@@ -23,6 +23,7 @@ from df11.converter.pipeline import Settings
 from df11.converter.source import Progress, ignore
 from df11.converter.tree import DF11, SAFETENSORS, read_index
 from df11.formats import errors, hub
+from df11.pipelines import summary
 from df11.pipelines.card import plot_paths
 from df11.pipelines.engine import Engine, InProcess, OnRay
 from df11.pipelines.job import Job, Limits, Model, safe_name
@@ -144,13 +145,13 @@ def run_model(plan: ModelPlan, limits: Limits, shards_per_commit: int, *, on_ray
     checked = _read_back(plan, wanted)
     log("checked", target=target.label, files=checked)
     delivered = len(plan.tasks) + sent
-    totals = manifest.totals()
+    total = summary.total(manifest)
     return ModelReport(
         plan.model.source,
         plan.model.target,
         target.head,
-        totals.source_bytes,
-        totals.container_bytes,
+        total.source_bytes,
+        total.container_bytes,
         delivered,
         len(wanted) - delivered,
         round(time.monotonic() - started, 3),
@@ -238,10 +239,10 @@ def _bring_files(plan: ModelPlan, limits: Limits, staging: Path, shards_per_comm
         batch = waiting.copy()
         waiting.clear()
         names = [one.delivery.name for one in batch]
-        summary = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
         so_far = dataclasses.replace(manifest, files=(*manifest.files, *stale))
         files = {FILE_NAME: so_far.to_bytes()} if any(one.row for one in batch) else {}
-        _commit(plan, [one.delivery for one in batch], files, [], f"{summary} ({_short(plan)})", log)
+        _commit(plan, [one.delivery for one in batch], files, [], f"{title} ({_short(plan)})", log)
 
     with closing(engine.run(tasks, on_progress)) as results:
         try:

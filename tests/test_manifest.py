@@ -356,23 +356,6 @@ def test_files_are_added_replaced_and_ordered(tree):
     assert manifest.rows_of("nothing") == ()
 
 
-def test_totals(tree):
-    folder, _, manifest = tree
-    total = manifest.totals()
-    coded = [row for row in manifest.tensors if row.encoding == "df11"]
-    weights = sum(math.prod(row.shape) for row in coded)
-    assert total.source_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert total.container_bytes == sum(path.stat().st_size for path in folder.glob("*.df11"))
-    assert total.weights == sum(math.prod(row.shape) for row in manifest.tensors if row.dtype == "BF16")
-    others = sum(math.prod(row.shape) * sources.DTYPES[row.dtype] // 8 for row in manifest.tensors if row.dtype != "BF16")
-    assert total.bf16_bytes == 2 * total.weights + others
-    assert total.bits_per_weight == pytest.approx(8 * sum(row.stored_bytes for row in coded) / weights)
-    assert total.entropy_bits == pytest.approx(8 + sum(row.exponent_entropy * math.prod(row.shape) for row in coded) / weights)
-    assert 10 < total.entropy_bits < total.bits_per_weight < 12
-    nothing = Manifest(ORIGIN, None, TOOL, (), ()).totals()
-    assert (nothing.source_bytes, nothing.weights, nothing.bits_per_weight, nothing.entropy_bits) == (0, 0, None, None)
-
-
 # Forged files.
 
 

@@ -215,6 +215,13 @@ class Repository:
         """All files, .gitattributes among them."""
         return {path: self.read(path, revision) for path in self.find(revision).tree}
 
+    def checkout(self, folder: Path, revision: str = "main") -> Path:
+        """Write the files of a revision into a folder, and return it."""
+        for name, data in self.files(revision).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        return folder
+
     def hashes(self, revision: str = "main") -> dict[str, str]:
         """The SHA-256 of every file's content; large ones are not read."""
         return {path: blob.sha256 for path, blob in self.find(revision).tree.items()}

@@ -46,14 +46,6 @@ def write_job(folder: Path, source: str = SOURCE, target: str = TARGET, limits: 
     return path
 
 
-def materialized(repository: Repository, folder: Path) -> Path:
-    """The files of a repository, in a folder."""
-    for name, data in repository.files().items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
 # A Hub that answers with rubbish.
 
 RUBBISH = [
@@ -172,7 +164,7 @@ def test_a_folder_follows_a_new_revision(source: Repository, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.txt", b"two\nlines.json"])
 def test_names_that_the_hub_does_not_take(hub: HubServer, source: Repository, tmp_path: Path, name: bytes) -> None:
-    original = materialized(source, tmp_path / "original")
+    original = source.checkout(tmp_path / "original")
     (original / os.fsdecode(name)).write_bytes(b"x")
     commands.run("job", "run", "--quiet", write_job(tmp_path, source="original")).error(2, "this name")
     df11.convert(original, tmp_path / "tree")

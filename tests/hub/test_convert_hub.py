@@ -62,14 +62,6 @@ def one(hub, tmp_path):
     return path
 
 
-def local(repository, folder, revision="main"):
-    """A repository as a folder."""
-    for name, data in repository.files(revision).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
 def fetched(hub, name="") -> int:
     """Requests for the content of a file."""
     return hub.count("GET", f"/resolve/[^/]+/.*{name}$") + hub.count("GET", f"/cdn/.*filename=.*{name}&")
@@ -95,7 +87,7 @@ def assert_same_conversion(mine, local):
 @pytest.mark.parametrize("options", [[], ["--cast", "bf16"], ["--max-disk", "1MB"], ["--jobs", "1", "--no-verify"]], ids=" ".join)
 def test_a_tree_is_as_converted_locally(options, model, tmp_path):
     cast = "bf16" if "bf16" in options else None
-    df11.convert(local(model, tmp_path / "model"), tmp_path / "local", cast=cast)
+    df11.convert(model.checkout(tmp_path / "model"), tmp_path / "local", cast=cast)
     result = commands.run("convert", "hf://me/m", tmp_path / "out", "--json", *options).fine()
     assert_same_conversion(tmp_path / "out", tmp_path / "local")
     *files, done = result.events
@@ -109,7 +101,7 @@ def test_a_tree_is_as_converted_locally(options, model, tmp_path):
 
 
 def test_a_folder_of_a_repository(model, tmp_path):
-    df11.convert(local(model, tmp_path / "model") / "transformer", tmp_path / "local")
+    df11.convert(model.checkout(tmp_path / "model") / "transformer", tmp_path / "local")
     df11.convert("hf://me/m/transformer", tmp_path / "out")
     assert_same_conversion(tmp_path / "out", tmp_path / "local")
 
@@ -129,7 +121,7 @@ def test_the_way_back(model, tmp_path):
 
 
 def test_a_revision_that_moves_on_meanwhile(model, tmp_path):
-    before, head = local(model, tmp_path / "model"), model.head
+    before, head = model.checkout(tmp_path / "model"), model.head
     df11.convert(before, tmp_path / "local")
 
     def move_on(_):
@@ -393,7 +385,7 @@ def test_a_fault_that_stays(where, fault, code, word, hub, model, tmp_path, monk
 def test_a_fault_that_passes(where, fault, hub, model, tmp_path, monkeypatch):
     if fault is hang:
         monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.5)
-    df11.convert(local(model, tmp_path / "model"), tmp_path / "local")
+    df11.convert(model.checkout(tmp_path / "model"), tmp_path / "local")
     for after in (0, 3, 7):
         hub.inject("GET", where, fault, after=after)
     commands.run("convert", "hf://me/m", tmp_path / "out").fine()
@@ -402,7 +394,7 @@ def test_a_fault_that_passes(where, fault, hub, model, tmp_path, monkeypatch):
 
 def test_ranges_that_are_ignored(hub, model, tmp_path):
     hub.inject("GET", "/cdn/|/resolve/", ignore_range, times=10_000)
-    df11.convert(local(model, tmp_path / "model"), tmp_path / "local")
+    df11.convert(model.checkout(tmp_path / "model"), tmp_path / "local")
     df11.convert("hf://me/m", tmp_path / "out")
     assert_same_conversion(tmp_path / "out", tmp_path / "local")
 

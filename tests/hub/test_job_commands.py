@@ -42,14 +42,6 @@ def write_job(folder: Path, *models: tuple[str, str], more: str = "") -> Path:
     return path
 
 
-def materialized(repository: Repository, folder: Path) -> Path:
-    """The files of a repository, in a folder."""
-    for name, data in repository.files().items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
 def test_json_lines(hub: HubServer, source: Repository, tmp_path: Path) -> None:
     result = commands.run("job", "run", "--json", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).fine()
     assert not result.err
@@ -218,7 +210,7 @@ def test_the_second_job_on_a_target_stops(hub: HubServer, source: Repository, tm
     loser = code.err if code.code else done.err
     assert "somebody else" in loser
     commands.run("job", "run", "--quiet", job).fine()
-    materialized(hub.repository("me/model-df11"), tmp_path / "pulled")
+    hub.repository("me/model-df11").checkout(tmp_path / "pulled")
     df11.verify(tmp_path / "pulled")
     assert source.head
 
@@ -305,7 +297,7 @@ def test_memory_does_not_grow_from_shard_to_shard(hub: HubServer, tmp_path: Path
 @pytest.fixture
 def tree(source: Repository, tmp_path: Path) -> Path:
     """A converted folder."""
-    df11.convert(materialized(source, tmp_path / "original"), tmp_path / "tree")
+    df11.convert(source.checkout(tmp_path / "original"), tmp_path / "tree")
     return tmp_path / "tree"
 
 

@@ -65,10 +65,7 @@ def run(tmp_path: Path, *, log: Any = lambda *_, **__: None, source: str = SOURC
 def assert_complete(target: Repository, source: Repository, tmp_path: Path) -> None:
     """The target is a whole model, of which the source's shards come back byte for byte; and nothing is left of the work."""
     files = target.files()
-    folder = tmp_path / "pulled"
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+    folder = target.checkout(tmp_path / "pulled")
     df11.verify(folder)
     df11.restore(folder, tmp_path / "restored")
     restored = sources.tree_bytes(tmp_path / "restored")
@@ -291,10 +288,7 @@ def test_folders(hub: HubServer, source: Repository, tmp_path: Path) -> None:
     before = sources.tree_bytes(tmp_path / "folder")
     run(tmp_path, target=str(tmp_path / "folder"))
     assert sources.tree_bytes(tmp_path / "folder") == before
-    original = tmp_path / "original"
-    for name, data in source.files().items():
-        (original / name).parent.mkdir(parents=True, exist_ok=True)
-        (original / name).write_bytes(data)
+    original = source.checkout(tmp_path / "original")
     run(tmp_path, source=str(original))
     target = hub.repository("me/model-df11").files()
     for name in target:
