@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from df11.converter.native import OVERFLOW, Encoder
+from df11.converter.kernels import LANE_OVERFLOW, Encoder, count_exponents
 from df11.formats import errors, layout
 from df11.formats.record import Bytes, Place, Segment, SegmentPlace, Weights
 
@@ -18,22 +18,22 @@ _HEADER_SIZE: Final = layout.SEGMENT_HEADER.size
 
 @dataclass(frozen=True, slots=True)
 class EncodedSegment:
-    """A finished segment. ``data`` is a view of the caller's buffer, ``exponents``, i64 [256], one of the encoder's: until it encodes the next."""
+    """A finished segment. ``data`` is a view of the caller's buffer."""
 
     data: Bytes
     elements: int
     coded: bool
     stored_checksum: int
     decoded_checksum: int
-    exponents: npt.NDArray[np.int64]
-    """How often each exponent occurs."""
 
 
 class SegmentEncoder:
-    """Encodes segments; holds about 2 MB of scratch memory. One thread at a time."""
+    """Encodes segments; holds about 3 MB of scratch memory. One thread at a time."""
 
     def __init__(self) -> None:
         self._encoder = Encoder()
+        self.exponents: npt.NDArray[np.int64] = np.zeros(256, np.int64)
+        """How often each exponent occurs in the segment encoded last."""
 
     def encode(self, weights: Weights, out: Bytes, *, verify: bool) -> EncodedSegment:
         """Encode ``weights`` (u16, 1 to 2**24) into ``out`` (u8, at least raw_segment_size + ENCODE_SLACK bytes).
@@ -42,10 +42,11 @@ class SegmentEncoder:
         in the memory of the machine.
         """
         n = len(weights)
-        size = self._encode_coded(weights, out) or _encode_raw(weights, out)
+        size = (self._encode_coded(weights, out) if n > 1 else 0) or _encode_raw(weights, out)
         data = out[:size]
         coded = bool(data[0] == layout.ENCODING_CODED)
-        segment = EncodedSegment(data, n, coded, xxhash.xxh3_64_intdigest(data), xxhash.xxh3_64_intdigest(weights), self._encoder.exponents)
+        self.exponents = self._encoder.exponents() if n > 1 else count_exponents(weights)
+        segment = EncodedSegment(data, n, coded, xxhash.xxh3_64_intdigest(data), xxhash.xxh3_64_intdigest(weights))
         if verify:
             place = SegmentPlace(0, size, n, segment.stored_checksum, segment.decoded_checksum, 0)
             try:
@@ -58,16 +59,13 @@ class SegmentEncoder:
         # Returns the size, or 0 if coding does not pay.
         n = len(weights)
         end = layout.raw_segment_size(n) - layout.RECORD_ALIGNMENT
-        if n < 2:
-            self._encoder.count_exponents(weights)
-            return 0
         code = self._encoder.build_code(weights)
         for lane_bytes in (1, 2):
             sections = layout.segment_sections(n, code.alphabet_size, lane_bytes)
             if sections["stream_offset"] + code.bits // 8 + layout.STREAM_END > end:
                 return 0  # Surely too large; what is only nearly so is found while encoding.
             size, exceptions = self._encoder.encode_tiles(weights, code, lane_bytes, sections, end, out)
-            if size != OVERFLOW:
+            if size != LANE_OVERFLOW:
                 break
         if size < 0:
             return 0

@@ -18,7 +18,7 @@ from typing import Final, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from df11.converter import native
+from df11.converter.kernels import count_exponents
 from df11.converter.ordered import ordered
 from df11.converter.plan import Cast
 from df11.converter.source import Progress, ignore
@@ -267,7 +267,7 @@ def _count(container: Container, jobs: int, progress: Progress) -> Iterator[tupl
         segment = record.read_segment(index, scratch[0])
         weights = scratch[1].take(2 * segment.entry.elements).view(np.uint16)
         segment.decode(weights)
-        return native.count_exponents(weights)
+        return count_exponents(weights)
 
     total = np.zeros(256, np.int64)
     for (name, record, index), counts in ordered(count, tasks(), jobs):
@@ -282,7 +282,7 @@ def _count(container: Container, jobs: int, progress: Progress) -> Iterator[tupl
             counted = has_exponents(info.dtype, info.elements)
             for chunk in container.verbatim_chunks(name):
                 if counted:
-                    total += native.count_exponents(chunk.view(np.uint16))
+                    total += count_exponents(chunk.view(np.uint16))
                 progress(len(chunk))
             if counted:
                 yield name, summarized(total, info.elements)

@@ -17,19 +17,16 @@ from typing import Any, Final
 import numpy as np
 import xxhash
 
-from df11.converter import native
 from df11.converter.encode import EncodedSegment, SegmentEncoder
+from df11.converter.kernels import cast_f32
 from df11.converter.manifest import COUNTED_WEIGHTS, ExponentCounts, Exponents, TensorRow, summarized
 from df11.converter.output import ContainerOutput
 from df11.converter.plan import Batch, Cast, Fate, TensorPlan, plan_batches, plan_tensors, split_tensor
 from df11.converter.source import Progress, Source
 from df11.formats import errors, framing
-from df11.formats import native as decoding
 from df11.formats.record import Bytes, Weights
 from df11.formats.writer import AtomicWriter
 
-LOADING_MEMORY: Final = 200 << 20
-"""Bytes that loading the kernels takes for a moment, while the first batches are read: up to 184 MiB measured on x86-64 Linux."""
 BASE_MEMORY: Final = 80 << 20
 """Bytes that the interpreter and its libraries keep: up to 66 MiB measured."""
 HEADER_MEMORY: Final = 15
@@ -174,7 +171,7 @@ def _needs(batches: list[Batch], source: Source) -> _Needs:
     entries = source.header.entries
     base = BASE_MEMORY + HEADER_MEMORY * len(source.header.raw) + TENSOR_MEMORY * len(entries)
     base += COUNTS_MEMORY * sum(entry.elements >= COUNTED_WEIGHTS for entry in entries) + source.memory
-    return _Needs(read, write, weights, each, base, max(base + MIN_SLOTS * each, LOADING_MEMORY + source.memory))
+    return _Needs(read, write, weights, each, base, base + MIN_SLOTS * each)
 
 
 def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> list[_Slot]:
@@ -216,8 +213,6 @@ def _process_batches(
         reader = pool(1, "df11-read")
         # After an error, or an interrupt, the reader must not wait for a server before its pool can end.
         stack.push(lambda kind, *_: source.stop() if kind is not None else None)
-        # First of all, and while the first batches are read and hashed: it takes memory that the buffers do not need yet.
-        loading = workers.submit(_load_kernels, decoder=settings.verify)
 
         def read(batch: Batch, slot: _Slot) -> tuple[Future[None], Future[list[_Outcome]]]:
             data = slot.input[: batch.size]
@@ -231,19 +226,12 @@ def _process_batches(
             if not waiting:
                 break
             batch, slot, reading = waiting.popleft()
-            loading.result()
             while not wait([reading], HEARTBEAT).done:
                 progress(0)  # A server can be silent for minutes; meanwhile a caller can say, by an error, that nobody wants the outcome any more.
             hashing, processing = reading.result()
             yield batch, processing.result()
             hashing.result()
             free.append(slot)
-
-
-def _load_kernels(*, decoder: bool) -> None:
-    native.load()
-    if decoder:
-        decoding.load()
 
 
 def _process(batch: Batch, slot: _Slot, path: str, *, verify: bool) -> list[_Outcome]:
@@ -266,7 +254,7 @@ def _process(batch: Batch, slot: _Slot, path: str, *, verify: bool) -> list[_Out
                 hint="this is a defect in df11 or in the memory of this machine: please report it",
             ) from None
         used += len(segment.data)
-        exponents = summarized(segment.exponents, piece.tensor.entry.elements)
+        exponents = summarized(slot.encoder.exponents, piece.tensor.entry.elements)
         outcomes.append(_Outcome(source, segment.decoded_checksum, segment, exact, exponents))
     return outcomes
 
@@ -278,7 +266,7 @@ def _weights(source: Bytes, scratch: Weights, *, cast: bool) -> tuple[Weights, b
         if not bits.flags.aligned:
             bits = bits.copy()
         out = scratch[: len(bits)]
-        return out, native.cast_f32(bits, out)
+        return out, cast_f32(bits, out)
     weights = source.view(np.uint16)
     if not weights.flags.aligned:
         scratch[: len(weights)] = weights

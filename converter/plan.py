@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal
 
+from df11.converter.kernels import ENCODE_SLACK
 from df11.formats import framing, layout
 
 Cast = Literal["bf16"] | None
 
-ENCODE_SLACK: Final = 8192
-"""Bytes that the encoder may write beyond the largest segment before it gives up: more than the codes of a tile."""
 VERBATIM_PIECE_BYTES: Final = 4 << 20
 SEGMENT_WEIGHTS: Final = layout.DEFAULT_SEGMENT_WEIGHTS
 

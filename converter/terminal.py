@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Final, Self
 import typer
 
 from df11.converter.pipeline import give_memory_back
-from df11.formats import compiled, errors, hub
+from df11.formats import errors, hub
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for programs.")]
@@ -96,7 +95,6 @@ def run(app: typer.Typer, arguments: list[str]) -> int:
     give_memory_back()
     signal.signal(signal.SIGTERM, _terminate)  # A cancelled CI job cleans up like an interrupted one.
     if "--quiet" not in arguments and "-q" not in arguments:
-        compiled.announce = functools.cache(lambda text: print(f"df11: {text}", file=sys.stderr))  # noqa: T201 - once
         if sys.stderr.isatty():
             hub.on_pause = lambda error, seconds: say(f"df11: {redacted(str(error))}; trying again in {seconds:.0f} s")
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from df11.converter.convert import thread_count
-from df11.converter.native import cast_f32
+from df11.converter.kernels import cast_f32
 from df11.converter.ordered import ordered
 from df11.converter.source import LocalSource, Progress, Source, ignore
 from df11.converter.tree import DF11, SAFETENSORS, list_containers

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from df11.formats import errors, layout, native
+from df11.formats import errors, kernels, layout
 
 Bytes = npt.NDArray[np.uint8]
 Weights = npt.NDArray[np.uint16]
@@ -297,12 +297,12 @@ class Segment:
 
     def _build_table(self) -> npt.NDArray[np.uint32]:
         table = np.empty(1 << layout.CODE_LIMIT, np.uint32)
-        status = native.build_decode_table(self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]], self.header["alphabet_size"], table)
-        if status != native.OK:
+        status = kernels.build_decode_table(self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]], self.header["alphabet_size"], table)
+        if status != kernels.OK:
             what = {
-                native.BAD_ALPHABET: "the alphabet does not ascend",
-                native.BAD_LENGTH: "a code length is beyond 12",
-                native.INCOMPLETE_CODE: "the code is not complete",
+                kernels.BAD_ALPHABET: "the alphabet does not ascend",
+                kernels.BAD_LENGTH: "a code length is beyond 12",
+                kernels.INCOMPLETE_CODE: "the code is not complete",
             }
             raise errors.CodeTableError(f"code table: {what[status]}", **self._at(layout.SEGMENT_HEADER.size))
         return table
@@ -351,13 +351,13 @@ class Segment:
                 if not np.array_equal(out[start : start + layout.TILE_WEIGHTS], weights[start : start + layout.TILE_WEIGHTS]):
                     raise errors.DifferenceError("decoded weights differ", **self._at(begin + 2 * start))
             return
-        status, tile = native.decode_tiles(self.data, self.table, self.entry.elements, header, first, last, out, compare=compare)
-        if status == native.OK:
+        status, tile = kernels.decode_tiles(self.data, self.table, self.entry.elements, header, first, last, out, compare=compare)
+        if status == kernels.OK:
             return
         at = self._at(header["tiles_offset"] + 8 * tile)
-        if status == native.DIFFERENT:
+        if status == kernels.DIFFERENT:
             raise errors.DifferenceError(f"tile {tile}: decoded weights differ", **at)
-        if status == native.BAD_LANE:
+        if status == kernels.BAD_LANE:
             raise errors.LaneError(f"tile {tile}: a lane does not end where its length says", **at)
-        what = "lane lengths or exceptions do not fit" if status == native.BAD_TILE else "an exception lies outside the tile or out of order"
+        what = "lane lengths or exceptions do not fit" if status == kernels.BAD_TILE else "an exception lies outside the tile or out of order"
         raise errors.TileError(f"tile {tile}: {what}", **at)

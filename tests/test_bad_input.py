@@ -404,7 +404,7 @@ def test_no_memory(source, tmp_path, monkeypatch):
 @pytest.fixture
 def wrong_encoder(monkeypatch):
     """An encoder that now and then writes a wrong byte, before any checksum is taken."""
-    from df11.converter.native import Encoder
+    from df11.converter.kernels import Encoder
 
     right = Encoder.encode_tiles
 

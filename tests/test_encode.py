@@ -10,11 +10,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from df11.converter import native
+from df11.converter import kernels
 from df11.converter.encode import EncodedSegment, SegmentEncoder
 from df11.converter.plan import ENCODE_SLACK
 from df11.formats import errors, layout
-from df11.formats.native import BAD_ALPHABET, BAD_LENGTH, INCOMPLETE_CODE, OK, build_decode_table
+from df11.formats.kernels import BAD_ALPHABET, BAD_LENGTH, INCOMPLETE_CODE, OK, build_decode_table
 from df11.formats.record import Bytes, Segment, Weights
 from tests import strategies
 from tests.vectors import forge
@@ -39,7 +39,7 @@ def lengths_of(section: bytes, size: int) -> dict[int, int]:
 
 def code_of(weights: Weights) -> dict[int, int]:
     """The code that the encoder chooses, also where it would then not use it."""
-    code = native.Encoder().build_code(weights)
+    code = kernels.Encoder().build_code(weights)
     return lengths_of(code.section.tobytes(), code.alphabet_size)
 
 
@@ -232,16 +232,16 @@ def test_a_last_weight_without_a_partner_and_without_a_code(exponent: int) -> No
 @pytest.mark.parametrize("at", [0.05, 0.5, 0.99])
 def test_what_does_not_decode_is_noticed(monkeypatch: pytest.MonkeyPatch, at: float) -> None:
     weights = strategies.gaussian(np.random.default_rng(2), 20_000)
-    honest = native.Encoder.encode_tiles
+    honest = kernels.Encoder.encode_tiles
 
-    def broken(self: native.Encoder, *arguments: object) -> tuple[int, int]:
+    def broken(self: kernels.Encoder, *arguments: object) -> tuple[int, int]:
         size, exceptions = honest(self, *arguments)  # type: ignore[arg-type]
         out = arguments[-1]
         assert isinstance(out, np.ndarray)
         out[int(size * at)] ^= 1
         return size, exceptions
 
-    monkeypatch.setattr(native.Encoder, "encode_tiles", broken)
+    monkeypatch.setattr(kernels.Encoder, "encode_tiles", broken)
     assert encoded(weights, verify=False).coded
     with pytest.raises(errors.DifferenceError):
         encoded(weights)
@@ -327,7 +327,7 @@ TORCH = [
 
 def cast(bits: list[int]) -> tuple[list[int], bool]:
     out = np.zeros(len(bits), np.uint16)
-    exact = native.cast_f32(np.array(bits, np.uint32), out)
+    exact = kernels.cast_f32(np.array(bits, np.uint32), out)
     return out.tolist(), exact
 
 

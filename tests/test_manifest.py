@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import df11
 from df11.converter import manifest as manifests
-from df11.converter import native
+from df11.converter import kernels
 from df11.converter.manifest import FILE_NAME, TOOL, ExponentCounts, FileRow, Manifest, Origin, collect, scan, up_to_date
 from df11.formats import errors
 from tests import commands, sources, strategies
@@ -102,7 +102,7 @@ def test_rows_of_any_file(file, cast, tmp_path_factory):
 
 @given(weights=strategies.weights(70_000))
 def test_the_kernel_counts(weights):
-    assert np.array_equal(native.count_exponents(weights), numpy_counts(weights.tobytes()))
+    assert np.array_equal(kernels.count_exponents(weights), numpy_counts(weights.tobytes()))
 
 
 def test_records_with_raw_segments_are_counted(half_coded):

@@ -1,0 +1,128 @@
+/* What the CPU kernels share: the constants of layout.py, status codes, unaligned loads, and the choice of a CPU's instructions.
+ *
+ * decode.c (formats) and encode.c (converter) hold the kernels; src/df11/_kernels.c checks what Python passes and calls them. A kernel trusts
+ * sizes and offsets, which its caller has checked, and nothing that it reads from a segment. It allocates nothing and calls nothing of Python's.
+ */
+#ifndef DF11_KERNELS_H
+#define DF11_KERNELS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "df11 needs a little-endian machine: containers and weights are little-endian, and nothing here swaps bytes"
+#endif
+
+enum {
+    LANES = 32,
+    TILE_WEIGHTS = 8192,
+    TILE_PAIRS = TILE_WEIGHTS / 2,
+    CHUNK_WEIGHTS = 256,
+    CHUNK_PAIRS = CHUNK_WEIGHTS / 2,
+    TILE_CHUNKS = TILE_WEIGHTS / CHUNK_WEIGHTS,
+    CODE_LIMIT = 12,
+    TABLE_SIZE = 1 << CODE_LIMIT, /* also the sum of 2^(12 - length) over a complete code */
+    STREAM_UNIT = 16,
+    STREAM_END = 16,
+    MAX_SEGMENT_WEIGHTS = 1 << 24,
+    ENCODE_SLACK = 8192, /* bytes after the end of a segment that encoding may write to before it finds that a tile does not fit */
+};
+
+/* What is wrong with a segment; Python's formats/kernels.py takes these from the module. */
+enum df11_status { OK, BAD_TILE, BAD_LANE, BAD_EXCEPTION, DIFFERENT, BAD_ALPHABET, BAD_LENGTH, INCOMPLETE_CODE };
+
+/* Why encoding has not made a segment. */
+enum { LANE_OVERFLOW = -1, NOT_SMALLER = -2 };
+
+#if defined(__GNUC__) || defined(__clang__)
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define UNLIKELY(x) __builtin_expect(!!(x), 0)
+typedef uint16_t __attribute__((may_alias)) any_u16; /* halves of what was stored as u32 */
+#else
+#include <intrin.h>
+#define ALWAYS_INLINE static __forceinline
+#define UNLIKELY(x) (x)
+typedef uint16_t any_u16;
+#endif
+
+/* The same C, compiled once more for CPUs of 2013 and later: loops become AVX2, shifts take one instruction. Where the compiler cannot do that,
+ * there is the portable code alone. */
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define HAVE_AVX2 1
+#define AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt")))
+#endif
+
+/* Set once, when the module is loaded. */
+extern int df11_use_avx2;
+extern int df11_use_pext;
+
+ALWAYS_INLINE uint64_t load_u64(const uint8_t *from)
+{
+    uint64_t value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+ALWAYS_INLINE unsigned load_u16(const uint8_t *from)
+{
+    return (unsigned)from[0] | (unsigned)from[1] << 8;
+}
+
+ALWAYS_INLINE void store_u64(uint8_t *to, uint64_t value)
+{
+    memcpy(to, &value, sizeof value);
+}
+
+ALWAYS_INLINE void store_u16(uint8_t *to, unsigned value)
+{
+    to[0] = (uint8_t)value;
+    to[1] = (uint8_t)(value >> 8);
+}
+
+/* Of a value that is not zero. */
+ALWAYS_INLINE unsigned leading_zeros(uint64_t value)
+{
+#if defined(__GNUC__) || defined(__clang__)
+    return (unsigned)__builtin_clzll(value);
+#else
+    unsigned long top;
+    _BitScanReverse64(&top, value);
+    return 63 - (unsigned)top;
+#endif
+}
+
+/* A coded segment (SPEC.md, section 5): its bytes, the offsets of its sections, and its decoding table. */
+struct df11_segment {
+    const uint8_t *bytes;
+    uint64_t size;
+    uint32_t elements;
+    uint32_t lane_bytes;
+    uint64_t tiles_offset, lanes_offset, sign_mantissa_offset, stream_offset;
+    const uint32_t *table;
+};
+
+enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphabet_size, uint32_t *table);
+enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out, uint64_t *tile);
+enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, const uint16_t *source, uint64_t *tile);
+
+/* The code of a segment and what making it takes; encode.c. */
+struct df11_encoder;
+
+struct df11_code {
+    unsigned alphabet_size;
+    unsigned section_size; /* bytes of the code table section */
+    int64_t bits;          /* of all codes and exceptions */
+    unsigned filler;       /* the symbol for weights that do not exist */
+};
+
+size_t df11_encoder_size(void);
+const uint8_t *df11_code_section(const struct df11_encoder *encoder);
+const int64_t *df11_exponents(const struct df11_encoder *encoder);
+void df11_count_pairs(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count);
+void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count, struct df11_code *code);
+int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights, const struct df11_segment *layout, unsigned filler, uint8_t *out,
+                          uint64_t end, uint64_t *exceptions);
+void df11_count_exponents(const uint16_t *weights, uint64_t count, int64_t *exponents);
+int df11_cast_f32(const uint32_t *source, uint64_t count, uint16_t *out);
+
+#endif

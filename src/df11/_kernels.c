@@ -1,0 +1,349 @@
+/* The Python module of the CPU kernels: checks what it is given, lets go of the interpreter lock, calls. Typed functions over it, which users of this
+ * package call, are in df11/formats/kernels.py and df11/converter/kernels.py. Only CPython's limited API is used: one build serves every version
+ * from 3.11 on. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdlib.h>
+
+#include "../../formats/kernels.h"
+
+int df11_use_avx2 = 0;
+int df11_use_pext = 0;
+
+/* Buffers. */
+
+/* A contiguous, aligned buffer of at least `count` items of `size` bytes; on failure an exception is set. */
+static int get_buffer(PyObject *object, Py_buffer *buffer, const char *name, Py_ssize_t size, Py_ssize_t count, int writable)
+{
+    if (PyObject_GetBuffer(object, buffer, PyBUF_ND | (writable ? PyBUF_WRITABLE : 0)) < 0)
+        return -1;
+    if (buffer->itemsize == size && (uintptr_t)buffer->buf % (uintptr_t)size == 0 && buffer->len / size >= count)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected at least %zd aligned items of %zd bytes, found %zd bytes in items of %zd", name, count, size,
+                 buffer->len, buffer->itemsize);
+    PyBuffer_Release(buffer);
+    return -1;
+}
+
+/* Several of them: all or none. */
+struct wanted {
+    PyObject *object;
+    const char *name;
+    Py_ssize_t size, count;
+    int writable;
+};
+
+static int get_buffers(const struct wanted *wanted, Py_buffer *buffers, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (get_buffer(wanted[i].object, &buffers[i], wanted[i].name, wanted[i].size, wanted[i].count, wanted[i].writable) < 0) {
+            while (i--)
+                PyBuffer_Release(&buffers[i]);
+            return -1;
+        }
+    return 0;
+}
+
+static void release_buffers(Py_buffer *buffers, int count)
+{
+    for (int i = 0; i < count; i++)
+        PyBuffer_Release(&buffers[i]);
+}
+
+static int require(int condition, const char *what)
+{
+    if (!condition)
+        PyErr_Format(PyExc_ValueError, "kernels: %s", what);
+    return condition;
+}
+
+/* Decoding. */
+
+static PyObject *build_decode_table(PyObject *module, PyObject *arguments)
+{
+    PyObject *section, *table;
+    Py_ssize_t size;
+    Py_buffer buffers[2];
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OnO", &section, &size, &table) || !require(size >= 1 && size <= 256, "alphabet size"))
+        return NULL;
+    struct wanted wanted[] = {{section, "section", 1, size + (size * size + 1) / 2, 0}, {table, "table", 4, TABLE_SIZE, 1}};
+    if (get_buffers(wanted, buffers, 2) < 0)
+        return NULL;
+    enum df11_status status = df11_build_decode_table(buffers[0].buf, (unsigned)size, buffers[1].buf);
+    release_buffers(buffers, 2);
+    return PyLong_FromLong((long)status);
+}
+
+/* Whether the sections of a segment, and 16 bytes more, lie inside; `end` is its size, or the size that it must stay below. */
+static int check_sections(const struct df11_segment *segment, uint64_t end)
+{
+    uint64_t tiles = ((uint64_t)segment->elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS;
+
+    return require(segment->elements >= 1 && segment->elements <= MAX_SEGMENT_WEIGHTS, "elements")
+           && require(segment->lane_bytes == 1 || segment->lane_bytes == 2, "lane_bytes")
+           && require(end >= STREAM_END && end <= UINT32_MAX && segment->tiles_offset <= end && segment->lanes_offset <= end
+                          && segment->sign_mantissa_offset <= end && segment->stream_offset <= end - STREAM_END,
+                      "an offset lies outside the segment")
+           && require(segment->tiles_offset + 8 * tiles <= end && segment->lanes_offset + LANES * segment->lane_bytes * tiles <= end
+                          && segment->sign_mantissa_offset + segment->elements <= end,
+                      "a section does not fit the segment");
+}
+
+/* Decode into, or compare with, the last argument. */
+static PyObject *each_tile(PyObject *arguments, int compare)
+{
+    PyObject *bytes, *table, *weights;
+    unsigned long long elements, lane_bytes, tiles, lanes, sign_mantissa, stream, first, last;
+    Py_buffer buffers[3];
+
+    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKKO", &bytes, &table, &elements, &lane_bytes, &tiles, &lanes, &sign_mantissa, &stream, &first, &last,
+                          &weights)
+        || !require(elements <= MAX_SEGMENT_WEIGHTS && lane_bytes <= 2, "elements or lane_bytes")
+        || !require(first <= last && last <= (elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS, "tiles"))
+        return NULL;
+    unsigned long long end = last * TILE_WEIGHTS < elements ? last * TILE_WEIGHTS : elements;
+    Py_ssize_t count = first < last ? (Py_ssize_t)(end - first * TILE_WEIGHTS) : 0;
+    struct wanted wanted[] = {{bytes, "segment", 1, 0, 0}, {table, "table", 4, TABLE_SIZE, 0}, {weights, "weights", 2, count, !compare}};
+    if (get_buffers(wanted, buffers, 3) < 0)
+        return NULL;
+    struct df11_segment segment = {
+        buffers[0].buf, (uint64_t)buffers[0].len, (uint32_t)elements, (uint32_t)lane_bytes, tiles, lanes, sign_mantissa, stream, buffers[1].buf};
+    enum df11_status status = OK;
+    uint64_t tile = 0;
+    int valid = check_sections(&segment, segment.size);
+    if (valid) {
+        Py_BEGIN_ALLOW_THREADS
+        status = compare ? df11_compare_tiles(&segment, first, last, buffers[2].buf, &tile)
+                         : df11_decode_tiles(&segment, first, last, buffers[2].buf, &tile);
+        Py_END_ALLOW_THREADS
+    }
+    release_buffers(buffers, 3);
+    return valid ? Py_BuildValue("iK", (int)status, (unsigned long long)tile) : NULL;
+}
+
+static PyObject *decode_tiles(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    return each_tile(arguments, 0);
+}
+
+static PyObject *compare_tiles(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    return each_tile(arguments, 1);
+}
+
+/* Encoding. */
+
+static const char ENCODER[] = "df11.encoder";
+
+static void free_encoder(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, ENCODER));
+}
+
+static PyObject *new_encoder(PyObject *module, PyObject *arguments)
+{
+    (void)module, (void)arguments;
+    void *encoder = calloc(1, df11_encoder_size());
+    if (!encoder)
+        return PyErr_NoMemory();
+    PyObject *capsule = PyCapsule_New(encoder, ENCODER, free_encoder);
+    if (!capsule)
+        free(encoder);
+    return capsule;
+}
+
+static PyObject *build_code(PyObject *module, PyObject *arguments)
+{
+    PyObject *capsule, *weights;
+    Py_buffer buffer;
+    struct df11_code code;
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OO", &capsule, &weights))
+        return NULL;
+    struct df11_encoder *encoder = PyCapsule_GetPointer(capsule, ENCODER);
+    if (!encoder || get_buffer(weights, &buffer, "weights", 2, 2, 0) < 0)
+        return NULL;
+    uint64_t count = (uint64_t)buffer.len / 2;
+    int valid = require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment");
+    if (valid) {
+        Py_BEGIN_ALLOW_THREADS
+        df11_count_pairs(encoder, buffer.buf, count);
+        df11_build_code(encoder, buffer.buf, count, &code);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&buffer);
+    if (!valid)
+        return NULL;
+    return Py_BuildValue("Iy#LI", code.alphabet_size, (const char *)df11_code_section(encoder), (Py_ssize_t)code.section_size,
+                         (long long)code.bits, code.filler);
+}
+
+static PyObject *exponents(PyObject *module, PyObject *capsule)
+{
+    (void)module;
+    struct df11_encoder *encoder = PyCapsule_GetPointer(capsule, ENCODER);
+    return encoder ? PyBytes_FromStringAndSize((const char *)df11_exponents(encoder), 256 * sizeof(int64_t)) : NULL;
+}
+
+static PyObject *encode_tiles(PyObject *module, PyObject *arguments)
+{
+    PyObject *capsule, *weights, *out;
+    unsigned long long filler, lane_bytes, tiles, lanes, sign_mantissa, stream, end;
+    Py_buffer buffers[2];
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKO", &capsule, &weights, &filler, &lane_bytes, &tiles, &lanes, &sign_mantissa, &stream, &end, &out)
+        || !require(filler < 65536 && lane_bytes <= 2 && end <= UINT32_MAX, "filler, lane_bytes or end"))
+        return NULL;
+    struct df11_encoder *encoder = PyCapsule_GetPointer(capsule, ENCODER);
+    struct wanted wanted[] = {{weights, "weights", 2, 1, 0}, {out, "out", 1, (Py_ssize_t)end + ENCODE_SLACK, 1}};
+    if (!encoder || get_buffers(wanted, buffers, 2) < 0)
+        return NULL;
+    uint64_t count = (uint64_t)buffers[0].len / 2, found = 0;
+    int64_t size = 0;
+    int valid = require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment");
+    if (valid) {
+        struct df11_segment layout = {NULL, 0, (uint32_t)count, (uint32_t)lane_bytes, tiles, lanes, sign_mantissa, stream, NULL};
+        valid = check_sections(&layout, end);
+        if (valid) {
+            Py_BEGIN_ALLOW_THREADS
+            size = df11_encode_tiles(encoder, buffers[0].buf, &layout, (unsigned)filler, buffers[1].buf, end, &found);
+            Py_END_ALLOW_THREADS
+        }
+    }
+    release_buffers(buffers, 2);
+    return valid ? Py_BuildValue("LK", (long long)size, (unsigned long long)found) : NULL;
+}
+
+static PyObject *count_exponents(PyObject *module, PyObject *arguments)
+{
+    PyObject *weights, *out;
+    Py_buffer buffers[2];
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OO", &weights, &out))
+        return NULL;
+    struct wanted wanted[] = {{weights, "weights", 2, 0, 0}, {out, "counts", 8, 256, 1}};
+    if (get_buffers(wanted, buffers, 2) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    df11_count_exponents(buffers[0].buf, (uint64_t)buffers[0].len / 2, buffers[1].buf);
+    Py_END_ALLOW_THREADS
+    release_buffers(buffers, 2);
+    Py_RETURN_NONE;
+}
+
+static PyObject *cast_f32(PyObject *module, PyObject *arguments)
+{
+    PyObject *source, *out;
+    Py_buffer buffers[2];
+    int exact;
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OO", &source, &out) || get_buffer(source, &buffers[0], "source", 4, 0, 0) < 0)
+        return NULL;
+    if (get_buffer(out, &buffers[1], "out", 2, buffers[0].len / 4, 1) < 0) {
+        PyBuffer_Release(&buffers[0]);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    exact = df11_cast_f32(buffers[0].buf, (uint64_t)buffers[0].len / 4, buffers[1].buf);
+    Py_END_ALLOW_THREADS
+    release_buffers(buffers, 2);
+    return PyBool_FromLong(exact);
+}
+
+/* The CPU. */
+
+#ifdef HAVE_AVX2
+#include <cpuid.h>
+
+/* pext takes one cycle on Intel's CPUs and on AMD's from Zen 3 (family 0x19) on; before, it is microcode of some hundred cycles. */
+static int has_fast_pext(void)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d))
+        return 0;
+    int intel = b == 0x756E6547 && d == 0x49656E69 && c == 0x6C65746E;
+    if (!__get_cpuid(1, &a, &b, &c, &d))
+        return 0;
+    unsigned family = a >> 8 & 15;
+    return intel || (family == 15 && family + (a >> 20 & 255) >= 0x19);
+}
+
+static void choose_instructions(void)
+{
+    unsigned a, b, c, d;
+    __builtin_cpu_init();
+    int lzcnt = __get_cpuid(0x80000001, &a, &b, &c, &d) && (c >> 5 & 1);
+    df11_use_avx2 = lzcnt && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    df11_use_pext = df11_use_avx2 && has_fast_pext();
+}
+#else
+static void choose_instructions(void)
+{
+}
+#endif
+
+static PyMethodDef methods[] = {
+    {"build_decode_table", build_decode_table, METH_VARARGS, NULL},
+    {"decode_tiles", decode_tiles, METH_VARARGS, NULL},
+    {"compare_tiles", compare_tiles, METH_VARARGS, NULL},
+    {"new_encoder", new_encoder, METH_NOARGS, NULL},
+    {"build_code", build_code, METH_VARARGS, NULL},
+    {"exponents", exponents, METH_O, NULL},
+    {"encode_tiles", encode_tiles, METH_VARARGS, NULL},
+    {"count_exponents", count_exponents, METH_VARARGS, NULL},
+    {"cast_f32", cast_f32, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static int initialise(PyObject *module)
+{
+    static const struct {
+        const char *name;
+        long value;
+    } constants[] = {
+        {"OK", OK},
+        {"BAD_TILE", BAD_TILE},
+        {"BAD_LANE", BAD_LANE},
+        {"BAD_EXCEPTION", BAD_EXCEPTION},
+        {"DIFFERENT", DIFFERENT},
+        {"BAD_ALPHABET", BAD_ALPHABET},
+        {"BAD_LENGTH", BAD_LENGTH},
+        {"INCOMPLETE_CODE", INCOMPLETE_CODE},
+        {"LANE_OVERFLOW", LANE_OVERFLOW},
+        {"NOT_SMALLER", NOT_SMALLER},
+        {"ENCODE_SLACK", ENCODE_SLACK},
+    };
+    for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
+        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)
+            return -1;
+    /* For tests, and to find out whether a fault is one of these instructions: the portable code gives the same bytes. */
+    if (!getenv("DF11_PORTABLE"))
+        choose_instructions();
+    return PyModule_AddStringConstant(module, "INSTRUCTIONS", df11_use_pext ? "avx2, pext" : df11_use_avx2 ? "avx2" : "portable");
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, (void *)initialise},
+#ifdef Py_GIL_DISABLED
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "df11._kernels", .m_doc = "The CPU kernels.", .m_methods = methods, .m_slots = slots};
+
+PyMODINIT_FUNC PyInit__kernels(void)
+{
+    return PyModuleDef_Init(&definition);
+}
