@@ -90,27 +90,29 @@ ALWAYS_INLINE void decode_chunk(const struct df11_segment *segment, uint64_t *po
     }
 }
 
-/* Put the weights of a chunk together. `halves`: u16 [256], the entries' halves, each an exponent in place, and below it bits that are not wanted. */
+/* A weight from half an entry, which has the exponent in place and below it bits that are not wanted, and its sign/mantissa byte. */
+ALWAYS_INLINE uint16_t weight_of(unsigned half, unsigned s)
+{
+    return (uint16_t)((half & 0x7F80) | (s & 0x7F) | (s & 0x80) << 8);
+}
+
+/* Put the weights of a chunk together. `halves`: of its entries, u16 [256]. */
 ALWAYS_INLINE void assemble(const any_u16 *halves, const uint8_t *sign_mantissa, uint16_t *out)
 {
-    for (unsigned i = 0; i < CHUNK_WEIGHTS; i++) {
-        unsigned s = sign_mantissa[i];
-        out[i] = (uint16_t)((halves[i] & 0x7F80) | (s & 0x7F) | (s & 0x80) << 8);
-    }
+    for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
+        out[i] = weight_of(halves[i], sign_mantissa[i]);
 }
 
-ALWAYS_INLINE int differ(const uint16_t *decoded, const uint16_t *source)
+/* The same, but compare with the source, and only if there is a difference note for each weight whether it differs. */
+ALWAYS_INLINE int compare(const any_u16 *halves, const uint8_t *sign_mantissa, const uint16_t *source, uint8_t *notes)
 {
-    unsigned different = 0;
+    uint16_t different = 0;
     for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
-        different |= decoded[i] ^ source[i];
+        different |= weight_of(halves[i], sign_mantissa[i]) ^ source[i];
+    if (UNLIKELY(different))
+        for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
+            notes[i] = weight_of(halves[i], sign_mantissa[i]) != source[i];
     return different != 0;
-}
-
-ALWAYS_INLINE void note_differences(const uint16_t *decoded, const uint16_t *source, uint8_t *notes)
-{
-    for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
-        notes[i] = decoded[i] != source[i];
 }
 
 /* A tile while it is decoded. In a comparison, `out` is null; a chunk that differs from the source (where exceptions are, or damage) has a note for
@@ -136,14 +138,10 @@ ALWAYS_INLINE void decode_chunks(const struct df11_segment *segment, struct tile
     for (unsigned chunk = 0; chunk < whole; chunk++) {
         unsigned first = chunk * CHUNK_WEIGHTS;
         decode_chunk(segment, tile->position, limit, pairs);
-        if (tile->out) {
+        if (tile->out)
             assemble(halves, tile->sign_mantissa + first, tile->out + first);
-        } else {
-            assemble(halves, tile->sign_mantissa + first, weights);
-            tile->differs[chunk] = (uint8_t)differ(weights, tile->source + first);
-            if (UNLIKELY(tile->differs[chunk]))
-                note_differences(weights, tile->source + first, tile->notes + first);
-        }
+        else
+            tile->differs[chunk] = (uint8_t)compare(halves, tile->sign_mantissa + first, tile->source + first, tile->notes + first);
     }
     if (rest) { /* The last chunk of a segment: what lies behind its weights is neither read nor written. */
         unsigned first = whole * CHUNK_WEIGHTS;
