@@ -24,9 +24,9 @@ from df11 import runtime
 from df11.formats import errors
 from df11.runtime import hub as downloads
 from df11.runtime import modules, omnigen2
-from tests.runtime.test_omnigen2 import Family
 from tests.support import omnigen2_stand_in as stand_in
 from tests.support.hub.server import HubServer, corrupt, status, truncated
+from tests.support.omnigen2 import Family
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks:UserWarning"),  # diffusers passes it
