@@ -47,7 +47,7 @@ quality: test-setup
 test: quality $(OLDEST_HUB)/.ready
 	$(BIN)/python -m benchmarks.gpu.cubins
 	$(PYTEST)
-	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) tests/hub --ignore tests/hub/test_kills.py --ignore tests/hub/test_ray.py
+	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) -m hub --ignore tests/pipelines/test_kills.py
 
 $(OLDEST_HUB)/.ready: $(VENV)/.ready-to-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST_HUB) $(subst -,==,$(notdir $(OLDEST_HUB)))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import machine, measure, report, synthetic, table, warm
-from tests.hub.server import HubServer
+from tests.support.hub.server import HubServer
 
 SHARDS: Final = 8
 BYTES: Final = 4_000_000_000

@@ -1,4 +1,4 @@
-"""Every structure, constant and limit of the container, declared once. tests/test_spec.py holds SPEC.md against them."""
+"""Every structure, constant and limit of the container, declared once. tests/formats/test_spec.py holds SPEC.md against them."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class Bench:
 
     def image(self) -> list[Row]:
         """OmniGen2's transformer: all steps of an image, two predictions a step."""
-        stand_in: Any = importlib.import_module("tests.omnigen2_stand_in")
+        stand_in: Any = importlib.import_module("tests.support.omnigen2_stand_in")
         config = {name: value for name, value in synthetic.omnigen2()["configs"]["transformer/config.json"].items() if not name.startswith("_")}
         config |= {"num_layers": self.size.layers}
         if self.size is SMALLEST:

@@ -1,6 +1,6 @@
 """A second encoder, as plain as the reference decoder: records and containers made by hand, for vectors and tests.
 
-It shares nothing with df11.converter but the structures of df11.formats.layout, which tests/test_spec.py holds against SPEC.md, and it can
+It shares nothing with df11.converter but the structures of df11.formats.layout, which tests/formats/test_spec.py holds against SPEC.md, and it can
 make what the reference writer never makes: any legal code, order and padding, and files that break one rule.
 """
 

@@ -1,0 +1,150 @@
+"""formats/SPEC.md says what formats/layout.py declares: its tables are read and compared, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from df11.formats import framing, layout, reference
+from tests.vectors import forge, worked_example
+
+SPEC = (Path(__file__).parents[2] / "formats" / "SPEC.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## (\d+) .*?\n(.*?)(?=^## |\Z)", SPEC, re.MULTILINE | re.DOTALL))
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Every table of a text: rows of cells, without the rule below the first row."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", text + "\n", re.MULTILINE)
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if not line.startswith("|---")] for block in blocks]
+
+
+def table_under(title: str) -> list[list[str]]:
+    """The table that follows a line ``**title, ...**``, without its first row."""
+    match = re.search(rf"^\*\*{title}.*\*\*\n\n((?:^\|.*\n)+)", SPEC, re.MULTILINE)
+    assert match, f"no table {title}"
+    return tables(match[1])[0][1:]
+
+
+@pytest.mark.parametrize("structure", layout.STRUCTURES, ids=lambda structure: structure.name)
+def test_structures(structure: layout.Structure) -> None:
+    assert [(int(row[0]), int(row[1]), row[2]) for row in table_under(structure.name)] == structure.table()
+    assert f"**{structure.name}, {structure.size} bytes**" in SPEC
+
+
+def test_every_structure_of_the_specification_is_declared() -> None:
+    declared = {(structure.name, str(structure.size)) for structure in layout.STRUCTURES}
+    assert set(re.findall(r"^\*\*(.*), (\d+) bytes\*\*$", SPEC, re.MULTILINE)) == declared
+
+
+def number(text: str) -> int:
+    """The number at the start of a cell: 1,000 or 2^40 or 12."""
+    match = re.match(r"2\^(\d+)|[\d,]+", text)
+    assert match, text
+    return 1 << int(match[1]) if match[1] else int(match[0].replace(",", ""))
+
+
+def test_limits() -> None:
+    rows = {row[0]: row[1] for row in tables(SECTIONS["10"])[0][1:]}
+    codes = layout.LANES * layout.LANE_WEIGHTS // 2 * layout.CODE_LIMIT // 8
+    assert {name: number(value) for name, value in rows.items() if not name.startswith("size of a segment")} == {
+        "JSON header, of the container and of the source": layout.MAX_JSON_HEADER,
+        "tensors in a file": layout.MAX_TENSORS,
+        "dimensions of a tensor": layout.MAX_DIMENSIONS,
+        "weights in a record": layout.MAX_RECORD_WEIGHTS,
+        "weights in a segment": layout.MAX_SEGMENT_WEIGHTS,
+        "code length": layout.CODE_LIMIT,
+        "size of a tile's codes": codes,
+    }
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 8192, 1 << 24])
+def test_sizes_of_a_segment(n: int) -> None:
+    (cell,) = (row[1] for row in tables(SECTIONS["10"])[0] if row[0].startswith("size of a segment"))
+    sums = re.findall(r"align16\((.*?)\)", cell.replace("2n", "2 * n"))
+    assert tuple(layout.align(eval(text, {"n": n})) for text in sums) == layout.segment_size_range(n)
+    assert "segment_size = align16(32 + 2n)" in SECTIONS["5"]
+    assert layout.raw_segment_size(n) == layout.align(32 + 2 * n)
+
+
+def test_metadata_keys() -> None:
+    keys, members = tables(SECTIONS["3"])
+    assert [row[0].strip("`") for row in keys[1:]] == list(layout.METADATA_KEYS)
+    assert [row[0].strip("`") for row in members[1:]] == ["encoding", "dtype", "shape", "exact", "xxh3"]
+    assert f'the version of this document, `"{layout.VERSION}"`' in keys[1][1]
+    assert set() == layout.KNOWN_FEATURES
+    assert '`"[]"` in version 1' in keys[2][1]
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ("1", f"**tile**: {layout.TILE_WEIGHTS} weights of a segment"),
+        ("1", f"the part of a tile that one thread decodes, {layout.LANE_WEIGHTS} weights"),
+        ("1", f"**chunk**: {layout.CHUNK_WEIGHTS} consecutive\n  weights of a tile, {layout.CHUNK_LANE_WEIGHTS} from every lane"),
+        ("1", "up to 2^24 consecutive weights"),
+        ("2", f"multiple of {layout.DATA_ALIGNMENT} in the file"),
+        ("2", f"multiple of {layout.RECORD_ALIGNMENT} of the data"),
+        ("4", f'`{layout.MAGIC.hex(" ")}` ("{layout.MAGIC.decode()}")'),
+        ("4", f"a multiple of {layout.TILE_WEIGHTS}, from {layout.TILE_WEIGHTS} to 2^24"),
+        ("4", f"| {layout.DTYPE_BF16} = BF16 |"),
+        ("4", f"at offset {layout.RECORD_HEADER.size}: segment_count entries"),
+        ("4", f"the first starts at {layout.RECORD_HEADER.size} + {layout.DIRECTORY_ENTRY.size} x segment_count"),
+        ("5", f"| encoding | {layout.ENCODING_RAW} | {layout.ENCODING_CODED} |"),
+        ("5", f"T = ceil(n / {layout.TILE_WEIGHTS}) tiles"),
+        ("5", f"| {layout.TILE_DESCRIPTOR.size} x T |"),
+        ("5", f"| {layout.LANES} x lane_bytes x T |"),
+        ("6", f"other lengths are 1 to {layout.CODE_LIMIT}. There are at most {1 << layout.CODE_LIMIT} codes"),
+        ("6", f"the sum of 2^({layout.CODE_LIMIT} - length) over all codes is {1 << layout.CODE_LIMIT}"),
+        ("7", f"Lane l (0 to {layout.LANES - 1})"),
+        ("7", f"in units of {layout.STREAM_UNIT} bytes"),
+        ("7", f"the stream has {layout.STREAM_END} bytes of padding"),
+        ("7", f"A lane has 4C to {4 * layout.CODE_LIMIT}C bits"),
+        ("8", f"bit {8 * layout.STREAM_UNIT} x stream_position"),
+    ],
+)
+def test_constants(section: str, sentence: str) -> None:
+    assert sentence in SECTIONS[section]
+
+
+@pytest.mark.parametrize(("weights", "alphabet", "lane_bytes"), [(2, 1, 1), (8192, 40, 1), (8193, 3, 2), (1 << 21, 256, 2)])
+def test_sections_of_a_segment(weights: int, alphabet: int, lane_bytes: int) -> None:
+    # The column "starts at", read as Python.
+    names = {"K": alphabet, "n": weights, "T": -(-weights // 8192), "lane_bytes": lane_bytes, "align16": layout.align}
+    found = {}
+    for _, starts, _ in tables(SECTIONS["5"])[1][2:]:
+        name, _, formula = starts.partition(" = ")
+        formula = formula.replace("ceil(K x K / 2)", "(K * K + 1) // 2").replace(" x ", " * ")
+        found[name] = names[name] = eval(formula, {}, names)
+    assert found == layout.segment_sections(weights, alphabet, lane_bytes)
+
+
+def test_the_cast_names_the_dtypes_of_a_record() -> None:
+    assert {"BF16", "F32", "U8"} <= framing.DTYPE_BITS.keys()
+    assert "`(u + 0x7FFF + ((u >> 16) & 1)) >> 16`" in SECTIONS["3"]
+
+
+def test_sections_are_numbered_and_listed() -> None:
+    headings = re.findall(r"^## (\d+) (.*)$", SPEC, re.MULTILINE)
+    assert [int(place) for place, _ in headings] == list(range(1, len(headings) + 1))
+    links = re.findall(r"\[(\d+ [^\]]+)\]\(#([^)]+)\)", SPEC)
+    assert links == [(f"{place} {title}", f"{place}-{title.lower().replace(' ', '-')}") for place, title in headings]
+
+
+def test_sections_referred_to_exist() -> None:
+    referred = set(re.findall(r"section (\d+)", SPEC))
+    assert referred
+    assert referred <= SECTIONS.keys()
+    for source in (Path(layout.__file__).parent).glob("*.py"):
+        text = source.read_text(encoding="utf-8")
+        assert set(re.findall(r"SPEC\.md, sections? (\d+)", text)) <= SECTIONS.keys(), source
+
+
+def test_the_worked_record_is_the_one_in_the_specification() -> None:
+    assert SECTIONS["13"].strip() == worked_example.markdown().strip()
+
+
+def test_the_worked_record_decodes() -> None:
+    assert reference.decode_record(worked_example.RECORD) == forge.u16s(worked_example.WEIGHTS)
+    assert len(worked_example.markdown().splitlines()) < 70

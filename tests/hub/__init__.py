@@ -1,1 +1,0 @@
-"""A Hugging Face Hub on this machine, and the tests that run the real client against it."""

@@ -1,0 +1,148 @@
+"""Run df11's command line for tests: in this process where that is enough, in a process of its own where signals, memory or imports matter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import df11
+from tests.support import sources
+
+COMMAND = [sys.executable, "-m", "df11"]
+PATIENCE = 60.0
+"""Seconds to wait for a process to get somewhere: so long that it only passes if something hangs."""
+
+# Runs its arguments as a child and prints the child's peak memory. It is small itself: Linux counts the memory of the process
+# that forked as the child's own.
+_MEASURE = """
+import os, sys
+child = os.posix_spawn(sys.executable, [sys.executable, *sys.argv[1:]], os.environ)
+_, status, usage = os.wait4(child, 0)
+print(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Standard output as JSON lines."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    def error(self, code: int, *words: object) -> str:
+        """Assert that this is an error as df11 promises: this exit code, no data, one line that holds ``words``. Returns the line."""
+        assert self.code == code, self
+        assert not self.out, self
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self
+        assert lines[0].startswith("df11: "), self
+        for word in words:
+            assert str(word) in lines[0], (word, lines[0])
+        return lines[0]
+
+    def fine(self) -> Result:
+        """Assert that the command ended well. Returns itself."""
+        assert self.code == 0, self
+        return self
+
+
+@functools.cache
+def compile_kernels() -> None:
+    """Compile the kernels once, so that no test meets the compiler's time, memory or message."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = sources.write(Path(folder) / "x.safetensors", [sources.f32("a", (100, 100))])
+        with contextlib.redirect_stderr(io.StringIO()):
+            df11.convert(source, Path(folder) / "x.df11", cast="bf16")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a child that finds df11 where this process has found it, whatever its working directory."""
+    package = Path(df11.__file__).parent.parent
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def run(*arguments: object) -> Result:
+    """Run ``df11`` in this process."""
+    from df11.pipelines import cli
+
+    compile_kernels()
+    before = signal.getsignal(signal.SIGTERM)
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.run([str(argument) for argument in arguments])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def run_process(*arguments: object, env: Mapping[str, str] | None = None, command: Sequence[str] = COMMAND, cwd: Path | None = None) -> Result:
+    """Run ``df11``, or another command, in a process of its own."""
+    compile_kernels()
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, errors="surrogateescape", check=False, env=env or environment(), cwd=cwd
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def run_without(packages: Sequence[str], folder: Path, *arguments: object, **variables: str) -> Result:
+    """Run ``df11`` where some packages are not installed, neither for it nor for its children. ``folder`` is for what hides them."""
+    folder.mkdir(exist_ok=True)
+    for package in packages:
+        (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')\n")
+    env = environment(**variables)
+    return run_process(*arguments, env={**env, "PYTHONPATH": os.pathsep.join([str(folder), env["PYTHONPATH"]])})
+
+
+def peak_memory(*arguments: object) -> int:
+    """Run ``df11`` to success in a process of its own and return the most memory that it has held, in bytes."""
+    result = run_process("-m", "df11", *arguments, command=[sys.executable, "-S", "-c", _MEASURE]).fine()
+    return int(result.out.splitlines()[-1])
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Start ``df11`` in a process of its own, which SIGINT reaches even if these tests run in the background of a shell, where it is ignored."""
+    compile_kernels()
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Result:
+    """Wait for a process that :func:`start` has started."""
+    out, err = process.communicate(timeout=PATIENCE)
+    return Result(process.returncode, out, err)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait until ``condition`` holds; fails if ``process`` ends before."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.001)

@@ -1,0 +1,22 @@
+"""A job in a process of its own, started from one that has imported everything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import huggingface_hub  # noqa: F401
+import matplotlib.backends.backend_agg  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+
+from df11.pipelines.run import run_job
+from tests.support.hub import models
+
+
+def work_on(source: str, target: str, work: Path, environment: Mapping[str, str]) -> None:
+    """Run a job of one model to success."""
+    os.environ.clear()
+    os.environ.update(environment)
+    report = run_job(models.a_job(source, target, work))
+    assert not report.failures, report.failures
