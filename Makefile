@@ -1,8 +1,9 @@
 # make demo         convert real weights, verify, restore, compare
-# make check        style, types
-# make test         style, types, tests: what CI runs
+# make check        style, types, tests of formats and converter: about a minute, without torch
+# make test         all of it: what CI runs; make test-formats, test-converter, test-runtime, test-pipelines: one room
 # make lock         take today's releases into requirements/; nothing else changes what is installed
 # make test-newest  the tests with today's releases, make test-oldest with the oldest that pyproject.toml allows
+ROOMS := formats converter pipelines runtime
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,13 +24,14 @@ OLDEST_HUB := build/oldest-hub
 # A Python with torch and CuPy, which is often not the one of this checkout; GPU_OPTIONS go to the programs.
 GPU_PYTHON ?= python3
 GPU_OPTIONS ?=
-GPU_RUN := PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m
+GPU_RUN := PYTHONPATH="build/package:.:$$PYTHONPATH" $(GPU_PYTHON) -m
+PACKAGE := $(wildcard pyproject.toml setup.py build_backend.py $(addsuffix /*.*,src/df11 $(ROOMS) runtime/kernels))
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: setup test-setup demo style quality check test suite lock test-newest test-oldest bench bench-omnigen2 bench-job docs-demo \
-	gpu-check gpu-bench gpu-omnigen2 vectors clean
+.PHONY: setup test-setup demo style check quality test suite lock bench bench-omnigen2 bench-job docs-demo gpu-check gpu-bench gpu-omnigen2 \
+	vectors clean $(addprefix test-,$(ROOMS) newest oldest)
 
 setup: $(VENV)/.ready
 
@@ -38,7 +40,9 @@ $(VENV)/.locked: $(CHECK_LOCK)
 	$(INSTALL) -r $<
 	touch $@
 
-$(VENV)/.ready: $(VENV)/.locked pyproject.toml
+# A new pyproject.toml may change the package's metadata, and new C the extension.
+$(VENV)/.ready: $(VENV)/.locked pyproject.toml setup.py build_backend.py $(wildcard src/df11/*.c $(addsuffix /*.[ch],$(ROOMS)))
+	command -v cc gcc clang >/dev/null || $(call pick,ziglang,requirements/test.txt) | $(INSTALL) -r /dev/stdin
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -64,6 +68,12 @@ style: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(addprefix -p df11.,formats converter pipelines) -m df11 -m df11.__main__
+	$(PYTEST) tests/formats tests/converter
+
 quality: test-setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,10 +81,16 @@ quality: test-setup
 
 test: quality suite
 
+test-formats test-converter: test-%: setup
+	$(PYTEST) tests/$*
+
+test-runtime test-pipelines: test-%: test-setup
+	$(PYTEST) tests/$*
+
 suite: test-setup $(OLDEST_HUB)/.ready
 	$(BIN)/python -m benchmarks.gpu.cubins
 	$(PYTEST)
-	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) tests/hub --ignore tests/hub/test_kills.py --ignore tests/hub/test_ray.py
+	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) -m hub --ignore tests/pipelines/test_kills.py
 
 $(OLDEST_HUB)/.ready: requirements/oldest.txt $(VENV)/.locked
 	$(call pick,huggingface-hub,$<) | $(INSTALL) --upgrade --target $(OLDEST_HUB) -r /dev/stdin
@@ -118,6 +134,14 @@ bench-job: test-setup
 docs-demo: test-setup
 	$(BIN)/python -m benchmarks.demo_report
 
+# Without the network: that Python's own setuptools builds.
+build/package/.ready: $(PACKAGE)
+	rm -rf build/package
+	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/package .
+	touch $@
+
+gpu-check gpu-bench gpu-omnigen2: build/package/.ready
+
 gpu-check:
 	$(GPU_RUN) benchmarks.gpu.check $(GPU_OPTIONS)
 
@@ -131,4 +155,4 @@ vectors: setup
 	$(BIN)/python -m tests.vectors.generate
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) build dist src/*.egg-info src/df11/_kernels.*.so $(addprefix src/df11/,$(ROOMS))
