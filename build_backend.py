@@ -22,7 +22,7 @@ from typing import Any, Final
 from setuptools import build_meta, find_packages
 from setuptools.build_meta import build_sdist, get_requires_for_build_sdist, prepare_metadata_for_build_editable, prepare_metadata_for_build_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CompileError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 from setuptools.extension import Extension
 
 __all__ = [
@@ -137,7 +137,7 @@ class BuildExtension(build_ext):
             ext.extra_compile_args = ["/O2", "/std:c11"] if self.compiler.compiler_type == "msvc" else _FLAGS
             try:
                 super().build_extension(ext)
-            except BaseError as error:
+            except (CCompilerError, BaseError, OSError) as error:
                 raise CompileError(f"df11: the C compiler failed, see above: {error}; CC can name another one") from error
         elif util.find_spec("ziglang"):
             self._build_with_zig(ext)

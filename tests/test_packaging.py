@@ -196,12 +196,11 @@ def test_an_editable_install_follows_the_checkout(editable, tmp_path):
 
 def test_a_breakpoint_in_an_editable_install_is_reached(editable, tmp_path):
     checkout, scripts = editable
-    (checkout / "formats" / "stopping.py").write_text("def stop() -> None:\n    print('inside')\n")
-    (tmp_path / "program.py").write_text("from df11.formats import stopping\nstopping.stop()\n")
-    commands = ["-c", f"b {checkout / 'src' / 'df11' / 'formats' / 'stopping.py'}:2", "-c", "c", "-c", "p 'stopped'", "-c", "q"]
+    (checkout / "formats" / "stopping.py").write_text("def stop(inner: str) -> None:\n    print(inner)\n")
+    (tmp_path / "program.py").write_text("from df11.formats import stopping\nstopping.stop('here')\n")
+    commands = ["-c", f"b {checkout / 'src' / 'df11' / 'formats' / 'stopping.py'}:2", "-c", "c", "-c", "p [inner]", "-c", "q"]
     shown = run(scripts / "python", "-m", "pdb", *commands, "program.py", cwd=tmp_path)
-    assert "'stopped'" in shown
-    assert "stopping.py(2)stop()" in shown
+    assert "['here']" in shown
 
 
 def test_mypy_sees_an_editable_install(editable, tmp_path):
@@ -257,7 +256,7 @@ def test_without_a_compiler_zig_builds(built, bare, tmp_path):
     ("variables", "line"),
     [
         pytest.param({}, "df11 needs a C compiler to build: apt install gcc", id="none"),
-        pytest.param({"CC": "/no/such/compiler"}, "df11: the C compiler failed, see above: command '/no/such/compiler' failed", id="broken"),
+        pytest.param({"CC": "/no/such/compiler"}, "df11: the C compiler failed, see above: ", id="broken"),
     ],
 )
 def test_without_any_compiler_one_line_says_what_to_do(checkout, bare, tmp_path, variables, line):
