@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 import df11
-from benchmarks import measure, safetensors_file, synthetic, table, warm
+from benchmarks import measure, safetensors_file, synthetic
 from benchmarks.floor import Floor, measure_floor
+from benchmarks.results import table
 
 SCALE = 0.005
 """Of the OmniGen2 stand-in: 157 MB in F32 instead of 31.2 GB."""
@@ -91,8 +92,6 @@ def run_demo(folder: Path, scale: float) -> list[Result]:
         cast=True,
         restore="mllm",
     )
-    say("compiling the kernels, if this was never done here")
-    warm.compile_kernels(folder)
     say("making the models")
     synthetic.write_minilm_bf16(minilm.source)
     synthetic.write_omnigen2(omnigen2.source, scale)
@@ -186,7 +185,7 @@ def show(results: list[Result]) -> None:
                 f"{peak / 2**20:.0f} MiB",
             ]
         )
-    print(table.plain(head, rows))
+    print(table(head, rows))
     print(
         "\nto BF16: size as a share of the same weights in BF16, headers, tables and checksums included. floor: bits a weight of an ideal\n"
         "code of single exponents, 8 bits more for sign and mantissa. convert decodes and compares all it writes; verify compares with the\n"
