@@ -22,7 +22,9 @@ FEW: Final = 3
 """Fewer samples say nothing about the noise."""
 EXACT: Final = ("bytes", "files", "of BF16")
 """Units of what is counted, not timed."""
-SPEEDS: Final = ("s", "GB/s", "x")
+TIMINGS: Final = ("s", "GB/s")
+"""Units that say nothing about another machine."""
+SPEEDS: Final = (*TIMINGS, "x")
 HARDWARE: Final = ("cpu", "gpu", "cores", "memory", "file_system")
 
 Key = tuple[str, str, str]
@@ -82,24 +84,24 @@ def _digits(value: float, unit: str) -> str:
 
 
 def compare(a: Sequence[Result], b: Sequence[Result], *, other_machine: bool = False) -> list[str]:
-    """The lines of the comparison. Of other machines only ratios and sizes are compared."""
+    """The lines of the comparison. Of other machines no timings are compared, but their ratios."""
     first, second = _by_key(a), _by_key(b)
     changes = [Change(result, second[key]) for key, result in first.items() if key in second]
-    left_out = [change for change in changes if other_machine and not _anywhere(change.a)]
+    left_out = [change for change in changes if other_machine and change.a.unit in TIMINGS]
     changes = [change for change in changes if change not in left_out]
     lines: list[str] = []
     for section in dict.fromkeys(change.a.section for change in changes):
         said = [change for change in changes if change.a.section == section and (change.certain or change.possible)]
         said.sort(key=lambda change: (change.possible, not change.a.ratio))
         lines += [section, *(f"  {change}" for change in said)] if said else []
-    counts = {word: 0 for word in ("faster", "slower", "smaller", "larger")}
+    counts = dict.fromkeys(("faster", "slower", "smaller", "larger"), 0)
     for change in changes:
         counts[change.word] += change.certain
     same = sum(not change.certain for change in changes)
     words = [f"{count} {word}" for word, count in counts.items() if count]
     lines.append(f"{', '.join([*words, f'{same} the same within the noise'])}.")
     if left_out:
-        lines.append(f"{len(left_out)} absolute figures were left out: they are of different machines.")
+        lines.append(f"{len(left_out)} timings were left out: they are of different machines. Their ratios were not.")
     for name, mine, others in (("A", first, second), ("B", second, first)):
         if alone := [f"{section}: {what} ({unit})" for section, what, unit in mine if (section, what, unit) not in others]:
             lines += [f"Only in {name}:", *(f"  {what}" for what in alone)]
@@ -108,10 +110,6 @@ def compare(a: Sequence[Result], b: Sequence[Result], *, other_machine: bool = F
 
 def _by_key(found: Sequence[Result]) -> dict[Key, Result]:
     return {(result.section, result.name, result.unit): result for result in found}
-
-
-def _anywhere(result: Result) -> bool:
-    return result.ratio or result.unit in EXACT
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], keys: Sequence[str]) -> list[str]:
@@ -137,13 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {content['machine']['date'][:10]}, commit {content['machine']['commit']}, {path}")
     # To the GiB: virtual machines of one kind differ by some pages.
     rounded = [machine | {"memory": f"{machine['memory_bytes'] / 2**30:.0f} GiB"} for machine in machines]
-    hardware = differences(*rounded, HARDWARE)
+    hardware = differences(rounded[0], rounded[1], HARDWARE)
     if hardware:
         print(f"The machines differ. {'; '.join(hardware)}.")
     versions = [machine["versions"] | {"kernel": machine["kernel"]} for machine in machines]
-    if changed := differences(*versions, sorted({*versions[0], *versions[1]})):
+    if changed := differences(versions[0], versions[1], sorted({*versions[0], *versions[1]})):
         print(f"Versions differ. {'; '.join(changed)}.")
-    print("\n".join(compare(*found, other_machine=bool(hardware))))
+    print("\n".join(compare(found[0], found[1], other_machine=bool(hardware))))
     return 0
 
 

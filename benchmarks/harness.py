@@ -56,9 +56,7 @@ class Board:
         """Keep a figure."""
         self.found.append(Result.of(self.section, name, unit, better, samples, ratio=ratio))
 
-    def turns(
-        self, case: str, programs: Sequence[Program], pairs: Sequence[tuple[str, str]], rounds: int
-    ) -> dict[str, list[Measured]]:
+    def turns(self, case: str, programs: Sequence[Program], pairs: Sequence[tuple[str, str]], rounds: int) -> dict[str, list[Measured]]:
         """Run the programs one after the other, ``rounds`` times (A B A B), and keep what they took.
 
         For each of ``pairs``, two names: how many times as fast as the second the first is, round by round.
@@ -74,8 +72,8 @@ class Board:
             self.add(f"{case}: {name}, peak memory", "MiB", "lower", [one.peak_rss / 2**20 for one in runs])
         for first, second in pairs:
             both = list(zip(taken[first], taken[second], strict=True))
-            self.add(f"{case}: {first} / {second}", "x", "higher", [b.wall / a.wall for a, b in both], ratio=True)
-            name = f"{case}: {first} / {second}, processor"
+            self.add(f"{case}: speed, {first} / {second}", "x", "higher", [b.wall / a.wall for a, b in both], ratio=True)
+            name = f"{case}: speed by processor time, {first} / {second}"
             self.add(name, "x", "higher", [b.cpu / a.cpu for a, b in both if a.cpu], ratio=True)
         return taken
 
@@ -107,7 +105,7 @@ def evict(path: Path) -> None:
 
 
 def checkouts(against: str | None) -> list[Checkout]:
-    """This checkout, and the other one if there is one: ``PATH`` or ``PATH:PYTHON``. Raises ValueError."""
+    """The checkout that this is, and the other one, ``PATH`` or ``PATH:PYTHON``, if there is one. Raises ValueError."""
     found = [Checkout("df11", results.ROOT)]
     if against:
         path, _, python = against.partition(":")

@@ -50,8 +50,8 @@ def job(bench: Bench) -> None:
     board.add(f"{case}: df11 job, processor", "s", "lower", [first.cpu])
     board.add(f"{case}: df11 job, peak memory", "MiB", "lower", [max(first.peak_rss, again.peak_rss) / 2**20])
     board.add(f"{case}: df11 convert", "s", "lower", [local.wall])
-    board.add(f"{case}: df11 job / df11 convert", "x", "higher", [local.wall / first.wall], ratio=True)
-    board.add(f"{case}: nothing to do / df11 job", "x", "higher", [first.wall / again.wall], ratio=True)
+    board.add(f"{case}: speed, df11 job / df11 convert", "x", "higher", [local.wall / first.wall], ratio=True)
+    board.add(f"{case}: speed, nothing to do / df11 job", "x", "higher", [first.wall / again.wall], ratio=True)
     for step in ("convert", "verify", "deliver"):
         seconds = sum(event["seconds"].get(step, 0) for event in files)
         board.add(f"{case}: step {step}, all files", "s", "lower", [seconds])

@@ -31,9 +31,7 @@ def kernels(weights: Any) -> dict[str, Callable[[], object]]:
     coded = []
     for part in parts:
         segment = encoder.encode(part, np.zeros(layout.raw_segment_size(len(part)) + ENCODE_SLACK, np.uint8), verify=True)
-        place = SegmentPlace(
-            0, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0
-        )
+        place = SegmentPlace(0, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0)
         coded.append((segment.data, place))
     out = np.zeros(SEGMENT_WEIGHTS, np.uint16)
     wide = (weights[:SEGMENT_WEIGHTS].astype(np.uint32) << 16) + np.uint32(1)  # not exact, so that all is rounded

@@ -39,7 +39,7 @@ def omnigen2(bench: Bench) -> None:
         harness.evict(source)
         taken["convert"].append(harness.run(convert))
     both = list(zip(taken["convert"], taken["cp + fsync"], strict=True))
-    board.add(f"{case}: convert / cp + fsync", "x", "higher", [copy.wall / one.wall for one, copy in both], ratio=True)
+    board.add(f"{case}: speed, convert / cp + fsync", "x", "higher", [copy.wall / one.wall for one, copy in both], ratio=True)
     for component in ("", *COMPONENTS):
         _add_sizes(board, f"{case}: {component or 'all'}", source / component, target / component, bench.scale)
     harness.evict(target)

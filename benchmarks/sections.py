@@ -27,9 +27,10 @@ _KERNELS: Final = Path(__file__).with_name("kernels.py")
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What a section works with. ``size``: what all sizes are multiplied by; ``scale``: that of the OmniGen2 stand-in;
+    """What a section works with.
 
-    ``checkouts``: this one, and the one it is compared with, if there is one; ``folder``: empty, removed afterwards.
+    ``folder``: empty, removed afterwards; ``checkouts``: this one, and the one it is compared with, if there is one;
+    ``size``: what all sizes are multiplied by; ``scale``: that of the OmniGen2 stand-in; ``jobs``: threads.
     """
 
     board: Board
@@ -104,8 +105,7 @@ def convert(bench: Bench) -> None:
         pairs = _pairs(verified) + [(others[0].name, program.name) for program in unverified[1:]]
         bench.board.turns(f"convert {case}", others + verified, pairs, bench.rounds)
         verifiers = [
-            checkout.program("", "verify", _packed(bench, source, checkout.name), "-j", bench.jobs, "--quiet")
-            for checkout in bench.checkouts
+            checkout.program("", "verify", _packed(bench, source, checkout.name), "-j", bench.jobs, "--quiet") for checkout in bench.checkouts
         ]
         verifiers += bench.peers.lmzip("verify", _packed(bench, source, "lmzip"))
         bench.board.turns(f"verify {case}", verifiers, _pairs(verifiers), bench.rounds)
@@ -222,7 +222,7 @@ def cores(bench: Bench) -> None:
                 bench.board.add(f"{name}: {child}", "GB/s", "higher", [size / 1e9 / one for one in taken])
             if "against" in seconds:
                 ratios = [b / a for a, b in zip(seconds["df11"], seconds["against"], strict=True)]
-                bench.board.add(f"{name}: df11 / against", "x", "higher", ratios, ratio=True)
+                bench.board.add(f"{name}: speed, df11 / against", "x", "higher", ratios, ratio=True)
 
 
 @contextmanager
