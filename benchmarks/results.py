@@ -75,8 +75,17 @@ def write(path: Path, found: Iterable[Result], machine: dict[str, Any], **more: 
     """Write a results file; a line for each figure, so that a difference can be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({"format": FORMAT, "machine": machine, **more}, indent=1)
-    rows = ",\n".join(f"  {json.dumps(asdict(row))}" for row in found)
+    rows = ",\n".join(f"  {json.dumps(_rounded(asdict(row)))}" for row in found)
     path.write_text(f'{head[:-2]},\n "results": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    # Six digits of what was timed; what was counted is whole numbers, which stay.
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def dated(name: str, folder: Path = RESULTS) -> Path:
@@ -87,7 +96,7 @@ def dated(name: str, folder: Path = RESULTS) -> Path:
 def describe(folder: Path | None = None) -> dict[str, Any]:
     """Date, commit, processor, cores, memory, kernel, versions, and the file system of the folder worked in."""
     versions = {"df11": df11.__version__, "python": platform.python_version()}
-    for name in ("numpy", "numba", "xxhash", "zstandard"):
+    for name in ("numpy", "xxhash", "zstandard"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     described = {
