@@ -22,23 +22,30 @@ class CommandError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one process: seconds by the clock, seconds of processor time, peak resident bytes, standard output.
+    """Of one process: seconds by the clock; of processor time in the program and in the kernel; peak resident bytes.
 
-    The peak is that of the largest process, or of the sum over the process tree, sampled 20 times a second, if that is more.
+    All but the first are what wait4 says, the peak therefore that of the largest process of its tree.
     """
 
     wall: float
-    cpu: float
+    user: float
+    system: float
     peak_rss: int
     stdout: str
 
+    @property
+    def cpu(self) -> float:
+        """Seconds of processor time."""
+        return self.user + self.system
 
-def run(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Measured:
+
+def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Measured:
     """Run a command to its end. Raises CommandError if its exit code is not 0."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         launcher = [sys.executable, "-I", "-S", str(_CHILD), str(result), *command]
-        process = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, errors="replace")
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(launcher, stdout=pipe, stderr=pipe, text=True, env=env, errors="replace")
         try:
             stdout, stderr = process.communicate()
         except BaseException:
@@ -48,10 +55,10 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Meas
         if not result.exists():
             raise CommandError(f"{command[0]} could not be started: {stderr.strip()[-400:]}")
         measured = json.loads(result.read_text())
-    if measured["exit_code"]:
+    if exit_code := measured.pop("exit_code"):
         said = (stderr.strip() or stdout.strip())[-400:]
-        raise CommandError(f"exit code {measured['exit_code']} from {' '.join(command)}: {said}")
-    return Measured(measured["wall"], measured["cpu"], measured["peak_rss"], stdout)
+        raise CommandError(f"exit code {exit_code} from {' '.join(command)}: {said}")
+    return Measured(**measured, stdout=stdout)
 
 
 def interrupt_on_signals() -> None:
@@ -71,7 +78,7 @@ def df11(*arguments: object) -> list[str]:
 
 
 def events(stdout: str) -> list[dict[str, Any]]:
-    """The JSON lines that ``df11 convert --json`` prints."""
+    """The JSON lines that ``--json`` makes df11 print."""
     return [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
 
 

@@ -7,13 +7,12 @@ DFloat11's own kernel and nvCOMP's ANS on the same weights, where their wheels a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,12 +20,12 @@ import numpy as np
 import torch
 
 import df11
-from benchmarks import report, safetensors_file, table
-from benchmarks.gpu import copy_floor, dfloat11_peer, environment, nvcomp_peer, timing, variants, weights
+from benchmarks import harness, results, safetensors_file
+from benchmarks.gpu import copy_floor, dfloat11_peer, nvcomp_peer, report, timing, variants, weights
+from benchmarks.gpu.report import Column, Row
 from benchmarks.gpu.timing import Call, MissingPeerError, Timing
 from benchmarks.safetensors_file import Tensor
 from df11 import runtime
-from df11.formats import errors
 from df11.runtime import gpu, kernels
 from df11.runtime.kernels import Range
 
@@ -34,7 +33,6 @@ SIZES: Final = (1 << 20, 840 * 2520, 2520 * 2520, 10080 * 1024, 10240 * 2520, 10
 """Weights of one matrix: a mebi, four of OmniGen2's transformer, and two larger ones."""
 EMBEDDING: Final = (151_936, 2048)
 """Of OmniGen2's language model; its output layer is the same matrix."""
-Row = dict[str, Any]
 
 
 class Bench:
@@ -49,12 +47,12 @@ class Bench:
 
     # What is timed, and how.
 
-    def _time(self, function: Call, *, rotation: int = 1) -> Timing:
+    def _time(self, function: Call) -> Timing:
         """Cold second-level cache; on the processor, which only tries the program out, by the clock."""
         if self.real:
-            return timing.time_kernel(function, rotation=rotation)
+            return timing.time_kernel(function)
         start = time.perf_counter()
-        function(0)
+        function()
         return Timing.of([time.perf_counter() - start])
 
     def _matrix(self, count: int, make: Callable[[int, int, torch.device], torch.Tensor] = weights.gaussian) -> tuple[torch.Tensor, Any]:
@@ -64,8 +62,8 @@ class Bench:
     def _decoders(self, original: torch.Tensor, tensor: runtime.CompressedTensor) -> dict[str, Call]:
         out = torch.zeros_like(original)
         calls: dict[str, Call] = {
-            "df11": lambda _: tensor.decode(out),
-            "df11 background": lambda _: tensor.decode(out, background=True),
+            "df11": lambda: tensor.decode(out),
+            "df11 background": lambda: tensor.decode(out, background=True),
         }
         for name, add in (("DFloat11", self._dfloat11), ("nvCOMP ANS", self._nvcomp)):
             if name not in self.missing:
@@ -75,15 +73,15 @@ class Bench:
                     self.missing[name] = str(error)
         for name, call in calls.items():
             out.zero_()
-            call(0)
-            if not torch.equal(out.view(torch.int16), original.view(torch.int16)) and name != "nvCOMP ANS, exponents alone":
+            call()
+            if not torch.equal(out.view(torch.int16), original.view(torch.int16)):
                 raise AssertionError(f"{name} decodes wrongly")
         return calls
 
     def _dfloat11(self, original: torch.Tensor, out: torch.Tensor) -> dict[str, Call]:
         decoder = dfloat11_peer.Decoder(self.device)
         loaded = decoder.load(dfloat11_peer.encode(original.view(torch.int16).cpu().numpy().view(np.uint16)))
-        return {"DFloat11": lambda _: decoder.decode(loaded, out)}
+        return {"DFloat11": lambda: decoder.decode(loaded, out)}
 
     def _nvcomp(self, original: torch.Tensor, out: torch.Tensor) -> dict[str, Call]:
         ans = nvcomp_peer.Ans(self.device)
@@ -92,11 +90,11 @@ class Bench:
         exponents, sign_mantissa = ans.split(original)
         split = ans.target(exponents)
 
-        def joined(_: int) -> None:
+        def joined() -> None:
             ans.decompress(exponents, split)
             ans.interleave(split.out, sign_mantissa, out)
 
-        return {"nvCOMP ANS, its BF16 mode": lambda _: ans.decompress(whole, target), "nvCOMP ANS of exponents, joined": joined}
+        return {"nvCOMP ANS, its BF16 mode": lambda: ans.decompress(whole, target), "nvCOMP ANS of exponents, joined": joined}
 
     def _floor(self, stored: torch.Tensor, out: torch.Tensor) -> Timing | None:
         if not self.real:
@@ -127,7 +125,7 @@ class Bench:
         """What an event pair with nothing between measures, and what a launch costs the processor."""
         _, tensor = self._matrix(1 << 20)
         out = torch.empty(tensor.shape, dtype=torch.bfloat16, device=self.device)
-        rows = [{"what": "nothing, between two events", "seconds": self._time(lambda _: None).median}]
+        rows = [{"what": "nothing, between two events", "seconds": self._time(lambda: None).median}]
         calls: dict[str, Callable[[], object]] = {"decode": lambda: tensor.decode(), "decode into": lambda: tensor.decode(out)}
         for name, call in calls.items():
             call()
@@ -171,9 +169,9 @@ class Bench:
         joined = torch.cat(originals)
         stored = torch.cat([tensor.record for tensor in tensors])
         calls: dict[str, Call] = {
-            "df11, one launch": lambda _: runtime.decode_many(tensors, outputs),
-            "df11 background, one launch": lambda _: runtime.decode_many(tensors, outputs, background=True),
-            "df11, a launch each": lambda _: [tensor.decode(out) for tensor, out in zip(tensors, outputs, strict=True)],
+            "df11, one launch": lambda: runtime.decode_many(tensors, outputs),
+            "df11 background, one launch": lambda: runtime.decode_many(tensors, outputs, background=True),
+            "df11, a launch each": lambda: [tensor.decode(out) for tensor, out in zip(tensors, outputs, strict=True)],
         }
         peers = self._decoders(joined, weights.compress(joined))
         return self._rows("a block", joined, stored, calls | {name: call for name, call in peers.items() if not name.startswith("df11")})
@@ -186,12 +184,12 @@ class Bench:
         for count in (840 * 2520, 2520 * 2520, 10240 * 2520, 100_000_000):
             original, tensor = self._matrix(count)
             out = torch.zeros_like(original)
-            part = Range(tensor.record.data_ptr(), tensor.record.numel(), out.numel(), tensor.segment_elements, 0, out.numel(), out.data_ptr())
+            part = _range(tensor, out)
             for background in (False, True):
                 name = kernels.DECODE_SMALL if background else kernels.DECODE
                 chosen = kernels.tiles_per_block(name, -(-count // 8192), device.multiprocessors)
                 for tiles in (4, 8, 16, 32, 64):
-                    found = self._time(lambda _, b=background, t=tiles, p=part: device.decode([p], background=b, tiles_per_block=t))  # type: ignore[misc]
+                    found = self._time(partial(device.decode, [part], background=background, tiles_per_block=tiles))
                     mark = " (chosen)" if tiles == chosen else ""
                     rows.append(self._row(f"{count:,} weights", f"{name}, {tiles} tiles{mark}", found, 2 * count) | {"weights": count})
         return rows
@@ -204,14 +202,14 @@ class Bench:
         for count in (840 * 2520, 10240 * 2520, 100_000_000):
             original, tensor = self._matrix(count)
             out = torch.zeros_like(original)
-            part = Range(tensor.record.data_ptr(), tensor.record.numel(), out.numel(), tensor.segment_elements, 0, out.numel(), out.data_ptr())
+            part = _range(tensor, out)
             for name in variants.CHANGES:
                 device = gpu.Gpu(self.device, variants.source(name))
                 out.zero_()
                 device.decode([part])
                 if not torch.equal(out.view(torch.int16), original.view(torch.int16)):
                     raise AssertionError(f"{name}: decodes wrongly")
-                found = self._time(lambda _, d=device, p=part: d.decode([p]))  # type: ignore[misc]
+                found = self._time(partial(device.decode, [part]))
                 rows.append(self._row(f"{count:,} weights", name, found, 2 * count) | {"weights": count})
         return rows
 
@@ -225,10 +223,10 @@ class Bench:
             ids = torch.randint(0, shape[0], (count,), device=self.device)
             if not torch.equal(tensor.gather(ids).view(torch.int16), original[ids].view(torch.int16)):
                 raise AssertionError("gathers wrongly")
-            rows.append(self._row(f"{count} rows gathered", "df11", self._time(lambda _, i=ids: tensor.gather(i)), 2 * count * shape[1]))  # type: ignore[misc]
+            rows.append(self._row(f"{count} rows gathered", "df11", self._time(partial(tensor.gather, ids)), 2 * count * shape[1]))
         step = max(1, shape[0] // 8)
-        rows.append(self._row(f"a slice of {step} rows", "df11", self._time(lambda _: tensor.rows(step, 2 * step)), 2 * step * shape[1]))
-        rows.append(self._row("all rows", "df11", self._time(lambda _: tensor.decode()), 2 * original.numel()))
+        rows.append(self._row(f"a slice of {step} rows", "df11", self._time(lambda: tensor.rows(step, 2 * step)), 2 * step * shape[1]))
+        rows.append(self._row("all rows", "df11", self._time(lambda: tensor.decode()), 2 * original.numel()))
         return rows
 
     def overlap(self) -> list[Row]:
@@ -239,16 +237,16 @@ class Bench:
         weight, tokens = original.view(10240, 2520), torch.randn(4096, 2520, device=self.device).to(torch.bfloat16)
         out, side = torch.zeros_like(original), torch.cuda.Stream(self.device)
 
-        def product(_: int) -> None:
+        def product() -> None:
             for _ in range(4):
                 torch.nn.functional.linear(tokens, weight)
 
-        def before(i: int) -> None:
+        def before() -> None:
             tensor.decode(out)
-            product(i)
+            product()
 
         def both(background: bool, first: bool) -> Call:
-            def run(_: int) -> None:
+            def run() -> None:
                 current = torch.cuda.current_stream(self.device)
                 if first:
                     torch.nn.functional.linear(tokens, weight)
@@ -291,9 +289,7 @@ class Bench:
             for turn in range(3):
                 for name, (path, load) in programs.items():
                     if cold:
-                        with path.open("rb") as file:
-                            os.fsync(file.fileno())
-                            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                        harness.evict(path)
                     start = time.perf_counter()
                     loaded = load()
                     if self.real:
@@ -310,49 +306,32 @@ class Bench:
         return rows
 
 
+def _range(tensor: runtime.CompressedTensor, out: torch.Tensor) -> Range:
+    # All of a record.
+    record, elements = tensor.record, out.numel()
+    return Range(record.data_ptr(), record.numel(), elements, tensor.segment_elements, 0, elements, out.data_ptr())
+
+
 SECTIONS: Final = ("empty", "sizes", "outliers", "block", "tiles", "variants", "embedding", "overlap", "loading")
 _COLUMNS: Final = {
-    "what": "what",
-    "name": "by",
-    "bits": "bits a weight",
-    "seconds": "us",
-    "bytes_per_second": "GB/s of BF16",
-    "of_floor": "of the floor",
-    "times_dfloat11": "x DFloat11",
-    "of_products_alone": "of the products alone",
-    "of_safetensors": "of safetensors",
+    "what": Column("what"),
+    "name": Column("by"),
+    "bits": Column("bits a weight"),
+    "seconds": Column("us", 1e6, ",.1f"),
+    "bytes_per_second": Column("GB/s of BF16", 1e-9, ",.1f"),
+    "of_floor": Column("of the floor"),
+    "times_dfloat11": Column("x DFloat11"),
+    "of_products_alone": Column("of the products alone"),
+    "of_safetensors": Column("of safetensors"),
 }
-
-
-def as_markdown(results: Row) -> str:
-    """The report."""
-    parts = [
-        "# Decoding on a GPU",
-        environment.as_text(results["machine"]),
-        "Medians of 50 calls between two events, on a second-level cache that was overwritten before. GB/s: 10^9 bytes of BF16 a second. Floor: "
-        "the fastest of 32 shapes of a kernel that reads the stored bytes and writes those of the BF16 weights.",
-        *(f"Missing: {reason}." for reason in results["missing"].values()),
-    ]
-    for name, section in results["sections"].items():
-        parts += [f"## {name}", section["about"]]
-        if section["error"]:
-            parts.append(f"**Failed**: {section['error']}")
-        if section["rows"]:
-            columns = [key for key in _COLUMNS if any(row.get(key) is not None for row in section["rows"])]
-            parts.append(
-                table.markdown([_COLUMNS[key] for key in columns], [[_cell(key, row.get(key)) for key in columns] for row in section["rows"]])
-            )
-    return "\n\n".join(parts)
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or "-"
-    if key == "seconds":
-        return f"{value * 1e6:,.1f}"
-    if key == "bytes_per_second":
-        return f"{value / 1e9:,.1f}"
-    return f"{value:.3f}"
+_REPORT: Final = report.Report(
+    name="gpu",
+    title="Decoding on a GPU",
+    about="Medians of 50 calls between two events, on a second-level cache that was overwritten before. "
+    "GB/s: 10^9 bytes of BF16 a second. Floor: the fastest of 32 shapes of a kernel that reads the stored bytes "
+    "and writes those of the BF16 weights.",
+    columns=_COLUMNS,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -362,33 +341,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections")
     parser.add_argument("--scale", type=int, default=1, help="divide sizes, to try the program out")
     parser.add_argument("--dir", type=Path, help="folder for the file that is loaded (6 GB; default: the temporary folder)")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (default: benchmarks/results)")
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder for the results (default: benchmarks/results)")
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
-    try:
-        runtime.warm_up(device)
-    except errors.Df11Error as error:
-        print(f"gpu-bench: {error}", file=sys.stderr)
-        return error.exit_code
-    results: Row = {"machine": environment.describe(device), "sections": {}, "missing": {}}
-    failed = False
-    for name in chosen.only:
-        with tempfile.TemporaryDirectory(dir=chosen.dir) as folder:
-            bench, start = Bench(device, chosen.scale, Path(folder)), time.perf_counter()
-            section: Row = {"about": (getattr(Bench, name).__doc__ or "").split("\n")[0], "rows": [], "error": None}
-            try:
-                section["rows"] = getattr(bench, name)()
-            except Exception as error:  # The report says it, and the other sections are run.
-                section["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-                failed = True
-                traceback.print_exc()
-        results["missing"] |= bench.missing
-        results["sections"][name] = section
-        print(f"{name}: {len(section['rows'])} rows, {time.perf_counter() - start:.0f} s", flush=True)
-        # After each section, so that nothing is lost if the machine goes away.
-        path = report.save(f"gpu-{environment.short_name(results['machine'])}", results, as_markdown(results), chosen.out)
-    print(path.read_text(encoding="utf-8"))
-    return 1 if failed else 0
+    if exit_code := report.refused("gpu-bench", device):
+        return exit_code
+    with tempfile.TemporaryDirectory(dir=chosen.dir) as folder:
+        return report.run(_REPORT, lambda: Bench(device, chosen.scale, Path(folder)), chosen.only, device, chosen.out)
 
 
 if __name__ == "__main__":

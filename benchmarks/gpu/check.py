@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import df11
-from benchmarks import report, safetensors_file, table
-from benchmarks.gpu import environment, weights
+from benchmarks import results, safetensors_file
+from benchmarks.gpu import report, weights
 from benchmarks.gpu.models import compress
 from benchmarks.safetensors_file import Tensor
 from df11 import runtime
@@ -311,11 +311,12 @@ def sanitize(tool: str, seconds: float) -> dict[str, Any]:
 
 def save(rows: list[dict[str, Any]], device: torch.device, folder: Path) -> None:
     """Write the results and say where."""
-    described = environment.describe(device)
+    described = report.describe(device)
     words = {True: "yes", False: "**no**", None: "-"}
     lines = [[row["check"], words[row["correct"]], row["done"], f"{row['seconds']:.1f}"] for row in rows]
-    parts = ["# Is decoding on this GPU right?", environment.as_text(described), table.markdown(["check", "right", "what was done", "s"], lines)]
-    path = report.save(f"gpu-check-{environment.short_name(described)}", {"machine": described, "checks": rows}, "\n\n".join(parts), folder)
+    found = report.markdown(["check", "right", "what was done", "s"], lines)
+    text = "\n\n".join(["# Is decoding on this GPU right?", report.as_text(described), found])
+    path = report.save("gpu-check", described, text, folder, checks=rows)
     print(f"results: {path}")
 
 
@@ -327,15 +328,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=ORDER, default=ORDER, help="these checks")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
     parser.add_argument("--sanitizer-seconds", type=float, default=150, help="for each of its tools (default: 150)")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results (default: benchmarks/results)")
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder for the results (default: benchmarks/results)")
     parser.add_argument("--sanitized", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
-    try:
-        runtime.warm_up(device)
-    except errors.Df11Error as error:
-        print(f"gpu-check: {error}", file=sys.stderr)
-        return error.exit_code
+    if exit_code := report.refused("gpu-check", device):
+        return exit_code
     if chosen.sanitized:
         return 0 if all(row["correct"] for row in run(SANITIZED, device, 3 << 20)) else 1
     rows = run(tuple(chosen.only), device, chosen.weights)

@@ -3,14 +3,12 @@
 No decoder of the same size can be faster than the memory is. ``CopyFloor`` moves both amounts in the proportion of the decoder, evenly mixed
 from the first tile to the last, with 16 bytes an access, a warp's accesses next to each other, and several loads of a thread under way at
 once. What was loaded is folded by exclusive or into what is stored, so that no load can be left out; ``model`` says what must come out.
-``copy_call`` is the second yardstick: torch's copy of half as many bytes as are moved, so that it moves as many.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -160,12 +158,4 @@ def tune(stored: Any, out: Any, repeats: int = 20) -> tuple[CopyFloor, dict[Shap
 
 
 def _call(floor: CopyFloor, stored: Any, out: Any) -> Call:
-    return lambda _: floor.run(stored, out)
-
-
-def copy_call(moved_bytes: int, rotation: int = 1, device: Any = "cuda") -> Callable[[int], object]:
-    """For ``time_kernel``: torch's copy from buffer to buffer that reads and writes ``moved_bytes`` together; ``rotation`` pairs of buffers."""
-    torch: Any = importlib.import_module("torch")
-    sources = [torch.randint(256, (moved_bytes // 2,), dtype=torch.uint8, device=device) for _ in range(rotation)]
-    targets = [torch.empty_like(source) for source in sources]
-    return lambda i: targets[i].copy_(sources[i])
+    return lambda: floor.run(stored, out)

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from benchmarks import table
+from benchmarks.results import table
 from df11.runtime import kernels
 
 NVRTC_WHEELS: Final = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
@@ -422,7 +422,7 @@ def main() -> None:
     if chosen.json:
         print(json.dumps([{"architecture": architecture, **dataclasses.asdict(kernel)} for architecture, kernel in reports], indent=1))
     else:
-        print(table.plain(_HEAD, [_row(*pair) for pair in reports]))
+        print(table(_HEAD, [_row(*pair) for pair in reports]))
     if chosen.loops and not chosen.json:
         for architecture, kernel in reports:
             if kernel.loop:

@@ -285,7 +285,7 @@ class Decoder:
             path = find_ptx(Path(folder), ptx)
             try:
                 self._kernel = self._cupy.RawModule(path=str(path)).get_function(KERNEL)
-                self.registers: int = self._kernel.num_regs
+                _ = self._kernel.num_regs  # loads it
             except Exception as error:
                 raise MissingPeerError(f"DFloat11: its PTX does not load on this driver: {str(error).strip().splitlines()[0]}") from error
 

@@ -128,11 +128,6 @@ class CompressedAns:
     size: int
     data_type: int
 
-    @property
-    def stored_bytes(self) -> int:
-        """The packed chunks and four bytes for the size of each."""
-        return int(self.packed.numel()) + 4 * len(self.sizes)
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -200,12 +195,6 @@ class Ans:
             *(_decompress_options(compressed.data_type), target.statuses.data_ptr()),
             self._torch.cuda.current_stream(self.device).cuda_stream,
         )
-
-    def check(self, compressed: CompressedAns, target: Target) -> None:
-        """Wait, and raise NvcompError if a chunk was not decompressed to its size. Whether the bytes are right the caller compares."""
-        bad = (target.statuses != 0) | (target.found_sizes != compressed.output_sizes)
-        if count := int(bad.sum()):
-            raise NvcompError(f"{count} of {len(compressed.sizes)} chunks were not decompressed, status {int(target.statuses[bad][0])}")
 
     def interleave(self, exponents: Any, sign_mantissa: Any, out: Any) -> None:
         """Join torch.uint8 exponents and sign/mantissa bytes to torch.bfloat16 weights, on torch's current stream; does not wait."""

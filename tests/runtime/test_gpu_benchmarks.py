@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks.gpu import bank_conflicts, bench, check, cubins, models, variants, weights
+from benchmarks.gpu import bench, check, cubins, models, variants, weights
 from df11 import runtime
 
 
@@ -80,14 +79,3 @@ def test_variants_compile(name: str) -> None:
     changed = variants.source(name)
     assert (changed == variants.source("as it is")) == (name == "as it is")
     assert cubins.compile_kernels(changed, "90").kernels["df11_decode"].spill_stores == 0
-
-
-def test_bank_conflicts() -> None:
-    assert bank_conflicts.passes(np.arange(32)) == 1
-    assert bank_conflicts.passes(np.full(32, 5)) == 1
-    assert bank_conflicts.passes(32 * np.arange(32)) == 32
-    assert bank_conflicts.passes(np.array([0, 32, 64, 1, 2])) == 3
-    found = bank_conflicts.count(bank_conflicts.segment_of(weights.gaussian(5 * 8192, 1, "cpu")), tiles=2)
-    assert 3 < found.look_up < 4.5
-    assert 2 < found.word < 4
-    assert found.chunk == 4 * found.look_up + 3 * found.word + 6

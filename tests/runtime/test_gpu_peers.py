@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.gpu import copy_floor, dfloat11_peer, nvcomp_peer, timing
+from benchmarks.gpu import copy_floor, dfloat11_peer, nvcomp_peer
 from benchmarks.gpu.copy_floor import Shape
 from benchmarks.gpu.dfloat11_peer import EncodedDf11, UnsupportedWeightsError, encode
 from benchmarks.gpu.timing import MissingPeerError, Timing
@@ -296,9 +296,3 @@ def test_sizes_that_are_no_whole_vectors(stored: int, weights: int) -> None:
 def test_timings_are_summarised() -> None:
     assert Timing.of([3.0, 1.0, 2.0, 10.0]) == Timing(2.5, 1.0, 10.0, 4)
     assert Timing.of(iter([0.5])).bandwidth(10) == 20
-
-
-@given(st.integers(1, 10**9), st.integers(1, 10**8))
-def test_a_rotation_moves_twice_the_cache(bytes_per_call: int, cache: int) -> None:
-    buffers = timing.buffers_needed(bytes_per_call, cache)
-    assert (buffers - 1) * bytes_per_call >= 2 * cache > (buffers - 2) * bytes_per_call

@@ -1,0 +1,149 @@
+"""What changed from one results file to another: ``python -m benchmarks.compare A.json B.json``, or ``make bench-compare A=… B=…``.
+
+A figure has changed for certain if the ranges of its samples do not overlap (and, where fewer than three samples were
+taken, the change is more than 3 %); sizes, which do not vary, if they differ at all. It has perhaps changed if its
+median did by more than 3 %. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import results
+from benchmarks.results import Result
+
+THRESHOLD: Final = 0.03
+FEW: Final = 3
+"""Fewer samples say nothing about the noise."""
+EXACT: Final = ("bytes", "files", "of BF16")
+"""Units of what is counted, not timed."""
+TIMINGS: Final = ("s", "GB/s")
+"""Units that say nothing about another machine."""
+SPEEDS: Final = (*TIMINGS, "x")
+HARDWARE: Final = ("cpu", "gpu", "cores", "memory", "file_system")
+
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A figure in both files, ``a`` and ``b``."""
+
+    a: Result
+    b: Result
+
+    @property
+    def relative(self) -> float:
+        """What was added, as a share of the first."""
+        return self.b.value / self.a.value - 1 if self.a.value else float(self.b.value != 0)
+
+    @property
+    def certain(self) -> bool:
+        """Whether the change is beyond the noise."""
+        if self.a.unit in EXACT:
+            return self.a.value != self.b.value
+        apart = self.b.low > self.a.high or self.b.high < self.a.low
+        few = any(0 < len(result.samples) < FEW for result in (self.a, self.b))
+        return apart and not (few and abs(self.relative) <= THRESHOLD)
+
+    @property
+    def possible(self) -> bool:
+        """Whether the median has changed much, but the ranges overlap."""
+        return not self.certain and self.a.unit not in EXACT and abs(self.relative) > THRESHOLD
+
+    @property
+    def word(self) -> str:
+        """Faster, slower, smaller or larger."""
+        less = self.b.value < self.a.value
+        if self.a.unit in SPEEDS:
+            return "faster" if less == (self.a.better == "lower") else "slower"
+        return "smaller" if less else "larger"
+
+    def __str__(self) -> str:
+        perhaps = "perhaps " if self.possible else ""
+        values = f"{_number(self.a)} -> {_number(self.b)} {self.a.unit}"
+        ranges = "" if self.a.unit in EXACT else f"; {_range(self.a)} -> {_range(self.b)}"
+        return f"{perhaps + self.word:<15} {self.a.name}: {values} ({self.relative:+.1%}{ranges})"
+
+
+def _number(result: Result) -> str:
+    return _digits(result.value, result.unit)
+
+
+def _range(result: Result) -> str:
+    return f"{_digits(result.low, result.unit)}..{_digits(result.high, result.unit)}"
+
+
+def _digits(value: float, unit: str) -> str:
+    return f"{value:,.0f}" if unit in ("bytes", "files") else f"{value:.4g}"
+
+
+def compare(a: Sequence[Result], b: Sequence[Result], *, other_machine: bool = False) -> list[str]:
+    """The lines of the comparison. Of other machines no timings are compared, but their ratios."""
+    first, second = _by_key(a), _by_key(b)
+    changes = [Change(result, second[key]) for key, result in first.items() if key in second]
+    left_out = [change for change in changes if other_machine and change.a.unit in TIMINGS]
+    changes = [change for change in changes if change not in left_out]
+    lines: list[str] = []
+    for section in dict.fromkeys(change.a.section for change in changes):
+        said = [change for change in changes if change.a.section == section and (change.certain or change.possible)]
+        said.sort(key=lambda change: (change.possible, not change.a.ratio))
+        lines += [section, *(f"  {change}" for change in said)] if said else []
+    counts = dict.fromkeys(("faster", "slower", "smaller", "larger"), 0)
+    for change in changes:
+        counts[change.word] += change.certain
+    same = sum(not change.certain for change in changes)
+    words = [f"{count} {word}" for word, count in counts.items() if count]
+    lines.append(f"{', '.join([*words, f'{same} the same within the noise'])}.")
+    if left_out:
+        lines.append(f"{len(left_out)} timings were left out: they are of different machines. Their ratios were not.")
+    for name, mine, others in (("A", first, second), ("B", second, first)):
+        if alone := [f"{section}: {what} ({unit})" for section, what, unit in mine if (section, what, unit) not in others]:
+            lines += [f"Only in {name}:", *(f"  {what}" for what in alone)]
+    return lines
+
+
+def _by_key(found: Sequence[Result]) -> dict[Key, Result]:
+    return {(result.section, result.name, result.unit): result for result in found}
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    """What two descriptions say differently: "cpu: A, B"."""
+    return [f"{key}: {a.get(key)}, {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description="Say what changed from A to B.")
+    parser.add_argument("a", type=Path, metavar="A.json")
+    parser.add_argument("b", type=Path, metavar="B.json")
+    chosen = parser.parse_args(arguments)
+    machines, found = [], []
+    for name, path in (("A", chosen.a), ("B", chosen.b)):
+        try:
+            content, rows = results.read(path)
+        except (OSError, ValueError) as error:
+            print(f"compare: {path}: {error}", file=sys.stderr)
+            return 2
+        machines.append(content["machine"])
+        found.append(rows)
+        print(f"{name}: {content['machine']['date'][:10]}, commit {content['machine']['commit']}, {path}")
+    # To the GiB: virtual machines of one kind differ by some pages.
+    rounded = [machine | {"memory": f"{machine['memory_bytes'] / 2**30:.0f} GiB"} for machine in machines]
+    hardware = differences(rounded[0], rounded[1], HARDWARE)
+    if hardware:
+        print(f"The machines differ. {'; '.join(hardware)}.")
+    versions = [machine["versions"] | {"kernel": machine["kernel"]} for machine in machines]
+    if changed := differences(versions[0], versions[1], sorted({*versions[0], *versions[1]})):
+        print(f"Versions differ. {'; '.join(changed)}.")
+    print("\n".join(compare(found[0], found[1], other_machine=bool(hardware))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

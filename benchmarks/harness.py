@@ -1,0 +1,120 @@
+"""What every section of the benchmark does: run programs in turns, and keep what each run took."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import measure, results
+from benchmarks.measure import Measured
+from benchmarks.results import Better, Result
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A command to measure; ``output``, a file or a folder, is removed before each run."""
+
+    name: str
+    command: Sequence[str]
+    output: Path | None = None
+    env: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A checkout of df11, and the Python that runs it; ``name`` is "df11", or "against" for the one that it is compared with."""
+
+    name: str
+    path: Path
+    python: str = sys.executable
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment in which ``import df11`` finds this checkout."""
+        path = os.pathsep.join(filter(None, [str(self.path / "src"), os.environ.get("PYTHONPATH")]))
+        return {**os.environ, "PYTHONPATH": path}
+
+    def program(self, name: str, *arguments: object, output: Path | None = None) -> Program:
+        """Its command line; ``name`` follows the checkout's."""
+        command = [self.python, "-m", "df11", *map(str, arguments)]
+        return Program(f"{self.name} {name}".strip(), command, output, self.env)
+
+
+@dataclass(slots=True)
+class Board:
+    """The figures of a run. ``section``: that of the next ones; ``notes``: what is missing or has failed, and why."""
+
+    section: str = ""
+    found: list[Result] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, unit: str, better: Better, samples: Sequence[float], *, ratio: bool = False) -> None:
+        """Keep a figure."""
+        self.found.append(Result.of(self.section, name, unit, better, samples, ratio=ratio))
+
+    def turns(self, case: str, programs: Sequence[Program], pairs: Sequence[tuple[str, str]], rounds: int) -> dict[str, list[Measured]]:
+        """Run the programs one after the other, ``rounds`` times (A B A B), and keep what they took.
+
+        For each of ``pairs``, two names: how many times as fast as the second the first is, round by round.
+        """
+        taken: dict[str, list[Measured]] = {program.name: [] for program in programs}
+        for number in range(rounds):
+            say(f"{self.section}: {case}: {number + 1} of {rounds}")
+            for program in programs:
+                taken[program.name].append(run(program))
+        for name, runs in taken.items():
+            self.add(f"{case}: {name}", "s", "lower", [one.wall for one in runs])
+            self.add(f"{case}: {name}, processor", "s", "lower", [one.cpu for one in runs])
+            self.add(f"{case}: {name}, peak memory", "MiB", "lower", [one.peak_rss / 2**20 for one in runs])
+        for first, second in pairs:
+            both = list(zip(taken[first], taken[second], strict=True))
+            self.add(f"{case}: speed, {first} / {second}", "x", "higher", [b.wall / a.wall for a, b in both], ratio=True)
+            name = f"{case}: speed by processor time, {first} / {second}"
+            self.add(name, "x", "higher", [b.cpu / a.cpu for a, b in both if a.cpu], ratio=True)
+        return taken
+
+
+def run(program: Program) -> Measured:
+    """Run a program, without what it wrote the last time."""
+    if program.output:
+        remove(program.output)
+    return measure.run(program.command, program.env)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def evict(path: Path) -> None:
+    """Force a file, or all files below a directory, to the disk and out of the page cache."""
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def checkouts(against: str | None) -> list[Checkout]:
+    """The checkout that this is, and the other one, ``PATH`` or ``PATH:PYTHON``, if there is one. Raises ValueError."""
+    found = [Checkout("df11", results.ROOT)]
+    if against:
+        path, _, python = against.partition(":")
+        if not Path(path, "src", "df11").is_dir():
+            raise ValueError(f"{path} is no checkout of df11")
+        found.append(Checkout("against", Path(path).resolve(), python or sys.executable))
+    return found
+
+
+def say(line: str) -> None:
+    """Tell people what goes on, on standard error."""
+    print(f"bench: {line}", file=sys.stderr, flush=True)

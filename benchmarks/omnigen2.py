@@ -1,0 +1,87 @@
+"""The section ``omnigen2``: a stand-in for the whole OmniGen2 checkpoint, 31.2 GB of F32, on a real disk.
+
+31.2 GB do not fit into the memory of most machines. So that all steps meet the same conditions on any machine, every
+file that a step reads is put out of the page cache first: all reads are from the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from benchmarks import harness, measure, synthetic
+from benchmarks.floor import measure_floor
+from benchmarks.harness import Board, Checkout
+from benchmarks.measure import Measured
+from benchmarks.sections import Bench
+
+SHARE: Final = 1.4
+"""Room for all, as a share of the F32 source: a third for the containers, the largest file once more, tables."""
+FLOOR_STEP: Final = 16
+"""The floor is estimated from each 16th mebibyte of a tensor."""
+EXACT_FLOOR_SCALE: Final = 0.1
+"""Up to this scale the floor is counted from all weights."""
+COMPONENTS: Final = ("transformer", "mllm", "vae")
+
+
+def omnigen2(bench: Bench) -> None:
+    """``cp`` with fsync and ``df11 convert --cast bf16`` in turns; sizes by component; verify; restore a shard, compare."""
+    source, target = bench.folder / "omnigen2", bench.folder / "omnigen2-df11"
+    harness.say(f"omnigen2: making {sum(synthetic.omnigen2_bytes(bench.scale).values()) / 1e9:.2f} GB")
+    files = list(synthetic.write_omnigen2(source, bench.scale))
+    case, checkout, board = f"scale {bench.scale:g}", bench.checkouts[0], bench.board
+    convert = checkout.program("", "convert", source, target, "--cast", "bf16", "-j", bench.jobs, "--quiet", output=target)
+    taken: dict[str, list[Measured]] = {"cp + fsync": [], "convert": []}
+    for number in range(bench.rounds):
+        harness.say(f"omnigen2: round {number + 1} of {bench.rounds}")
+        taken["cp + fsync"].append(_copy(source, files, bench.folder / "copy"))
+        harness.evict(source)
+        taken["convert"].append(harness.run(convert))
+    both = list(zip(taken["convert"], taken["cp + fsync"], strict=True))
+    board.add(f"{case}: speed, convert / cp + fsync", "x", "higher", [copy.wall / one.wall for one, copy in both], ratio=True)
+    for component in ("", *COMPONENTS):
+        _add_sizes(board, f"{case}: {component or 'all'}", source / component, target / component, bench.scale)
+    harness.evict(target)
+    taken["verify"] = [harness.run(checkout.program("", "verify", target, "-j", bench.jobs, "--quiet"))]
+    taken["restore"] = [_restore_shard(checkout, source, target, bench.folder / "restored.safetensors", bench.jobs)]
+    for name, runs in taken.items():
+        board.add(f"{case}: {name}", "s", "lower", [one.wall for one in runs])
+        board.add(f"{case}: {name}, processor", "s", "lower", [one.cpu for one in runs])
+        board.add(f"{case}: {name}, peak memory", "MiB", "lower", [one.peak_rss / 2**20 for one in runs])
+
+
+def _copy(source: Path, names: Sequence[str], target: Path) -> Measured:
+    # File by file; each copy is removed before the next, outside the time, so that little room is needed.
+    runs = []
+    for name in names:
+        harness.evict(source / name)
+        runs.append(measure.run(["sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", str(source / name), str(target)]))
+        target.unlink()
+    wall, user, system = (sum(getattr(run, key) for run in runs) for key in ("wall", "user", "system"))
+    return Measured(wall, user, system, max(run.peak_rss for run in runs), "")
+
+
+def _add_sizes(board: Board, name: str, source: Path, target: Path, scale: float) -> None:
+    bound = measure_floor(source, cast=True, every=FLOOR_STEP if scale > EXACT_FLOOR_SCALE else 1)
+    stored = measure.stored_bytes(target, ".df11")
+    board.add(name, "bytes", "lower", [stored])
+    board.add(name, "of BF16", "lower", [stored / bound.bf16_bytes], ratio=True)
+    board.add(f"{name}, floor", "of BF16", "lower", [bound.ratio], ratio=True)
+
+
+def _restore_shard(checkout: Checkout, source: Path, target: Path, restored: Path, jobs: int) -> Measured:
+    # The first shard of the mllm, whose casts are exact; its SHA-256 must be that of the source.
+    name = next(file for file in synthetic.omnigen2()["files"] if file.startswith("mllm/"))
+    container = (target / name).with_suffix(".df11")
+    harness.evict(container)
+    taken = harness.run(checkout.program("", "restore", container, restored, "-j", jobs, "--quiet"))
+    if measure.sha256(restored) != measure.sha256(source / name):
+        raise measure.CommandError(f"{name}: what was restored differs from the source")
+    restored.unlink()
+    return taken
+
+
+def needed(scale: float) -> int:
+    """Bytes of disk for the section."""
+    return int(SHARE * sum(synthetic.omnigen2_bytes(scale).values())) + 500_000_000
