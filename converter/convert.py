@@ -15,6 +15,7 @@ from df11.converter import manifest
 from df11.converter.files import SourceFile, Tree, open_tree
 from df11.converter.hub import HubFile, downloaded
 from df11.converter.manifest import FileRow, TensorRow
+from df11.converter.options import DEFAULT_MEMORY
 from df11.converter.pipeline import Settings, convert_file
 from df11.converter.plan import Cast
 from df11.converter.source import Progress, Source, ignore
@@ -24,7 +25,6 @@ from df11.formats.container import Container
 from df11.formats.hub import is_address
 from df11.formats.writer import AtomicWriter, make_parents
 
-DEFAULT_MEMORY: Final = "256MiB"
 MOST_THREADS: Final = 1024
 """More than any machine can make use of; each takes some memory before it does anything."""
 
@@ -245,7 +245,7 @@ def _finished(file: SourceFile, target: Path, cast: Cast, progress: Progress) ->
 def thread_count(jobs: int | None) -> int:
     """``jobs`` if it is given, else the cores that this process may use."""
     if jobs is not None and not 1 <= jobs <= MOST_THREADS:
-        raise errors.UsageError("--jobs", expected=f"at least 1 and at most {MOST_THREADS}", found=jobs)
+        raise errors.UsageError("--threads", expected=f"at least 1 and at most {MOST_THREADS}", found=jobs)
     return jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
