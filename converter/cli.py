@@ -109,7 +109,10 @@ def _summary(report: ConversionReport) -> str:
 
 def verify_command(
     path: ContainerPath,
-    against: Annotated[Path | None, Option("--against", metavar="SRC", help="Also compare with this source, bit for bit.", show_default=False)] = None,
+    against: Annotated[
+        Path | None,
+        Option("--against", metavar="SRC", help="Also compare with this source, bit for bit.", show_default=False),
+    ] = None,
     threads: Threads = None,
     json_lines: Json = False,
     quiet: Quiet = False,

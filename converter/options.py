@@ -60,7 +60,12 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only.")]
 Threads = Annotated[
     int | None,
     Option(
-        "--threads", "-j", former="--jobs", metavar="N", help="Threads that encode or decode. [default: one a core]", show_default=False
+        "--threads",
+        "-j",
+        former="--jobs",
+        metavar="N",
+        help="Threads that encode or decode; by default one a core.",
+        show_default=False,
     ),
 ]
 Force = Annotated[bool, Option("--force", help="Replace what is there.")]
@@ -167,9 +172,9 @@ def _for_typer(function: Command, start: Start) -> Command:
             continue
         parameters.append(parameter.replace(annotation=Annotated[kind, typer.Option(*declared.names, **declared.settings)]))
         if declared.former is not None:
-            former[f"former_{name}"] = name
-            hidden = Annotated[kind, typer.Option(declared.former, hidden=True)]
-            parameters.append(parameter.replace(name=f"former_{name}", annotation=hidden))
+            old = f"former_{name}"
+            former[old] = name
+            parameters.append(parameter.replace(name=old, annotation=Annotated[kind, typer.Option(declared.former, hidden=True)]))
 
     def command(**values: Any) -> int | None:
         for old, name in former.items():

@@ -59,7 +59,10 @@ def _in_words(event: str, values: dict[str, Any]) -> str | None:
 
 def job_run(
     job: JobFile,
-    engine: Annotated[EngineName, Option("--engine", help="Work in this process, or on the Ray cluster that RAY_ADDRESS names.")] = EngineName.PROCESS,
+    engine: Annotated[
+        EngineName,
+        Option("--engine", help="Work in this process, or on the Ray cluster that RAY_ADDRESS names."),
+    ] = EngineName.PROCESS,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -121,7 +124,7 @@ def _plan_in_words(plan: dict[str, Any], memory: int) -> str:
 
 def hub_push(
     tree: Annotated[Path, Argument(metavar="TREE", help="A converted folder.")],
-    target: Annotated[str, Argument(metavar="TARGET", help="hf://owner/name[@branch]; created if it is not there.")],
+    target: Annotated[str, Argument(metavar="TARGET", help="hf://owner/name or hf://owner/name@branch; created if it is not there.")],
     private: Annotated[bool, Option("--private", help="Create the repository private; refuse a public one.")] = False,
     threads: Threads = None,
     json_lines: Json = False,
@@ -142,7 +145,7 @@ def hub_push(
 
 
 def hub_pull(
-    source: Annotated[str, Argument(metavar="SOURCE", help="hf://owner/name[@revision][/folder].")],
+    source: Annotated[str, Argument(metavar="SOURCE", help="hf://owner/name, also with @revision or /folder.")],
     folder: Annotated[Path, Argument(metavar="DIR", help="Where to.")],
     force: Force = False,
     threads: Threads = None,
