@@ -62,7 +62,7 @@ def job(bench: Bench) -> None:
 
 def _serve(pipe: Connection, folder: Path) -> None:
     # A Hub that has the model, until something comes through the pipe.
-    from tests.hub.server import HubServer
+    from tests.support.hub.server import HubServer
 
     with HubServer(folder / "hub") as hub:
         hub.create("lab/model").commit({path.name: path for path in sorted((folder / "source").iterdir())})

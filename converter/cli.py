@@ -1,67 +1,51 @@
-"""The command line: ``df11 convert`` (also ``df11-convert``), ``verify``, ``restore``, ``inspect``."""
+"""The command line: ``df11 convert`` (also ``df11-convert``), ``verify``, ``restore``, ``inspect``.
+
+A command imports what it does its work with: NumPy alone takes ten times as long as Python's own start.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-import typer
-
-from df11.converter.convert import DEFAULT_MEMORY, ConversionReport, FileReport, convert
-from df11.converter.inspect import as_text, describe
-from df11.converter.restore import restore
-from df11.converter.terminal import Bar, Debug, Force, Jobs, Json, Quiet, VerificationFailed, event, print_line, say
-from df11.converter.tree import list_containers
-from df11.converter.verify import verify
+from df11.converter.options import DEFAULT_MEMORY, Argument, Command, Debug, Force, Json, Option, Quiet, Threads
+from df11.converter.terminal import Bar, VerificationFailed, event, print_line, say
 from df11.formats import errors
-from df11.formats.container import Container
-from df11.version import __version__
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="BF16 models a third smaller, without changing a bit."
-)
+if TYPE_CHECKING:
+    from df11.converter.convert import ConversionReport, FileReport
 
-ContainerPath = Annotated[Path, typer.Argument(metavar="PATH", help="A .df11 file or a folder of them.")]
+ContainerPath = Annotated[Path, Argument(metavar="PATH", help="A .df11 file or a folder of them.")]
 
 
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"df11 {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
-    pass
-
-
-@app.command("convert")
 def convert_command(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A .safetensors file or a folder, or hf://owner/name@revision/path on the Hub.")],
-    dst: Annotated[str, typer.Argument(metavar="DST", help="A .df11 file for a file, a folder for a folder.")],
-    jobs: Jobs = None,
-    max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of the whole process.")] = DEFAULT_MEMORY,
+    src: Annotated[str, Argument(metavar="SRC", help="A .safetensors file or a folder, or hf://owner/name@revision/path on the Hub.")],
+    dst: Annotated[str, Argument(metavar="DST", help="A .df11 file for a file, a folder for a folder.")],
+    threads: Threads = None,
+    max_memory: Annotated[str, Option("--max-memory", metavar="SIZE", help="Memory of the whole process.")] = DEFAULT_MEMORY,
     max_disk: Annotated[
         str | None,
-        typer.Option(
+        Option(
+            "--max-disk",
             metavar="SIZE",
             help="For a network that breaks off often: download shards of the Hub, one at a time, within SIZE, instead of reading them as they come.",
             show_default=False,
         ),
     ] = None,
-    cast: Annotated[str | None, typer.Option(metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)] = None,
-    verify: Annotated[bool, typer.Option(help="Decode and compare everything before it is written.")] = True,
-    resume: Annotated[bool, typer.Option(help="Keep finished outputs of the same source.")] = True,
+    cast: Annotated[str | None, Option("--cast", metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)] = None,
+    verify: Annotated[bool, Option("--verify/--no-verify", help="Decode and compare everything before it is written.")] = True,
+    resume: Annotated[bool, Option("--resume/--no-resume", help="Keep finished outputs of the same source.")] = True,
     force: Force = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be done.")] = False,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compress a safetensors file, or a whole model folder, to .df11."""
     del debug
+    from df11.converter.convert import convert
 
     def on_file(report: FileReport) -> None:
         if json_lines:
@@ -73,7 +57,7 @@ def convert_command(
         report = convert(
             src,
             dst,
-            jobs=jobs,
+            jobs=threads,
             max_memory=max_memory,
             max_disk=max_disk,
             cast=_cast(cast),
@@ -123,20 +107,24 @@ def _summary(report: ConversionReport) -> str:
     return text
 
 
-@app.command("verify")
 def verify_command(
     path: ContainerPath,
-    against: Annotated[Path | None, typer.Option(metavar="SRC", help="Also compare with this source, bit for bit.", show_default=False)] = None,
-    jobs: Jobs = None,
+    against: Annotated[
+        Path | None,
+        Option("--against", metavar="SRC", help="Also compare with this source, bit for bit.", show_default=False),
+    ] = None,
+    threads: Threads = None,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Decode everything and check every checksum."""
     del debug
+    from df11.converter.verify import verify
+
     try:
         with Bar("verify", quiet=quiet) as bar:
-            report = verify(path, against, jobs=jobs, on_total=bar.total, on_progress=bar.advance)
+            report = verify(path, against, jobs=threads, on_total=bar.total, on_progress=bar.advance)
     except (errors.FormatError, errors.SafetensorsError) as error:
         raise VerificationFailed(error) from error
     if json_lines:
@@ -145,12 +133,11 @@ def verify_command(
     say(f"{report.files} files, {report.tensors} tensors, {report.bytes:,} decoded bytes: {compared}", quiet=quiet)
 
 
-@app.command("restore")
 def restore_command(
     path: ContainerPath,
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="A file for a file, a folder for a folder.")],
-    bf16: Annotated[bool, typer.Option("--bf16", help="Where a cast has changed values, write a BF16 safetensors file.")] = False,
-    jobs: Jobs = None,
+    dst: Annotated[Path, Argument(metavar="DST", help="A file for a file, a folder for a folder.")],
+    bf16: Annotated[bool, Option("--bf16", help="Where a cast has changed values, write a BF16 safetensors file.")] = False,
+    threads: Threads = None,
     force: Force = False,
     json_lines: Json = False,
     quiet: Quiet = False,
@@ -158,8 +145,10 @@ def restore_command(
 ) -> None:
     """Write the source back, byte for byte, proven by its SHA-256."""
     del debug
+    from df11.converter.restore import restore
+
     with Bar("restore", quiet=quiet) as bar:
-        report = restore(path, dst, bf16=bf16, force=force, jobs=jobs, on_total=bar.total, on_progress=bar.advance)
+        report = restore(path, dst, bf16=bf16, force=force, jobs=threads, on_total=bar.total, on_progress=bar.advance)
     for file in report.files:
         if json_lines:
             event("file", **asdict(file))
@@ -169,11 +158,22 @@ def restore_command(
         event("done", files=len(report.files), bytes=sum(file.bytes for file in report.files), copied=report.copied)
 
 
-@app.command("inspect")
 def inspect_command(path: ContainerPath, json_lines: Json = False, debug: Debug = False) -> None:
     """List tensors, sizes and the source's hash."""
     del debug
+    from df11.converter.inspect import as_text, describe
+    from df11.converter.tree import list_containers
+    from df11.formats.container import Container
+
     for file in list_containers(path):
         with Container(file) as container:
             description = describe(container)
         print_line(json.dumps(description) if json_lines else as_text(description))
+
+
+COMMANDS: Final[dict[str, Command]] = {
+    "convert": convert_command,
+    "verify": verify_command,
+    "restore": restore_command,
+    "inspect": inspect_command,
+}

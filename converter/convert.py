@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from df11.converter import manifest
 from df11.converter.files import SourceFile, Tree, open_tree
-from df11.converter.hub import HubFile, downloaded
 from df11.converter.manifest import FileRow, TensorRow
+from df11.converter.options import DEFAULT_MEMORY
 from df11.converter.pipeline import Settings, convert_file
 from df11.converter.plan import Cast
 from df11.converter.source import Progress, Source, ignore
@@ -24,7 +24,9 @@ from df11.formats.container import Container
 from df11.formats.hub import is_address
 from df11.formats.writer import AtomicWriter, make_parents
 
-DEFAULT_MEMORY: Final = "256MiB"
+if TYPE_CHECKING:
+    from df11.converter.hub import HubFile
+
 MOST_THREADS: Final = 1024
 """More than any machine can make use of; each takes some memory before it does anything."""
 
@@ -188,8 +190,9 @@ def convert_shard(
     make_parents(target)
     with _source(file, target, download=download) as source, AtomicWriter(target) as writer:
         result = convert_file(source, writer, settings, on_progress)
-        if isinstance(file, HubFile) and file.sha256 not in (None, result.source_sha256):
-            raise file.differs(result.source_sha256)
+        listed = _listed(file)
+        if listed is not None and listed.sha256 != result.source_sha256:
+            raise listed.differs(result.source_sha256)
         if target.exists() and not force:
             raise errors.ConflictError("this file has appeared meanwhile", file=target, hint="run the same command again")
         writer.commit()
@@ -209,7 +212,21 @@ def convert_shard(
 
 
 def _source(file: SourceFile, target: Path, *, download: bool) -> AbstractContextManager[Source]:
-    return downloaded(file, target) if download and isinstance(file, HubFile) and file.sha256 is not None else file.open()
+    listed = _listed(file) if download else None
+    if listed is None:
+        return file.open()
+    from df11.converter.hub import downloaded
+
+    return downloaded(listed, target)
+
+
+def _listed(file: SourceFile) -> HubFile | None:
+    # The file, if the Hub lists its hash. Local files have none: converting them does not import what speaks to the Hub.
+    if file.sha256 is None:
+        return None
+    from df11.converter.hub import HubFile
+
+    return file if isinstance(file, HubFile) else None
 
 
 def _kept(job: FileJob, cast: Cast) -> FileReport | None:
@@ -245,7 +262,7 @@ def _finished(file: SourceFile, target: Path, cast: Cast, progress: Progress) ->
 def thread_count(jobs: int | None) -> int:
     """``jobs`` if it is given, else the cores that this process may use."""
     if jobs is not None and not 1 <= jobs <= MOST_THREADS:
-        raise errors.UsageError("--jobs", expected=f"at least 1 and at most {MOST_THREADS}", found=jobs)
+        raise errors.UsageError("--threads", expected=f"at least 1 and at most {MOST_THREADS}", found=jobs)
     return jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 

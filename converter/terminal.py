@@ -1,28 +1,19 @@
-"""What all commands share: options, one progress bar, lines for people and for programs, and errors as one line and an exit code."""
+"""What all commands share: one progress bar, lines for people and for programs, and errors as one line and an exit code."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
 import sys
-import traceback
 from types import FrameType
-from typing import Annotated, Any, Final, Self
+from typing import Any, Final, Self
 
-import typer
-
-from df11.converter.pipeline import give_memory_back
-from df11.formats import errors, hub
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for programs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Jobs = Annotated[
-    int | None, typer.Option("--jobs", "-j", metavar="N", help="Threads that encode or decode. [default: one a core]", show_default=False)
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+from df11.converter import options
+from df11.formats import errors
+from df11.version import __version__
 
 INTERRUPTED: Final = 130
 
@@ -60,13 +51,13 @@ class Bar:
 def say(text: str, *, quiet: bool = False) -> None:
     """Words for people, on standard error."""
     if not quiet:
-        typer.echo(text, err=True)
+        print(text, file=sys.stderr)  # noqa: T201
 
 
 def print_line(text: str) -> None:
     """Data, on standard output. Raises UsageError if nobody reads it."""
     try:
-        typer.echo(text)
+        print(text, flush=True)  # noqa: T201
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end.
         raise errors.UsageError("nobody reads standard output any more") from None
@@ -89,24 +80,40 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run(app: typer.Typer, arguments: list[str]) -> int:
+def run(commands: options.Group, arguments: list[str]) -> int:
     """Run a command line and return the exit code: an error is one line on standard error."""
-    debug = "--debug" in arguments
-    give_memory_back()
     signal.signal(signal.SIGTERM, _terminate)  # A cancelled CI job cleans up like an interrupted one.
-    if "--quiet" not in arguments and "-q" not in arguments:
-        if sys.stderr.isatty():
-            hub.on_pause = lambda error, seconds: say(f"df11: {redacted(str(error))}; trying again in {seconds:.0f} s")
     try:
-        code = app(args=arguments or ["--help"], prog_name="df11", standalone_mode=False)
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt  # Typer has made an exit code of it.
+        call = options.read(commands, arguments)
+        if call is not None:
+            code = _start(*call)
+        else:
+            app = options.typer_app(commands, __version__, _start)
+            code = app(args=arguments or ["--help"], prog_name="df11", standalone_mode=False)
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt  # Typer has made an exit code of it.
     except BaseException as error:
-        if debug:
+        if "--debug" in arguments:
+            import traceback
+
             print(redacted(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
         text, code = _explain(error)
         print(f"df11: {redacted(text)}", file=sys.stderr)  # noqa: T201
-    return code if isinstance(code, int) else 0
+    return code or 0
+
+
+def _start(command: options.Command, values: dict[str, Any]) -> int | None:
+    # What a command needs that works, and --help does not: importing it takes as long as converting a small file.
+    from df11.converter.pipeline import give_memory_back
+    from df11.formats import hub
+
+    if not gc.isenabled():  # The entry point has switched it off, as imports leave nothing to collect.
+        gc.freeze()
+        gc.enable()
+    give_memory_back()
+    if not values.get("quiet") and sys.stderr.isatty():
+        hub.on_pause = lambda error, seconds: say(f"df11: {redacted(str(error))}; trying again in {seconds:.0f} s")
+    return command(**values)
 
 
 def redacted(text: str) -> str:
@@ -129,8 +136,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case OSError():
             return _explain(errors.from_os_error(error))
         case MemoryError():
-            return "out of memory; give a smaller --jobs", errors.BudgetError.exit_code
-        case KeyboardInterrupt() | typer.Abort():
+            return "out of memory; give a smaller --threads", errors.BudgetError.exit_code
+        case KeyboardInterrupt():
             return "interrupted; run the same command again to go on", INTERRUPTED
         case _ if hasattr(error, "format_message"):  # A usage error of Typer's; it shows no public class for them.
             return f"{error.format_message()} Try --help.", errors.UsageError.exit_code

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from df11.converter import manifest as manifests
-from df11.converter.convert import DEFAULT_MEMORY, parse_size
+from df11.converter.convert import parse_size
 from df11.converter.files import open_tree
 from df11.converter.manifest import FILE_NAME, Manifest
+from df11.converter.options import DEFAULT_MEMORY
 from df11.converter.source import Progress, ignore
 from df11.converter.tree import DF11, already_there
 from df11.converter.verify import verify

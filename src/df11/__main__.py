@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 
@@ -18,16 +19,12 @@ def convert_main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    try:
-        from df11.converter.terminal import INTERRUPTED
-        from df11.pipelines.cli import run
-    except ModuleNotFoundError as error:
-        if error.name not in ("typer", "tqdm"):
-            raise
-        from df11.formats.errors import missing_extra
+    # df11 multiplies no matrices: NumPy need not start a thread a core for that, which takes a tenth of a short run.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.disable()  # Until the command's work starts; imports leave nothing to collect.
+    from df11.converter.terminal import INTERRUPTED
+    from df11.pipelines.cli import run
 
-        print(f"df11: {missing_extra(error.name, 'convert')}", file=sys.stderr)  # noqa: T201
-        return 2
     code = run(arguments)
     if code == INTERRUPTED:
         # Python would wait for its threads, of which one may wait for a server that is silent.

@@ -394,7 +394,7 @@ def test_no_memory(source, tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("df11.converter.encode.SegmentEncoder.encode", fail)
-    commands.run("convert", source, tmp_path / "y.df11").error(6, "--jobs")
+    commands.run("convert", source, tmp_path / "y.df11").error(6, "--threads")
     assert set(tree_bytes(tmp_path)) == {"x.safetensors"}
 
 
