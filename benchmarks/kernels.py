@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 
 from df11.converter.encode import SegmentEncoder
-from df11.converter.plan import ENCODE_SLACK, SEGMENT_WEIGHTS
+from df11.converter.plan import SEGMENT_WEIGHTS
 from df11.formats import layout
 from df11.formats.record import Place, Segment, SegmentPlace
+
+SLACK = 1 << 14
+"""More bytes than any version's encoder asks for beyond the largest segment."""
 
 
 def kernels(weights: Any) -> dict[str, Callable[[], object]]:
@@ -26,11 +29,11 @@ def kernels(weights: Any) -> dict[str, Callable[[], object]]:
     except ModuleNotFoundError:
         native = import_module("df11.converter.kernels")
     parts = [weights[start : start + SEGMENT_WEIGHTS] for start in range(0, len(weights), SEGMENT_WEIGHTS)]
-    targets = [np.zeros(layout.raw_segment_size(len(part)) + ENCODE_SLACK, np.uint8) for part in parts]
+    targets = [np.zeros(layout.raw_segment_size(len(part)) + SLACK, np.uint8) for part in parts]
     encoder = SegmentEncoder()
     coded = []
     for part in parts:
-        segment = encoder.encode(part, np.zeros(layout.raw_segment_size(len(part)) + ENCODE_SLACK, np.uint8), verify=True)
+        segment = encoder.encode(part, np.zeros(layout.raw_segment_size(len(part)) + SLACK, np.uint8), verify=True)
         place = SegmentPlace(0, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0)
         coded.append((segment.data, place))
     out = np.zeros(SEGMENT_WEIGHTS, np.uint16)

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import synthetic
 from df11 import runtime
 from df11.converter.encode import SegmentEncoder
-from df11.converter.plan import ENCODE_SLACK
+from df11.converter.kernels import ENCODE_SLACK
 from df11.formats import layout
 from df11.formats.record import Bytes, SegmentPlace, Weights, pack_front
 from df11.runtime import cpu

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from df11.converter import kernels
 from df11.converter.encode import EncodedSegment, SegmentEncoder
-from df11.converter.plan import ENCODE_SLACK
+from df11.converter.kernels import ENCODE_SLACK
 from df11.formats import errors, layout
 from df11.formats.kernels import BAD_ALPHABET, BAD_LENGTH, INCOMPLETE_CODE, OK, build_decode_table
 from df11.formats.record import Bytes, Segment, Weights

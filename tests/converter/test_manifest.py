@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import df11
-from df11.converter import manifest as manifests
 from df11.converter import kernels
+from df11.converter import manifest as manifests
 from df11.converter.manifest import FILE_NAME, TOOL, ExponentCounts, FileRow, Manifest, Origin, collect, scan, up_to_date
 from df11.formats import errors
 from tests.support import commands, sources, strategies

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from df11.converter import options, terminal
 from df11.pipelines import cli
 from df11.version import __version__
-from tests import commands, sources
+from tests.support import commands, sources
 
 # Modules that a program on local files has no use for; each costs time, most of them more than df11 itself.
 UNNEEDED = (
-    "typer click pydantic rich shellingham annotated_types tqdm pyarrow huggingface_hub httpx httpx2 requests numba torch matplotlib "
+    "typer click pydantic rich shellingham annotated_types tqdm pyarrow huggingface_hub httpx httpx2 requests torch matplotlib "
     "ssl socket email http asyncio urllib.request importlib.metadata multiprocessing unittest "
     "df11.converter.hub df11.converter.ranges df11.converter.parquet df11.runtime "
     "df11.pipelines.job df11.pipelines.plan df11.pipelines.run df11.pipelines.report df11.pipelines.transfer df11.pipelines.wording "

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from df11.converter.encode import SegmentEncoder
-from df11.converter.plan import ENCODE_SLACK
+from df11.converter.kernels import ENCODE_SLACK
 from df11.formats import errors, layout, reference
 from df11.formats.record import Bytes, Place, Record, Segment, SegmentPlace, Weights, open_record
 from tests.support import strategies

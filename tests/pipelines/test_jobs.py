@@ -14,7 +14,7 @@ from df11.converter.manifest import FILE_NAME, Manifest
 from df11.formats import errors
 from df11.formats import hub as formats_hub
 from df11.pipelines.run import run_job
-from tests.support import commands, sources
+from tests.support import sources
 from tests.support.hub import models
 from tests.support.hub.repository import Repository
 from tests.support.hub.server import Action, HubServer, corrupt, cut, landed, status, truncated
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.usefixtures("client")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No try waits."""
-    commands.compile_kernels()
     monkeypatch.setattr(formats_hub, "WAITS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(formats_hub, "LONGEST_WAIT", 0.0)
 

@@ -45,7 +45,6 @@ def assert_nothing_was_done_twice(target: Repository, requests: list[Request]) -
 
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments(hub: HubServer, tmp_path: Path) -> None:
-    commands.compile_kernels()
     hub.create("lab/model").commit(models.model(4, rows=4000))
     env = hub.environment(tmp_path / "home")
     finish(start("hf://lab/model", "hf://me/whole", tmp_path / "work", env))  # The first one also warms caches.

@@ -32,7 +32,6 @@ def cluster(here: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = [sys.executable, "-m", "tests.support.hub.ray_cluster"]
     env = {**commands.environment(), **here.environment(tmp_path_factory.mktemp("home"))}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env['PYTHONPATH']}"
-    commands.compile_kernels()
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=env) as process:
         assert process.stdout is not None and process.stdin is not None
         try:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import df11
-from tests.support import sources
 
 COMMAND = [sys.executable, "-m", "df11"]
 PATIENCE = 60.0
@@ -65,15 +62,6 @@ class Result:
         return self
 
 
-@functools.cache
-def compile_kernels() -> None:
-    """Compile the kernels once, so that no test meets the compiler's time, memory or message."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = sources.write(Path(folder) / "x.safetensors", [sources.f32("a", (100, 100))])
-        with contextlib.redirect_stderr(io.StringIO()):
-            df11.convert(source, Path(folder) / "x.df11", cast="bf16")
-
-
 def environment(**more: str) -> dict[str, str]:
     """The environment of a child that finds df11 where this process has found it, whatever its working directory."""
     package = Path(df11.__file__).parent.parent
@@ -85,7 +73,6 @@ def run(*arguments: object) -> Result:
     """Run ``df11`` in this process."""
     from df11.pipelines import cli
 
-    compile_kernels()
     before = signal.getsignal(signal.SIGTERM)
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -98,7 +85,6 @@ def run(*arguments: object) -> Result:
 
 def run_process(*arguments: object, env: Mapping[str, str] | None = None, command: Sequence[str] = COMMAND, cwd: Path | None = None) -> Result:
     """Run ``df11``, or another command, in a process of its own."""
-    compile_kernels()
     done = subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, errors="surrogateescape", check=False, env=env or environment(), cwd=cwd
     )
@@ -108,8 +94,7 @@ def run_process(*arguments: object, env: Mapping[str, str] | None = None, comman
 def run_without(packages: Sequence[str], folder: Path, *arguments: object, **variables: str) -> Result:
     """Run ``df11`` where some packages are not installed, neither for it nor for its children. ``folder`` is for what hides them."""
     folder.mkdir(exist_ok=True)
-    for package in packages:
-        (folder / f"{package}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{package}'\", name='{package}')\n")
+    (folder / "sitecustomize.py").write_text(f"import sys\n\nsys.modules.update(dict.fromkeys({list(packages)!r}))\n")
     env = environment(**variables)
     return run_process(*arguments, env={**env, "PYTHONPATH": os.pathsep.join([str(folder), env["PYTHONPATH"]])})
 
@@ -122,7 +107,6 @@ def peak_memory(*arguments: object) -> int:
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     """Start ``df11`` in a process of its own, which SIGINT reaches even if these tests run in the background of a shell, where it is ignored."""
-    compile_kernels()
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from df11.converter.encode import SegmentEncoder
-from df11.converter.plan import ENCODE_SLACK
+from df11.converter.kernels import ENCODE_SLACK
 from df11.formats import layout
 from df11.formats.record import Bytes, SegmentPlace, Weights, pack_front
 from tests.support import strategies
