@@ -35,7 +35,7 @@ enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphab
         if (length) {
             counts[length]++;
             codes++;
-            kraft += TABLE_SIZE >> length;
+            kraft += (unsigned)TABLE_SIZE >> length;
         }
     }
     if ((cells & 1) && grid[cells >> 1] >> 4)

@@ -1,0 +1,158 @@
+"""The CPU kernels: no byte out of bounds whatever they are given, the same bytes with and without a CPU's own instructions, arguments checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from df11 import _kernels
+from tests.support import commands, cpu_kernels
+
+HOSTILE = 1500
+"""Damaged segments that each build is given."""
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[tuple[bytes, bytes]]:
+    """Questions, and what the extension of this process answers."""
+    damaged = (cpu_kernels.damaged_segment(10_000 + number) for number in range(HOSTILE))
+    return cpu_kernels.questions(1) + [cpu_kernels.ask_to_decode(segment) for segment in damaged if segment is not None]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """The kernels under ASan and UBSan."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    assert compiler, "these tests need a C compiler: apt install gcc"
+    return cpu_kernels.build([compiler], tmp_path_factory.mktemp("sanitized"), "-O1", *cpu_kernels.SANITIZERS)
+
+
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "pext"])
+def test_no_byte_out_of_bounds(instructions, sanitized, asked):
+    answers = cpu_kernels.run([sanitized, instructions], [question for question, _ in asked])
+    assert answers == b"".join(answer for _, answer in asked)
+
+
+def test_the_questions_meet_every_status(asked):
+    statuses = {int.from_bytes(answer[:8], "little") for question, answer in asked if question[:1] == b"D"}
+    assert {_kernels.OK, _kernels.BAD_ALPHABET, _kernels.BAD_LENGTH, _kernels.INCOMPLETE_CODE} <= statuses
+    decoded = [answer for question, answer in asked if question[:1] == b"D" and int.from_bytes(answer[:8], "little") == _kernels.OK]
+    statuses = {int.from_bytes(answer[8:16], "little") for answer in decoded}
+    assert {_kernels.OK, _kernels.BAD_TILE, _kernels.BAD_LANE, _kernels.BAD_EXCEPTION} <= statuses
+    # Compared with what was decoded, then with one weight changed.
+    sound = [answer for answer in decoded if int.from_bytes(answer[8:16], "little") == _kernels.OK]
+    assert {int.from_bytes(answer[-32:-24], "little") for answer in sound} == {_kernels.OK}
+    assert _kernels.DIFFERENT in {int.from_bytes(answer[-16:-8], "little") for answer in sound}
+
+
+def test_a_byte_too_far_is_noticed(tmp_path):
+    """What these tests rest on: the same program, with one load too far, ends."""
+    folder = tmp_path / "formats"
+    shutil.copytree(cpu_kernels.ROOT / "formats", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (folder / "decode.c").read_text()
+    broken = source.replace("decode_chunks_portable(segment, tile, furthest <= segment->size ? 0 :", "decode_chunks_portable(segment, tile, 1 ? 0 :")
+    assert broken != source
+    (folder / "decode.c").write_text(broken)
+    sources = [cpu_kernels.SOURCES[0], folder / "decode.c", cpu_kernels.SOURCES[2]]
+    program = tmp_path / "broken"
+    compiler = os.environ.get("CC", "cc")
+    commands.run_process(*sources, "-std=c11", "-O1", "-o", program, command=[compiler]).fine()
+    damaged = [cpu_kernels.damaged_segment(10_000 + number) for number in range(HOSTILE)]
+    asked = [cpu_kernels.ask_to_decode(segment)[0] for segment in damaged if segment is not None]
+    with pytest.raises(AssertionError):
+        cpu_kernels.run([program, "portable"], asked)
+
+
+def test_the_portable_extension_says_so():
+    code = "from df11 import _kernels; print(_kernels.INSTRUCTIONS)"
+    done = commands.run_process("-c", code, command=[commands.COMMAND[0]], env=commands.environment(DF11_PORTABLE="1"))
+    assert done.fine().out == "portable\n"
+
+
+# Arguments.
+
+
+def words(count: int, dtype: type = np.uint8) -> np.ndarray:
+    """Zeros."""
+    return np.zeros(count, dtype)
+
+
+SEGMENT, TABLE, OUT = words(4096), words(4096, np.uint32), words(100, np.uint16)
+SOUND = (SEGMENT, TABLE, 100, 1, 48, 64, 96, 208, 0, 1, OUT)
+"""A segment of 100 weights whose sections fit; what is in it is damaged."""
+
+
+def test_a_damaged_segment_of_sound_sizes_is_taken():
+    assert _kernels.decode_tiles(*SOUND) == (_kernels.BAD_TILE, 0)
+    assert _kernels.compare_tiles(*SOUND) == (_kernels.BAD_TILE, 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "values"),
+    [
+        (0, [SEGMENT[:200], words(4096, np.uint16), SEGMENT[::2]]),
+        (1, [TABLE[:4095], words(8192, np.uint16), words(4096, np.uint64)]),
+        (2, [0, 101, 4096, (1 << 24) + 1, 1 << 32, -1]),
+        (3, [0, 3, 256]),
+        (4, [4089, 1 << 32, 1 << 63, -1]),
+        (5, [4065, 1 << 63]),
+        (6, [3997, 1 << 63]),
+        (7, [4081, 1 << 63]),
+        (8, [2, 1 << 63]),
+        (9, [2, 1 << 63]),
+        (10, [OUT[:99], OUT[::-1], words(201)[1:].view(np.uint16), words(100, np.uint32)]),
+    ],
+)
+def test_what_does_not_fit_is_refused(place, values):
+    for function in (_kernels.decode_tiles, _kernels.compare_tiles):
+        for value in values:
+            with pytest.raises((ValueError, OverflowError, BufferError)):
+                function(*SOUND[:place], value, *SOUND[place + 1 :])
+
+
+def test_read_only_memory_is_read_and_not_written():
+    fixed = OUT.copy()
+    fixed.flags.writeable = False
+    assert _kernels.compare_tiles(*SOUND[:-1], fixed)[0] == _kernels.BAD_TILE
+    with pytest.raises((ValueError, BufferError)):
+        _kernels.decode_tiles(*SOUND[:-1], fixed)
+
+
+@pytest.mark.parametrize("size", [0, -1, 257, 1 << 32])
+def test_an_alphabet_of_no_possible_size_is_refused(size):
+    with pytest.raises((ValueError, OverflowError)):
+        _kernels.build_decode_table(words(40_000), size, TABLE)
+
+
+def test_tables_must_be_whole():
+    with pytest.raises(ValueError, match="section"):
+        _kernels.build_decode_table(words(2), 2, TABLE)
+    with pytest.raises(ValueError, match="table"):
+        _kernels.build_decode_table(words(40_000), 2, TABLE[:4095])
+
+
+def test_encoding_refuses_what_does_not_fit():
+    encoder = _kernels.new_encoder()
+    weights = np.full(100, 0x3F80, np.uint16)
+    size, section, _, filler = _kernels.build_code(encoder, weights)
+    assert (size, filler, len(section)) == (1, 0x7F7F, 2)
+    sound = (encoder, weights, filler, 1, 48, 64, 96, 208, 232, words(232 + 8192))
+    assert _kernels.encode_tiles(*sound) == (_kernels.NOT_SMALLER, 0)
+    wrong = {1: weights[:0], 2: 1 << 16, 3: 0, 4: 232, 5: 233, 6: 200, 7: 217, 8: 220, 9: words(232 + 8191)}
+    for place, value in wrong.items():
+        with pytest.raises((ValueError, OverflowError)):
+            _kernels.encode_tiles(*sound[:place], value, *sound[place + 1 :])
+    with pytest.raises(ValueError, match="weights"):
+        _kernels.build_code(encoder, weights[:1])
+    with pytest.raises(ValueError, match="too many"):
+        _kernels.build_code(encoder, words((1 << 24) + 2, np.uint16))
+    with pytest.raises(ValueError, match="PyCapsule"):
+        _kernels.build_code(object(), weights)
+    with pytest.raises(ValueError, match="out"):
+        _kernels.cast_f32(words(3, np.uint32), words(2, np.uint16))
+    with pytest.raises(ValueError, match="counts"):
+        _kernels.count_exponents(weights, words(255, np.int64))

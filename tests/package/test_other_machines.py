@@ -1,0 +1,42 @@
+"""The CPU kernels on machines that are not at hand: on another kind of CPU under an emulator, and refused where they would be wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.support import cpu_kernels
+
+
+def tool(name: str, package: str) -> str:
+    """A program of Debian's; CI must have it."""
+    path = shutil.which(name)
+    if path is None and "CI" in os.environ:
+        pytest.fail(f"{name} is missing: apt install {package}")
+    if path is None:
+        pytest.skip(f"needs {name}: apt install {package}")
+    return path
+
+
+def test_aarch64_gives_the_same_bytes(tmp_path):
+    compiler = tool("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")
+    emulator = tool("qemu-aarch64", "qemu-user")
+    program = cpu_kernels.build([compiler], tmp_path, "-O3", "-static")
+    asked = cpu_kernels.questions(2)
+    answers = cpu_kernels.run([emulator, program], [question for question, _ in asked])
+    assert answers == b"".join(answer for _, answer in asked)
+
+
+def test_a_big_endian_machine_is_refused_by_name(tmp_path):
+    """Whoever compiles for one is told why that cannot be."""
+    source = tmp_path / "kernels.c"
+    source.write_text(f'#include "{cpu_kernels.ROOT}/formats/kernels.h"\n')
+    compiler = os.environ.get("CC", "cc")
+    swapped = ["-U__BYTE_ORDER__", "-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__"]
+    done = subprocess.run([compiler, "-fsyntax-only", *swapped, source], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "df11 needs a little-endian machine" in done.stderr
+    subprocess.run([compiler, "-fsyntax-only", source], check=True)

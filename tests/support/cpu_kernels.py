@@ -1,0 +1,180 @@
+"""The CPU kernels as a program of their own (``cpu_kernels.c``): how it is built, what it is asked, and what it must answer."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from df11.converter.kernels import NOT_SMALLER, Encoder, cast_f32, count_exponents
+from df11.formats import kernels, layout
+from df11.formats.record import Bytes, Weights
+from tests.support import records, strategies
+
+ROOT = Path(__file__).parents[2]
+SOURCES = [ROOT / "tests" / "support" / "cpu_kernels.c", ROOT / "formats" / "decode.c", ROOT / "converter" / "encode.c"]
+WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A coded segment with sound geometry, and bytes that may be anything."""
+
+    data: Bytes
+    alphabet_size: int
+    elements: int
+    lane_bytes: int
+    first: int
+    last: int
+
+    @property
+    def sections(self) -> dict[str, int]:
+        """The offsets of its sections."""
+        return layout.segment_sections(self.elements, self.alphabet_size, self.lane_bytes)
+
+
+def build(compiler: Sequence[str], folder: Path, *options: str) -> Path:
+    """Compile the program."""
+    program = folder / "cpu_kernels"
+    command = [*compiler, *WARNINGS, *options, *map(str, SOURCES), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return program
+
+
+def run(command: Sequence[str | Path], questions: Sequence[bytes]) -> bytes:
+    """All answers of the program, one after another."""
+    done = subprocess.run([str(part) for part in command], input=b"".join(questions), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-4000:]
+    return done.stdout
+
+
+def numbers(*values: int) -> bytes:
+    """As the program reads and writes them."""
+    return b"".join(struct.pack("<q" if value < 0 else "<Q", value) for value in values)
+
+
+def ask_to_encode(weights: Weights) -> tuple[bytes, bytes]:
+    """A question, and the answer that this process gives."""
+    encoder = Encoder()
+    code = encoder.build_code(weights)
+    answer = numbers(code.alphabet_size, code.bits, code.filler, len(code.section)) + code.section.tobytes()
+    end = layout.raw_segment_size(len(weights)) - layout.RECORD_ALIGNMENT
+    for lane_bytes in (1, 2):
+        sections = layout.segment_sections(len(weights), code.alphabet_size, lane_bytes)
+        if sections["stream_offset"] + layout.STREAM_END > end:
+            answer += numbers(NOT_SMALLER, 0)
+            continue
+        out = np.zeros(end + 8192, np.uint8)
+        size, exceptions = encoder.encode_tiles(weights, code, lane_bytes, sections, end, out)
+        answer += numbers(size, exceptions) + (out[sections["tiles_offset"] : size].tobytes() if size > 0 else b"")
+    return b"E" + numbers(len(weights)) + weights.tobytes(), answer + encoder.exponents().tobytes()
+
+
+def ask_to_decode(segment: Segment) -> tuple[bytes, bytes]:
+    """A question, and the answer that this process gives."""
+    sections = segment.sections
+    question = numbers(len(segment.data), segment.alphabet_size, segment.elements, segment.lane_bytes)
+    question += numbers(*(sections[name] for name in layout.SECTION_OFFSETS), segment.first, segment.last)
+    table = np.empty(4096, np.uint32)
+    status = kernels.build_decode_table(segment.data[layout.SEGMENT_HEADER.size :], segment.alphabet_size, table)
+    answer = numbers(status)
+    if status == kernels.OK:
+        count = min(segment.last * layout.TILE_WEIGHTS, segment.elements) - segment.first * layout.TILE_WEIGHTS
+        weights = np.zeros(count, np.uint16)
+        header = {"lane_bytes": segment.lane_bytes, **sections}
+
+        def pass_over(*, compare: bool) -> tuple[int, int]:
+            return kernels.decode_tiles(segment.data, table, segment.elements, header, segment.first, segment.last, weights, compare=compare)
+
+        answer += numbers(*pass_over(compare=False), count) + weights.tobytes()
+        answer += numbers(*pass_over(compare=True))
+        weights[count // 2] ^= 1
+        answer += numbers(*pass_over(compare=True))
+    return b"D" + question + segment.data.tobytes(), answer
+
+
+def ask_to_cast(values: Bytes) -> tuple[bytes, bytes]:
+    """F32 values as bytes: a question, and the answer that this process gives."""
+    source = values.view(np.uint32)
+    out = np.empty(len(source), np.uint16)
+    exact = cast_f32(source, out)
+    return b"C" + numbers(len(source)) + source.tobytes(), numbers(exact) + out.tobytes()
+
+
+def ask_to_count(weights: Weights) -> tuple[bytes, bytes]:
+    """A question, and the answer that this process gives."""
+    return b"N" + numbers(len(weights)) + weights.tobytes(), count_exponents(weights).tobytes()
+
+
+def sound_segment(seed: int) -> Segment | None:
+    """A segment as the encoder makes it, and some of its tiles; None if the weights were stored raw."""
+    if seed % 6:
+        _, _, record = records.generate(seed)
+    else:  # Large enough that rare pairs are exceptions.
+        record = records.encode(strategies.make("rare", 50_000 + seed % 9000, seed))
+    directory = layout.DIRECTORY_ENTRY.unpack(record.tobytes(), layout.RECORD_HEADER.size)
+    start, size, elements = directory["segment_offset"], directory["segment_size"], directory["element_count"]
+    data = record[start : start + size].copy()
+    header = layout.SEGMENT_HEADER.unpack(data.tobytes())
+    if header["encoding"] == layout.ENCODING_RAW:
+        return None
+    rng = np.random.default_rng(seed)
+    first = int(rng.integers(layout.tile_count(elements)))
+    last = int(rng.integers(first, layout.tile_count(elements))) + 1
+    return Segment(data, header["alphabet_size"], elements, header["lane_bytes"], first, last)
+
+
+def damaged_segment(seed: int) -> Segment | None:
+    """The same with damage: some bits, or whole sections of other bytes, or a stream that is cut off."""
+    segment = sound_segment(seed)
+    if segment is None:
+        return None
+    rng = np.random.default_rng(seed + 1)
+    data, sections = segment.data, segment.sections
+    bounds = [layout.SEGMENT_HEADER.size, *(sections[name] for name in layout.SECTION_OFFSETS), len(data)]
+    descriptors = data[sections["tiles_offset"] :][: 8 * layout.tile_count(segment.elements)].view("<u4").reshape(-1, 2)
+    listing = np.flatnonzero(descriptors[:, 1] >> 16)
+    if len(listing) and rng.random() < 0.5:  # A position that is beyond the tile, or out of order.
+        end = sections["stream_offset"] + 16 * int(descriptors[listing[0] + 1, 0]) if listing[0] + 1 < len(descriptors) else len(data) - 16
+        data[end - 16 : end] = rng.integers(256, size=16)
+        return segment
+    for _ in range(int(rng.integers(1, 4))):
+        which = int(rng.integers(len(bounds) - 1))
+        part = data[bounds[which] : bounds[which + 1]]
+        match rng.integers(4):
+            case 0:
+                part[rng.integers(len(part))] ^= 1 << rng.integers(8)
+            case 1:
+                part[:] = rng.integers(256, size=len(part))
+            case 2:
+                part[:] = rng.choice([0, 255])
+            case _:
+                place = int(rng.integers(len(part)))
+                part[place : place + 8] = rng.integers(256, size=len(part[place : place + 8]))
+    if rng.random() < 0.3:
+        data = data[: int(rng.integers(sections["stream_offset"] + layout.STREAM_END, len(data) + 1))]
+    return Segment(data, segment.alphabet_size, segment.elements, segment.lane_bytes, segment.first, segment.last)
+
+
+def questions(seed: int, scale: int = 1) -> list[tuple[bytes, bytes]]:
+    """Questions of all kinds with their answers; ``scale`` times some three hundred."""
+    rng = np.random.default_rng(seed)
+    asked = []
+    for flavour in sorted(strategies.FLAVOURS):
+        sizes = [*strategies.BOUNDARY_SIZES[1:], *map(int, rng.integers(2, 40_000, size=2 * scale))]
+        asked += [ask_to_encode(strategies.make(flavour, size, seed + size)) for size in sizes]
+    for number in range(100 * scale):
+        for make in (sound_segment, damaged_segment):
+            if (segment := make(seed + number)) is not None:
+                asked.append(ask_to_decode(segment))
+    for count in (0, 1, 7, 64, 1000):
+        asked.append(ask_to_cast(rng.integers(256, size=4 * count, dtype=np.uint8)))
+        asked.append(ask_to_count(rng.integers(65536, size=count, dtype=np.uint16)))
+    asked.append(ask_to_cast((np.arange(1 << 16, dtype=np.uint32) << 16 | rng.integers(2, size=1 << 16, dtype=np.uint32)).view(np.uint8)))
+    return asked
