@@ -5,7 +5,6 @@
 #include "../formats/kernels.h"
 
 enum {
-    SYMBOLS = 1 << 16, /* a pair of exponents: e1 << 8 | e0 */
     EXCEPTION_BITS = 32,
     /* Of an entry of the encoding table, code << 8 | flags | length: which weights of a pair are exceptions. */
     FIRST_IS_EXCEPTION = 1 << 24,
@@ -13,9 +12,9 @@ enum {
     CODE_AND_LENGTH = FIRST_IS_EXCEPTION - 1,
 };
 
-/* What encoding takes: some 2 MB, zeros at first. The histogram is zero between calls. */
+/* What encoding takes: some 3 MB, zeros at first. */
 struct df11_encoder {
-    uint32_t histogram[2][SYMBOLS]; /* two halves, so that equal neighbours do not wait for each other */
+    struct df11_counts counts; /* zeros, but between counting and choosing the code */
     uint32_t table[SYMBOLS];        /* entries of the symbols that occur */
     int64_t exponents[256];         /* how often each occurs in the weights counted last */
     unsigned used_count;
@@ -51,7 +50,21 @@ const int64_t *df11_exponents(const struct df11_encoder *encoder)
     return encoder->exponents;
 }
 
+struct df11_counts *df11_encoder_counts(struct df11_encoder *encoder)
+{
+    return &encoder->counts;
+}
+
 /* Weights apart: exponents, which in pairs are the symbols, and sign/mantissa bytes. */
+
+ALWAYS_INLINE void exponents_of(const uint8_t *weights, unsigned count, uint8_t *exponents)
+{
+    for (unsigned i = 0; i < count; i++) {
+        uint16_t weight;
+        memcpy(&weight, weights + 2 * i, sizeof weight);
+        exponents[i] = (uint8_t)(weight >> 7);
+    }
+}
 
 ALWAYS_INLINE void split(const uint16_t *weights, unsigned count, uint8_t *exponents, uint8_t *sign_mantissa)
 {
@@ -61,10 +74,9 @@ ALWAYS_INLINE void split(const uint16_t *weights, unsigned count, uint8_t *expon
     }
 }
 
-ALWAYS_INLINE void exponents_of(const uint16_t *weights, unsigned count, uint8_t *exponents)
+static void exponents_portable(const uint8_t *weights, unsigned count, uint8_t *exponents)
 {
-    for (unsigned i = 0; i < count; i++)
-        exponents[i] = (uint8_t)(weights[i] >> 7);
+    exponents_of(weights, count, exponents);
 }
 
 static void split_portable(const uint16_t *weights, unsigned count, uint8_t *exponents, uint8_t *sign_mantissa)
@@ -72,63 +84,41 @@ static void split_portable(const uint16_t *weights, unsigned count, uint8_t *exp
     split(weights, count, exponents, sign_mantissa);
 }
 
-static void exponents_portable(const uint16_t *weights, unsigned count, uint8_t *exponents)
+#ifdef HAVE_AVX2
+AVX2 static void exponents_avx2(const uint8_t *weights, unsigned count, uint8_t *exponents)
 {
     exponents_of(weights, count, exponents);
 }
 
-#ifdef HAVE_AVX2
 AVX2 static void split_avx2(const uint16_t *weights, unsigned count, uint8_t *exponents, uint8_t *sign_mantissa)
 {
     split(weights, count, exponents, sign_mantissa);
-}
-
-AVX2 static void exponents_avx2(const uint16_t *weights, unsigned count, uint8_t *exponents)
-{
-    exponents_of(weights, count, exponents);
 }
 #endif
 
 /* Counting. */
 
-#ifdef HAVE_AVX2
-/* Four weights a step: pext takes their exponents out as two symbols. `pairs` is even. */
-__attribute__((target("bmi2"))) static void count_pext(uint32_t (*histogram)[SYMBOLS], const uint16_t *weights, uint64_t pairs)
+/* Add the pairs of `count` weights to the counts; a last weight without a partner is in no pair. `weights` need not be aligned. */
+void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64_t count)
 {
-    for (uint64_t i = 0; i < pairs; i += 2) {
-        uint64_t four = __builtin_ia32_pext_di(load_u64((const uint8_t *)(weights + 2 * i)), 0x7F807F807F807F80);
-        histogram[0][four & 0xFFFF]++;
-        histogram[1][four >> 16]++;
-    }
-}
-#endif
+    uint16_t symbols[1024];
 
-/* Add the pairs of `count` weights to the histogram; a last weight without a partner is not counted. */
-void df11_count_pairs(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count)
-{
-    uint64_t pairs = count / 2;
-#ifdef HAVE_AVX2
-    if (df11_use_pext) {
-        count_pext(encoder->histogram, weights, pairs & ~(uint64_t)1);
-        if (pairs & 1)
-            encoder->histogram[0][(weights[2 * pairs - 1] >> 7 & 0xFF) << 8 | (weights[2 * pairs - 2] >> 7 & 0xFF)]++;
-        return;
-    }
-#endif
-    for (uint64_t first = 0; first < pairs; first += TILE_PAIRS) {
-        unsigned here = pairs - first < TILE_PAIRS ? (unsigned)(pairs - first) : TILE_PAIRS;
+    counts->weights += count;
+    for (; count > 1; weights += sizeof symbols * 2) {
+        unsigned pairs = count / 2 < 1024 ? (unsigned)(count / 2) : 1024;
 #ifdef HAVE_AVX2
         if (df11_use_avx2)
-            exponents_avx2(weights + 2 * first, 2 * here, (uint8_t *)encoder->symbols);
+            exponents_avx2(weights, 2 * pairs, (uint8_t *)symbols);
         else
 #endif
-            exponents_portable(weights + 2 * first, 2 * here, (uint8_t *)encoder->symbols);
-        for (unsigned i = 0; i + 1 < here; i += 2) {
-            encoder->histogram[0][encoder->symbols[i]]++;
-            encoder->histogram[1][encoder->symbols[i + 1]]++;
+            exponents_portable(weights, 2 * pairs, (uint8_t *)symbols);
+        for (unsigned i = 0; i + 1 < pairs; i += 2) {
+            counts->pairs[0][symbols[i]]++;
+            counts->pairs[1][symbols[i + 1]]++;
         }
-        if (here & 1)
-            encoder->histogram[0][encoder->symbols[here - 1]]++;
+        if (pairs & 1)
+            counts->pairs[0][symbols[pairs - 1]]++;
+        count -= 2 * pairs;
     }
 }
 
@@ -158,7 +148,7 @@ static int ascending(const void *one, const void *other)
     return (a > b) - (a < b);
 }
 
-/* List what occurs, and leave the histogram zero. */
+/* List what occurs, and leave the counts zero. */
 static void collect(struct df11_encoder *encoder)
 {
     unsigned n = 0;
@@ -167,10 +157,10 @@ static void collect(struct df11_encoder *encoder)
     for (unsigned first = 0; first < SYMBOLS; first += 16) {
         uint32_t any = 0;
         for (unsigned i = first; i < first + 16; i++)
-            any |= encoder->histogram[0][i] | encoder->histogram[1][i];
+            any |= encoder->counts.pairs[0][i] | encoder->counts.pairs[1][i];
         for (unsigned symbol = first; any && symbol < first + 16; symbol++) {
-            uint32_t count = encoder->histogram[0][symbol] + encoder->histogram[1][symbol];
-            encoder->histogram[0][symbol] = encoder->histogram[1][symbol] = 0;
+            uint32_t count = encoder->counts.pairs[0][symbol] + encoder->counts.pairs[1][symbol];
+            encoder->counts.pairs[0][symbol] = encoder->counts.pairs[1][symbol] = 0;
             if (!count)
                 continue;
             encoder->count_of[symbol] = count;
@@ -180,6 +170,7 @@ static void collect(struct df11_encoder *encoder)
             encoder->used[n++] = (uint16_t)symbol;
         }
     }
+    encoder->counts.weights = 0;
     encoder->used_count = n;
     qsort(encoder->by_count, n, sizeof *encoder->by_count, ascending);
 }
@@ -365,14 +356,16 @@ static int occurs(const struct df11_encoder *encoder, unsigned symbol)
     return 0;
 }
 
-/* Choose which of the pairs counted get a code, and their lengths; make the code table section and the encoding table (SPEC.md, section 12). The
- * weights, two at least, are those that were counted. */
+/* Choose which pairs of the weights, two at least, get a code, and its length; make the code table section and the encoding table (SPEC.md, section
+ * 12). The pairs are counted, unless that has been done. */
 void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count, struct df11_code *code)
 {
     uint64_t pairs = count / 2;
     unsigned previous = 0;
     int64_t best_total = 0;
 
+    if (!encoder->counts.weights)
+        df11_count_pairs(&encoder->counts, (const uint8_t *)weights, count);
     collect(encoder);
     /* A pair that is rarer than about 2^-16 costs less as an exception than as a code of 12 bits, which takes 2^-12 of the code space from all
      * others. Try a few limits around that. */

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from df11.converter.kernels import LANE_OVERFLOW, Encoder, count_exponents
+from df11.converter.kernels import LANE_OVERFLOW, Encoder, Sha256, count_exponents
 from df11.formats import errors, layout
 from df11.formats.record import Bytes, Place, Segment, SegmentPlace, Weights
 
@@ -34,6 +34,10 @@ class SegmentEncoder:
         self._encoder = Encoder()
         self.exponents: npt.NDArray[np.int64] = np.zeros(256, np.int64)
         """How often each exponent occurs in the segment encoded last."""
+
+    def hash(self, digest: Sha256, data: Bytes) -> None:
+        """Append to ``digest`` the bytes of the weights that are encoded next; where that takes no time, count them along."""
+        digest.update_counting(data, self._encoder)
 
     def encode(self, weights: Weights, out: Bytes, *, verify: bool) -> EncodedSegment:
         """Encode ``weights`` (u16, 1 to 2**24) into ``out`` (u8, at least raw_segment_size + ENCODE_SLACK bytes).

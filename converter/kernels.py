@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,16 +33,17 @@ class Encoder:
     """The encoding kernels with what they keep, about 3 MB. One thread at a time."""
 
     def __init__(self) -> None:
-        self._encoder = _kernels.new_encoder()
+        self.handle = _kernels.new_encoder()
+        """For the C functions."""
 
     def build_code(self, weights: Weights) -> Code:
         """Count the pairs of ``weights`` (2 to 2**24) and choose their code, which :meth:`encode_tiles` then uses."""
-        alphabet_size, section, bits, filler = _kernels.build_code(self._encoder, weights)
+        alphabet_size, section, bits, filler = _kernels.build_code(self.handle, weights)
         return Code(alphabet_size, np.frombuffer(section, np.uint8), bits, filler)
 
     def exponents(self) -> npt.NDArray[np.int64]:
         """How often each exponent occurs in the weights that :meth:`build_code` saw last: i64 [256]."""
-        return np.frombuffer(_kernels.exponents(self._encoder), np.int64)
+        return np.frombuffer(_kernels.exponents(self.handle), np.int64)
 
     def encode_tiles(self, weights: Weights, code: Code, lane_bytes: int, sections: dict[str, int], end: int, out: Bytes) -> tuple[int, int]:
         """Encode all tiles of a segment into ``out``, from the tile descriptors on: (size of the segment, exceptions).
@@ -50,7 +52,34 @@ class Encoder:
         ``LANE_OVERFLOW`` if the lanes of a tile differ by more than ``lane_bytes`` can say, ``NOT_SMALLER`` if ``end`` is reached.
         """
         offsets = (sections[name] for name in layout.SECTION_OFFSETS)
-        return _kernels.encode_tiles(self._encoder, weights, code.filler, lane_bytes, *offsets, end, out)
+        return _kernels.encode_tiles(self.handle, weights, code.filler, lane_bytes, *offsets, end, out)
+
+
+class Sha256:
+    """SHA-256 as hashlib's, but where the CPU has instructions for it the pairs of weights are counted along, at no cost of time."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self._hash = _kernels.new_sha256()
+        self._fallback = hashlib.sha256()
+        self.update(data)
+
+    def update(self, data: bytes | Bytes) -> None:
+        """Append bytes."""
+        if self._hash is None:
+            self._fallback.update(data)
+        else:
+            _kernels.update_sha256(self._hash, data, None)
+
+    def update_counting(self, data: Bytes, encoder: Encoder) -> None:
+        """Append the bytes of the weights for which ``encoder`` builds its next code, which then need not be counted."""
+        if self._hash is None:
+            self._fallback.update(data)
+        else:
+            _kernels.update_sha256(self._hash, data, encoder.handle)
+
+    def hexdigest(self) -> str:
+        """The digest of all bytes so far."""
+        return self._fallback.hexdigest() if self._hash is None else _kernels.digest_sha256(self._hash).hex()
 
 
 def count_exponents(weights: Weights) -> npt.NDArray[np.int64]:

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import xxhash
 
 from df11.converter.encode import EncodedSegment, SegmentEncoder
-from df11.converter.kernels import cast_f32
+from df11.converter.kernels import Sha256, cast_f32
 from df11.converter.manifest import COUNTED_WEIGHTS, ExponentCounts, Exponents, TensorRow, summarized
 from df11.converter.output import ContainerOutput
 from df11.converter.plan import Batch, Cast, Fate, TensorPlan, plan_batches, plan_tensors, split_tensor
@@ -196,10 +196,10 @@ def mebibytes(size: int) -> str:
 
 
 def _process_batches(
-    batches: list[Batch], free: list[_Slot], source: Source, digest: Any, settings: Settings, progress: Progress
+    batches: list[Batch], free: list[_Slot], source: Source, digest: Sha256, settings: Settings, progress: Progress
 ) -> Iterator[tuple[Batch, list[_Outcome]]]:
     # Batches and their outcomes in order. An outcome is valid until the next one is asked for.
-    waiting: deque[tuple[Batch, _Slot, Future[tuple[Future[None], Future[list[_Outcome]]]]]] = deque()
+    waiting: deque[tuple[Batch, _Slot, Future[Future[Future[list[_Outcome]]]]]] = deque()
     ahead = iter(batches)
     with ExitStack() as stack:
 
@@ -214,10 +214,13 @@ def _process_batches(
         # After an error, or an interrupt, the reader must not wait for a server before its pool can end.
         stack.push(lambda kind, *_: source.stop() if kind is not None else None)
 
-        def read(batch: Batch, slot: _Slot) -> tuple[Future[None], Future[list[_Outcome]]]:
-            data = slot.input[: batch.size]
-            source.read(batch.start, data)
-            return hasher.submit(digest.update, data), workers.submit(_process, batch, slot, source.path, verify=settings.verify)
+        def read(batch: Batch, slot: _Slot) -> Future[Future[list[_Outcome]]]:
+            source.read(batch.start, slot.input[: batch.size])
+            return hasher.submit(hash_batch, batch, slot)
+
+        def hash_batch(batch: Batch, slot: _Slot) -> Future[list[_Outcome]]:
+            _hash(batch, slot, digest)
+            return workers.submit(_process, batch, slot, source.path, verify=settings.verify)
 
         while True:
             while free and (following := next(ahead, None)) is not None:
@@ -228,10 +231,16 @@ def _process_batches(
             batch, slot, reading = waiting.popleft()
             while not wait([reading], HEARTBEAT).done:
                 progress(0)  # A server can be silent for minutes; meanwhile a caller can say, by an error, that nobody wants the outcome any more.
-            hashing, processing = reading.result()
-            yield batch, processing.result()
-            hashing.result()
+            yield batch, reading.result().result().result()
             free.append(slot)
+
+
+def _hash(batch: Batch, slot: _Slot, digest: Sha256) -> None:
+    data = slot.input[: batch.size]
+    if len(batch.pieces) == 1 and batch.pieces[0].tensor.fate is Fate.CODE and not batch.pieces[0].tensor.cast and batch.pieces[0].weights > 1:
+        slot.encoder.hash(digest, data)
+    else:
+        digest.update(data)
 
 
 def _process(batch: Batch, slot: _Slot, path: str, *, verify: bool) -> list[_Outcome]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import IO, Final, Self
 
 import numpy as np
 
+from df11.converter.kernels import Sha256
 from df11.formats import errors, framing
 from df11.formats.record import Bytes
 
@@ -73,9 +73,9 @@ class Source(ABC):
         self.check_unchanged()
         return digest.hexdigest()
 
-    def start_sha256(self) -> hashlib._Hash:
+    def start_sha256(self) -> Sha256:
         """A SHA-256 that has seen the header: the data are to follow."""
-        return hashlib.sha256(len(self.header.raw).to_bytes(8, "little") + self.header.raw)
+        return Sha256(len(self.header.raw).to_bytes(8, "little") + self.header.raw)
 
 
 class LocalSource(Source):

@@ -25,6 +25,7 @@ enum {
     STREAM_UNIT = 16,
     STREAM_END = 16,
     MAX_SEGMENT_WEIGHTS = 1 << 24,
+    SYMBOLS = 1 << 16, /* a pair of exponents: e1 << 8 | e0 */
     ENCODE_SLACK = 8192, /* bytes after the end of a segment that encoding may write to before it finds that a tile does not fit */
 };
 
@@ -54,7 +55,6 @@ typedef uint16_t any_u16;
 
 /* Set once, when the module is loaded. */
 extern int df11_use_avx2;
-extern int df11_use_pext;
 
 ALWAYS_INLINE uint64_t load_u64(const uint8_t *from)
 {
@@ -105,6 +105,12 @@ enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphab
 enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out, uint64_t *tile);
 enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, const uint16_t *source, uint64_t *tile);
 
+/* Pairs counted for the next code, in two halves, so that equal neighbours do not wait for each other; and of how many weights. */
+struct df11_counts {
+    uint32_t pairs[2][SYMBOLS];
+    uint64_t weights;
+};
+
 /* The code of a segment and what making it takes; encode.c. */
 struct df11_encoder;
 
@@ -118,11 +124,25 @@ struct df11_code {
 size_t df11_encoder_size(void);
 const uint8_t *df11_code_section(const struct df11_encoder *encoder);
 const int64_t *df11_exponents(const struct df11_encoder *encoder);
-void df11_count_pairs(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count);
+struct df11_counts *df11_encoder_counts(struct df11_encoder *encoder);
+void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64_t count);
 void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count, struct df11_code *code);
 int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights, const struct df11_segment *layout, unsigned filler, uint8_t *out,
                           uint64_t end, uint64_t *exceptions);
 void df11_count_exponents(const uint16_t *weights, uint64_t count, int64_t *exponents);
 int df11_cast_f32(const uint32_t *source, uint64_t count, uint16_t *out);
+
+#ifdef HAVE_AVX2
+/* sha256.c: only for CPUs with SHA instructions. */
+struct df11_sha256 {
+    uint32_t state[8];
+    uint64_t size; /* bytes so far */
+    uint8_t pending[64];
+};
+
+void df11_sha256_start(struct df11_sha256 *hash);
+void df11_sha256_update(struct df11_sha256 *hash, const uint8_t *data, uint64_t size, struct df11_counts *counts);
+void df11_sha256_digest(const struct df11_sha256 *hash, uint8_t *digest);
+#endif
 
 #endif

@@ -10,7 +10,38 @@
 #include "../../formats/kernels.h"
 
 int df11_use_avx2 = 0;
-int df11_use_pext = 0;
+
+/* The CPU. */
+
+#ifdef HAVE_AVX2
+#include <cpuid.h>
+
+static int use_sha = 0;
+
+static void choose_instructions(void)
+{
+    unsigned a, b, c, d;
+
+    __builtin_cpu_init();
+    int lzcnt = __get_cpuid(0x80000001, &a, &b, &c, &d) && (c >> 5 & 1);
+    df11_use_avx2 = lzcnt && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    use_sha = df11_use_avx2 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29 & 1);
+}
+
+static const char *instructions(void)
+{
+    return use_sha ? "avx2, sha" : df11_use_avx2 ? "avx2" : "portable";
+}
+#else
+static void choose_instructions(void)
+{
+}
+
+static const char *instructions(void)
+{
+    return "portable";
+}
+#endif
 
 /* Buffers. */
 
@@ -171,10 +202,11 @@ static PyObject *build_code(PyObject *module, PyObject *arguments)
     if (!encoder || get_buffer(weights, &buffer, "weights", 2, 2, 0) < 0)
         return NULL;
     uint64_t count = (uint64_t)buffer.len / 2;
-    int valid = require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment");
+    uint64_t counted = df11_encoder_counts(encoder)->weights;
+    int valid = require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment")
+                && require(counted == 0 || counted == count, "other weights have been counted");
     if (valid) {
         Py_BEGIN_ALLOW_THREADS
-        df11_count_pairs(encoder, buffer.buf, count);
         df11_build_code(encoder, buffer.buf, count, &code);
         Py_END_ALLOW_THREADS
     }
@@ -260,37 +292,75 @@ static PyObject *cast_f32(PyObject *module, PyObject *arguments)
     return PyBool_FromLong(exact);
 }
 
-/* The CPU. */
+/* SHA-256. */
 
+static const char HASH[] = "df11.sha256";
+
+static void free_hash(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, HASH));
+}
+
+static PyObject *new_sha256(PyObject *module, PyObject *arguments)
+{
+    (void)module, (void)arguments;
 #ifdef HAVE_AVX2
-#include <cpuid.h>
-
-/* pext takes one cycle on Intel's CPUs and on AMD's from Zen 3 (family 0x19) on; before, it is microcode of some hundred cycles. */
-static int has_fast_pext(void)
-{
-    unsigned a, b, c, d;
-    if (!__get_cpuid(0, &a, &b, &c, &d))
-        return 0;
-    int intel = b == 0x756E6547 && d == 0x49656E69 && c == 0x6C65746E;
-    if (!__get_cpuid(1, &a, &b, &c, &d))
-        return 0;
-    unsigned family = a >> 8 & 15;
-    return intel || (family == 15 && family + (a >> 20 & 255) >= 0x19);
-}
-
-static void choose_instructions(void)
-{
-    unsigned a, b, c, d;
-    __builtin_cpu_init();
-    int lzcnt = __get_cpuid(0x80000001, &a, &b, &c, &d) && (c >> 5 & 1);
-    df11_use_avx2 = lzcnt && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-    df11_use_pext = df11_use_avx2 && has_fast_pext();
-}
-#else
-static void choose_instructions(void)
-{
-}
+    if (use_sha) {
+        struct df11_sha256 *hash = malloc(sizeof *hash);
+        if (!hash)
+            return PyErr_NoMemory();
+        df11_sha256_start(hash);
+        PyObject *capsule = PyCapsule_New(hash, HASH, free_hash);
+        if (!capsule)
+            free(hash);
+        return capsule;
+    }
 #endif
+    (void)free_hash;
+    Py_RETURN_NONE;
+}
+
+/* (hash, data, encoder or None): with an encoder, count the pairs of data for its next code. */
+static PyObject *update_sha256(PyObject *module, PyObject *arguments)
+{
+    PyObject *hash_capsule, *data, *encoder_capsule;
+    Py_buffer buffer;
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OOO", &hash_capsule, &data, &encoder_capsule))
+        return NULL;
+    void *hash = PyCapsule_GetPointer(hash_capsule, HASH), *encoder = NULL;
+    if (!hash || (encoder_capsule != Py_None && !(encoder = PyCapsule_GetPointer(encoder_capsule, ENCODER)))
+        || PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
+        return NULL;
+    struct df11_counts *counts = encoder ? df11_encoder_counts(encoder) : NULL;
+    int valid = !counts || (require(buffer.len / 2 <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment")
+                            && require(counts->weights == 0, "other weights have been counted"));
+#ifdef HAVE_AVX2
+    if (valid) {
+        Py_BEGIN_ALLOW_THREADS
+        df11_sha256_update(hash, buffer.buf, (uint64_t)buffer.len, counts);
+        Py_END_ALLOW_THREADS
+    }
+#endif
+    PyBuffer_Release(&buffer);
+    if (!valid)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *digest_sha256(PyObject *module, PyObject *capsule)
+{
+    uint8_t digest[32] = {0};
+    (void)module;
+    struct df11_sha256 *hash = PyCapsule_GetPointer(capsule, HASH);
+    if (!hash)
+        return NULL;
+#ifdef HAVE_AVX2
+    df11_sha256_digest(hash, digest);
+#endif
+    return PyBytes_FromStringAndSize((const char *)digest, sizeof digest);
+}
 
 static PyMethodDef methods[] = {
     {"build_decode_table", build_decode_table, METH_VARARGS, NULL},
@@ -302,6 +372,9 @@ static PyMethodDef methods[] = {
     {"encode_tiles", encode_tiles, METH_VARARGS, NULL},
     {"count_exponents", count_exponents, METH_VARARGS, NULL},
     {"cast_f32", cast_f32, METH_VARARGS, NULL},
+    {"new_sha256", new_sha256, METH_NOARGS, NULL},
+    {"update_sha256", update_sha256, METH_VARARGS, NULL},
+    {"digest_sha256", digest_sha256, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -329,7 +402,7 @@ static int initialise(PyObject *module)
     /* For tests, and to find out whether a fault is one of these instructions: the portable code gives the same bytes. */
     if (!getenv("DF11_PORTABLE"))
         choose_instructions();
-    return PyModule_AddStringConstant(module, "INSTRUCTIONS", df11_use_pext ? "avx2, pext" : df11_use_avx2 ? "avx2" : "portable");
+    return PyModule_AddStringConstant(module, "INSTRUCTIONS", instructions());
 }
 
 static PyModuleDef_Slot slots[] = {
