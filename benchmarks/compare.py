@@ -1,8 +1,8 @@
 """What changed from one results file to another: ``python -m benchmarks.compare A.json B.json``, or ``make bench-compare A=… B=…``.
 
-A figure has changed for certain if the ranges of its samples do not overlap (and, where fewer than three samples were
-taken, the change is more than 3 %); sizes, which do not vary, if they differ at all. It has perhaps changed if its
-median did by more than 3 %. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
+A figure has changed for certain if the ranges of its samples do not overlap (and, where fewer than three samples leave the
+noise unknown, the change is more than 3 %); sizes, which do not vary, if they differ at all. It has perhaps changed if
+its median did by more than 3 %. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Change:
         if self.a.unit in EXACT:
             return self.a.value != self.b.value
         apart = self.b.low > self.a.high or self.b.high < self.a.low
-        few = any(0 < len(result.samples) < FEW for result in (self.a, self.b))
+        few = any(result.low == result.high or 0 < len(result.samples) < FEW for result in (self.a, self.b))
         return apart and not (few and abs(self.relative) <= THRESHOLD)
 
     @property

@@ -100,7 +100,7 @@ def convert(bench: Bench) -> None:
             checkout.program("--no-verify", *program.command[3:], "--no-verify", output=program.output)
             for checkout, program in zip(bench.checkouts, verified, strict=False)
         ]
-        # The verified runs last, so that they and lmzip leave what is verified and restored below.
+        # The verified ones come last, so that they leave what is verified and restored below.
         unverified = others + [program for program in verified if program.name == "lmzip"]
         pairs = _pairs(verified) + [(others[0].name, program.name) for program in unverified[1:]]
         bench.board.turns(f"convert {case}", others + verified, pairs, bench.rounds)
@@ -119,8 +119,8 @@ def convert(bench: Bench) -> None:
         ]
         archive = _packed(bench, source, "lmzip")
         restorers += bench.peers.lmzip("decompress", "-q", "-f", "-j", bench.jobs, archive, restored, output=restored)
-        bench.board.turns(f"restore {case}", restorers, _pairs(restorers), bench.rounds)
-        harness.run(restorers[0])
+        # This checkout's comes last, and is looked at.
+        bench.board.turns(f"restore {case}", restorers[::-1], _pairs(restorers), bench.rounds)
         for file in safetensors_file.files_below(source):
             if measure.sha256(file) != measure.sha256(restored / file.relative_to(source)):
                 raise measure.CommandError(f"{case}: what was restored differs from the source")
