@@ -1,7 +1,7 @@
 """The benchmark: sections by name, one JSON file a run. ``python -m benchmarks.bench``, or ``make bench``.
 
-Timings are of programs that take turns; quote the median of the ratios of pairs, with its least and most. Nothing here
-decides whether tests pass: machines differ. ``python -m benchmarks.compare`` says what changed from one file to another.
+Timings are of programs that take turns; quote the median of the ratios of pairs, with the least and the most. Nothing
+here decides whether tests pass: machines differ. ``python -m benchmarks.compare`` says what changed between two files.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"without peers: {error}")
     folder = options.folder or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir()))
     warm_up(folder, checkouts, found)
-    path = results.dated(options.save) if options.save else results.BUILD / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
+    now = f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
+    path = results.dated(options.save) if options.save else results.BUILD / now
     for name in options.sections:
         board.section = name
         needed = omnigen2.needed(options.scale) if name == "omnigen2" else int(ROOM[name] * max(options.size, 0.01))
@@ -84,7 +85,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     about = f"default: {' '.join(DEFAULT)}"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; {about}")
     parser.add_argument("--against", metavar="PATH[:PYTHON]", help="another checkout, which takes turns with this one")
-    parser.add_argument("--folder", type=Path, help="where to work (default: shared memory; omnigen2 needs a real disk)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: shared memory)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default: %(default)s)")
     parser.add_argument("--size", type=float, default=1.0, help="what sizes are multiplied by (default: 1)")
     parser.add_argument("--scale", type=float, default=1.0, help="that of the OmniGen2 stand-in (default: 1, 31 GB)")

@@ -1,8 +1,8 @@
-"""What changed from one results file to another: ``python -m benchmarks.compare A.json B.json``, or ``make bench-compare A=… B=…``.
+"""What changed between two results files: ``python -m benchmarks.compare A.json B.json``, ``make bench-compare``.
 
-A figure has changed for certain if the ranges of its samples do not overlap (and, where fewer than three samples leave the
-noise unknown, the change is more than 3 %); sizes, which do not vary, if they differ at all. It has perhaps changed if
-its median did by more than 3 %. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
+A figure has changed for certain if the ranges of its samples do not overlap (and, where fewer than three samples leave
+the noise unknown, the change is more than 3 %); sizes, which do not vary, if they differ at all. It has perhaps changed
+if its median did by more than 3 %. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def compare(a: Sequence[Result], b: Sequence[Result], *, other_machine: bool = F
     if left_out:
         lines.append(f"{len(left_out)} timings were left out: they are of different machines. Their ratios were not.")
     for name, mine, others in (("A", first, second), ("B", second, first)):
-        if alone := [f"{section}: {what} ({unit})" for section, what, unit in mine if (section, what, unit) not in others]:
-            lines += [f"Only in {name}:", *(f"  {what}" for what in alone)]
+        if alone := [key for key in mine if key not in others]:
+            lines += [f"Only in {name}:", *(f"  {section}: {what} ({unit})" for section, what, unit in alone)]
     return lines
 
 

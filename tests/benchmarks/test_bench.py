@@ -31,7 +31,8 @@ def written(build: Path) -> list[Result]:
 def test_convert(build: Path, tmp_path: Path) -> None:
     assert bench.main(["convert", *SMALLEST, "--folder", str(tmp_path)]) == 0
     found = {result.name: result for result in written(build)}
-    for case in ("convert 1 MB: df11", "convert 1 MB in 8 shards: df11 --no-verify", "verify 1 MB: df11", "restore 1 MB: df11"):
+    names = ("1 MB: df11", "1 MB in 8 shards: df11")
+    for case in (*(f"convert {name} --no-verify" for name in names), *(f"restore {name}" for name in names)):
         assert found[case].value > 0.01
         assert found[f"{case}, processor"].value > 0.01
         assert 10 < found[f"{case}, peak memory"].value < 500
@@ -87,13 +88,18 @@ def test_what_a_child_took() -> None:
     assert taken.wall >= 0.25
     assert taken.cpu == taken.user + taken.system >= 0.3
     assert 64 << 20 < taken.peak_rss < 100 << 20
-    with pytest.raises(measure.CommandError, match="exit code 3 from .*: why"):
+    with pytest.raises(measure.CommandError, match=r"exit code 3 from .*: why"):
         measure.run([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
     with pytest.raises(measure.CommandError, match="could not be started"):
         measure.run(["/nowhere/at/all"])
 
 
-def test_what_fails_does_not_end_the_run(build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fails_does_not_end_the_run(
+    build: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def fail(_: object) -> None:
         raise measure.CommandError("it broke")
 

@@ -118,7 +118,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_other_machine_and_versions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = save(tmp_path / "a.json", [seconds(10)])
-    b = save(tmp_path / "b.json", [seconds(1)], cpu="Another", memory_bytes=(24 << 30) + 4096, versions={"df11": "0.2.0"})
+    other = {"cpu": "Another", "memory_bytes": (24 << 30) + 4096, "versions": {"df11": "0.2.0"}}
+    b = save(tmp_path / "b.json", [seconds(1)], **other)
     assert compare.main([a, b]) == 0
     said = capsys.readouterr().out
     assert "The machines differ. cpu: A processor, Another.\n" in said
