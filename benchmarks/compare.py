@@ -101,7 +101,7 @@ def compare(a: Sequence[Result], b: Sequence[Result], *, other_machine: bool = F
     words = [f"{count} {word}" for word, count in counts.items() if count]
     lines.append(f"{', '.join([*words, f'{same} the same within the noise'])}.")
     if left_out:
-        lines.append(f"{len(left_out)} timings were left out: they are of different machines. Their ratios were not.")
+        lines.append(f"Timings left out, as the machines differ: {len(left_out)}. Their ratios are above.")
     for name, mine, others in (("A", first, second), ("B", second, first)):
         if alone := [key for key in mine if key not in others]:
             lines += [f"Only in {name}:", *(f"  {section}: {what} ({unit})" for section, what, unit in alone)]

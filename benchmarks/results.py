@@ -97,13 +97,13 @@ def dated(name: str, folder: Path = RESULTS) -> Path:
     return folder / f"{datetime.date.today().isoformat()}-{name}.json"
 
 
-def describe(folder: Path | None = None) -> dict[str, Any]:
-    """Date, commit, processor, cores, memory, kernel, versions, and the file system of the folder worked in."""
+def describe() -> dict[str, Any]:
+    """Date, commit, processor, cores, memory, kernel, versions."""
     versions = {"df11": df11.__version__, "python": platform.python_version()}
     for name in ("numpy", "xxhash", "zstandard"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    described = {
+    return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -112,7 +112,6 @@ def describe(folder: Path | None = None) -> dict[str, Any]:
         "commit": commit(ROOT),
         "versions": versions,
     }
-    return described | ({"file_system": file_system(folder)} if folder else {})
 
 
 def as_text(machine: dict[str, Any]) -> str:

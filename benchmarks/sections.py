@@ -220,7 +220,7 @@ def cores(bench: Bench) -> None:
 
 @contextmanager
 def _child(checkout: Checkout, weights: Path) -> Iterator[Callable[[str], str]]:
-    command = [checkout.python, str(_KERNELS), str(weights)]
+    command = [checkout.python, "-P", str(_KERNELS), str(weights)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=checkout.env) as process:
         assert process.stdin is not None

@@ -160,6 +160,9 @@ def run(report: Report, make: Callable[[], Any], names: Iterable[str], device: t
         # After each section, so that nothing is lost if the machine goes away.
         text = _as_markdown(report, machine, sections, missing)
         path = save(report.name, machine, text, folder, figures(sections), sections=sections, missing=missing)
+        del bench
+        if device.type == "cuda":
+            importlib.import_module("torch").cuda.empty_cache()
     print(path.read_text(encoding="utf-8"))
     differs = any(row.get("differing") for section in sections.values() for row in section["rows"])
     return 1 if differs or any(section["error"] for section in sections.values()) else 0

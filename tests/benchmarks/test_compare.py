@@ -89,7 +89,7 @@ def test_of_other_machines_only_ratios_and_sizes_count() -> None:
     lines = compare.compare(a, b, other_machine=True)
     assert [line.split()[0] for line in lines[:2]] == ["convert", "faster"]
     assert not any("df11: " in line for line in lines)
-    assert lines[-1].startswith("1 timings were left out")
+    assert lines[-1].startswith("Timings left out, as the machines differ: 1.")
 
 
 def save(path: Path, found: list[Result], **machine: Any) -> str:
@@ -124,7 +124,7 @@ def test_other_machine_and_versions_are_told(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().out
     assert "The machines differ. cpu: A processor, Another.\n" in said
     assert "Versions differ. df11: 0.1.0, 0.2.0; numpy: 2.4.6, None." in said
-    assert "1 timings were left out" in said
+    assert "Timings left out, as the machines differ: 1." in said
 
 
 @pytest.mark.parametrize(

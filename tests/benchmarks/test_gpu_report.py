@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import results
-from benchmarks.gpu import models, report
+from benchmarks.gpu import models, report, timing
 from benchmarks.results import Result
 
 
@@ -74,3 +75,36 @@ def test_a_section_that_fails_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [result.name for result in found] == ["x, y"]
     assert content["sections"]["bad"]["error"] == "ValueError: why"
     assert text in capsys.readouterr().out
+
+
+def test_a_call_is_queued_while_the_gpu_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, _end: object) -> float:
+            return 2.0  # milliseconds
+
+    cuda = SimpleNamespace(
+        Event=Event,
+        _sleep=lambda cycles: log.append(f"wait {cycles}"),
+        current_device=lambda: 0,
+        get_device_properties=lambda _device: SimpleNamespace(L2_cache_size=100),
+        synchronize=lambda: log.append("synchronize"),
+    )
+
+    def empty(size: int, dtype: str, device: str) -> SimpleNamespace:
+        assert (size, dtype, device) == (200, "uint8", "cuda")
+        return SimpleNamespace(fill_=lambda _value: log.append("overwrite the cache"))
+
+    fake = SimpleNamespace(cuda=cuda, empty=empty, uint8="uint8")
+    monkeypatch.setattr(timing, "importlib", SimpleNamespace(import_module=lambda _name: fake))
+    found = timing.time_kernel(lambda: log.append("call"), warmup=1, repeats=2)
+    assert found == timing.Timing(0.002, 0.002, 0.002, 2)
+    sample = ["overwrite the cache", "wait 4000000", "event", "call", "event"]
+    assert log == ["call", "synchronize", *sample, *sample, "synchronize"]
