@@ -2,12 +2,14 @@
 
 A figure has changed for certain if the ranges of its samples do not overlap (and, where fewer than three samples leave
 the noise unknown, the change is more than 3 %); sizes, which do not vary, if they differ at all. It has perhaps changed
-if its median did by more than 3 %. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
+if its median did by more than 3 %. Of eight samples or more the range is the middle half, which a few disturbed ones do
+not widen. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from benchmarks.results import Result
 THRESHOLD: Final = 0.03
 FEW: Final = 3
 """Fewer samples say nothing about the noise."""
+MANY: Final = 8
+"""From so many samples on their middle half counts."""
 EXACT: Final = ("bytes", "files", "of BF16")
 """Units of what is counted, not timed."""
 TIMINGS: Final = ("s", "GB/s")
@@ -47,7 +51,8 @@ class Change:
         """Whether the change is beyond the noise."""
         if self.a.unit in EXACT:
             return self.a.value != self.b.value
-        apart = self.b.low > self.a.high or self.b.high < self.a.low
+        (a_low, a_high), (b_low, b_high) = _range(self.a), _range(self.b)
+        apart = b_low > a_high or b_high < a_low
         few = any(result.low == result.high or 0 < len(result.samples) < FEW for result in (self.a, self.b))
         return apart and not (few and abs(self.relative) <= THRESHOLD)
 
@@ -67,20 +72,20 @@ class Change:
     def __str__(self) -> str:
         perhaps = "perhaps " if self.possible else ""
         values = f"{_number(self.a)} -> {_number(self.b)} {self.a.unit}"
-        ranges = "" if self.a.unit in EXACT else f"; {_range(self.a)} -> {_range(self.b)}"
+        ranges = "; {:.4g}..{:.4g} -> {:.4g}..{:.4g}".format(*_range(self.a), *_range(self.b))
+        ranges = "" if self.a.unit in EXACT else ranges
         return f"{perhaps + self.word:<15} {self.a.name}: {values} ({self.relative:+.1%}{ranges})"
 
 
 def _number(result: Result) -> str:
-    return _digits(result.value, result.unit)
+    return f"{result.value:,.0f}" if result.unit in ("bytes", "files") else f"{result.value:.4g}"
 
 
-def _range(result: Result) -> str:
-    return f"{_digits(result.low, result.unit)}..{_digits(result.high, result.unit)}"
-
-
-def _digits(value: float, unit: str) -> str:
-    return f"{value:,.0f}" if unit in ("bytes", "files") else f"{value:.4g}"
+def _range(result: Result) -> tuple[float, float]:
+    if len(result.samples) < MANY:
+        return result.low, result.high
+    low, _, high = statistics.quantiles(result.samples, n=4)
+    return low, high
 
 
 def compare(a: Sequence[Result], b: Sequence[Result], *, other_machine: bool = False) -> list[str]:

@@ -55,6 +55,9 @@ def peak(*samples: float) -> Result:
         (seconds(10, 11, 12), seconds(11.5, 12, 12.5), "perhaps slower"),  # 9 %, but they overlap
         (seconds(10, 11, 12), seconds(10.5, 11.1, 12), None),
         (size(5), size(5), None),
+        # A disturbed sample hides no change if there are eight, and one if there are fewer.
+        (seconds(*[10.0, 10.1] * 4, 20.0), seconds(*[11.0, 11.1] * 4, 5.0), "slower"),
+        (seconds(10.0, 10.1, 20.0), seconds(11.0, 11.1, 5.0), "perhaps slower"),
     ],
 )
 def test_words(a: Result, b: Result, words: str | None) -> None:
