@@ -39,7 +39,7 @@ def test_rows_are_results() -> None:
     rows = [
         {"what": "a matrix", "name": "df11", "seconds": 2.0, "timing": timing, "of_floor": 0.5, "times_dfloat11": None},
         {"what": "nothing", "seconds": 3.0},
-        *({"what": "cold", "name": "df11", "turn": turn, "seconds": 4.0 + turn, "of_safetensors": 0.7} for turn in (0, 1)),
+        *({"what": "cold", "name": "df11", "seconds": 4.0 + turn, "of_safetensors": 0.7} for turn in (0, 1)),
     ]
     assert report.figures({"sizes": {"rows": rows}}) == [
         Result("sizes", "a matrix, df11", "s", "lower", False, 2.0, 1.0, 9.0),
