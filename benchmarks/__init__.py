@@ -1,1 +1,1 @@
-"""Benchmarks and the demo. Not part of the installed package: run them from a checkout, ``python -m benchmarks.demo``."""
+"""The demo and the benchmarks; what the GPU programs share with them. Nothing of it is part of the package."""

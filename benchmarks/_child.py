@@ -12,7 +12,7 @@ import time
 
 
 def main() -> None:
-    """Run the command with this process's standard streams; exit with 0, the command's own exit code is in the result."""
+    """Run the command with this process's standard streams; exit with 0: the command's exit code is in the result."""
     result, command = sys.argv[1], sys.argv[2:]
     # Handlers, not SIG_IGN: the command must not inherit it. A Ctrl-C reaches the command by itself.
     signal.signal(signal.SIGINT, lambda *_: None)

@@ -1,7 +1,7 @@
 """The benchmark: sections by name, one JSON file a run. ``python -m benchmarks.bench``, or ``make bench``.
 
-Timings are of programs that take turns; quote the median of the ratios of pairs, with its least and most. Nothing here
-decides whether tests pass: machines differ. ``python -m benchmarks.compare`` says what changed from one file to another.
+Timings are of programs that take turns; quote the median of the ratios of pairs, with the least and the most. Nothing
+here decides whether tests pass: machines differ. ``python -m benchmarks.compare`` says what changed between two files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from benchmarks import harness, job, measure, omnigen2, peers, results, sections, synthetic
 from benchmarks.harness import Board, Checkout, say
@@ -31,37 +31,34 @@ SECTIONS: Final[dict[str, Callable[[Bench], None]]] = {
 }
 DEFAULT: Final = ("start", "cores", "convert", "sizes", "memory")
 SHARED_MEMORY: Final = Path("/dev/shm")
-ROOM: Final = {"start": 3e8, "cores": 1e8, "convert": 16.5e9, "sizes": 1.6e9, "memory": 11e9, "job": 15e9}
-"""Bytes that a section has in its folder at a time; all but the first are scaled by --size."""
+ROOM: Final = {"start": 3e8, "cores": 2e8, "convert": 16.5e9, "sizes": 1.6e9, "memory": 11e9, "job": 15e9}
+"""Bytes that a section has in its folder at a time; they are scaled by --size."""
+ON_DISK: Final = ("job", "omnigen2")
+"""Sections that are about a real disk."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections and return the exit code: 1 if one has failed."""
+    """Run the sections and return the exit code: 1 if one has failed, 2 if none could begin."""
     options = _parse(arguments)
     measure.interrupt_on_signals()
+    board, found = Board(), peers.Peers()
     try:
         checkouts = harness.checkouts(options.against)
-    except ValueError as error:
+        if not options.no_peers:
+            found = _peers(board)
+        warm_up(checkouts, found)
+    except (ValueError, measure.CommandError) as error:
         say(str(error))
         return 2
-    board = Board()
-    found = peers.Peers()
-    if not options.no_peers:
-        try:
-            found = peers.prepare()
-        except RuntimeError as error:
-            board.notes["peers"] = str(error)
-            say(f"without peers: {error}")
-    folder = options.folder or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir()))
-    warm_up(folder, checkouts, found)
-    path = results.dated(options.save) if options.save else results.BUILD / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
+    now = f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}.json"
+    path = results.dated(options.save) if options.save else results.BUILD / now
+    kinds: set[str] = set()
     for name in options.sections:
         board.section = name
-        needed = omnigen2.needed(options.scale) if name == "omnigen2" else int(ROOM[name] * max(options.size, 0.01))
-        if (free := shutil.disk_usage(folder).free) < needed:
-            board.notes[name] = f"{needed / 1e9:.1f} GB are needed in {folder.name}, {free / 1e9:.1f} GB are free"
-            say(f"{board.notes[name]}; name another folder with --folder")
+        folder = _folder(board, name, options)
+        if folder is None:
             continue
+        kinds.add(results.file_system(folder))
         with tempfile.TemporaryDirectory(prefix="df11-bench-", dir=folder) as work:
             limits = (options.size, options.scale, options.rounds, options.jobs)
             try:
@@ -72,11 +69,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except KeyboardInterrupt:
                 say("interrupted; the files are removed")
                 return 130
+        machine = results.describe() | {"file_system": ", ".join(sorted(kinds))}
+        machine["versions"] |= found.versions
+        about = {name: getattr(options, name) for name in ("size", "rounds", "jobs")}
+        if len(checkouts) > 1:
+            about["against"] = results.commit(checkouts[1].path)
         # After each section, so that nothing is lost if the machine goes away.
-        results.write(path, board.found, _machine(folder, found), notes=board.notes, **_about(options, checkouts))
+        results.write(path, board.found, machine, notes=board.notes, **about)
+        say(f"written: {path}")
     print(as_text(board))
-    say(f"written: {path}")
     return 1 if any(name in board.notes for name in options.sections) else 0
+
+
+def _peers(board: Board) -> peers.Peers:
+    try:
+        return peers.prepare()
+    except RuntimeError as error:
+        board.notes["peers"] = str(error)
+        say(f"without peers: {error}")
+        return peers.Peers()
+
+
+def _folder(board: Board, section: str, options: argparse.Namespace) -> Path | None:
+    # Where the section works; None, and a note, if there is no room. Pages of shared memory may be too few.
+    needed = omnigen2.needed(options.scale) if section == "omnigen2" else int(ROOM[section] * max(options.size, 0.01))
+    usual = [Path(tempfile.gettempdir())]
+    if section not in ON_DISK and SHARED_MEMORY.is_dir():
+        usual.insert(0, SHARED_MEMORY)
+    folders = [options.folder] if options.folder else usual
+    free = {folder: shutil.disk_usage(folder).free for folder in folders}
+    if fitting := [folder for folder in folders if free[folder] >= needed]:
+        return fitting[0]
+    rooms = ", ".join(f"{room / 1e9:.1f} GB are free in {folder}" for folder, room in free.items())
+    board.notes[section] = f"{needed / 1e9:.1f} GB are needed, {rooms}; name another folder with --folder"
+    say(f"{section}: {board.notes[section]}")
+    return None
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -84,7 +111,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     about = f"default: {' '.join(DEFAULT)}"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; {about}")
     parser.add_argument("--against", metavar="PATH[:PYTHON]", help="another checkout, which takes turns with this one")
-    parser.add_argument("--folder", type=Path, help="where to work (default: shared memory; omnigen2 needs a real disk)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: shared memory, if there is room)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default: %(default)s)")
     parser.add_argument("--size", type=float, default=1.0, help="what sizes are multiplied by (default: 1)")
     parser.add_argument("--scale", type=float, default=1.0, help="that of the OmniGen2 stand-in (default: 1, 31 GB)")
@@ -98,26 +125,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def warm_up(folder: Path, checkouts: list[Checkout], found: peers.Peers) -> None:
+def warm_up(checkouts: list[Checkout], found: peers.Peers) -> None:
     """Convert a small file with every program: what is done once a machine, such as compiling, counts nowhere."""
-    with tempfile.TemporaryDirectory(prefix="df11-bench-", dir=folder) as work:
+    with tempfile.TemporaryDirectory(prefix="df11-bench-") as work:
         source, target = Path(work, "x.safetensors"), Path(work, "x.df11")
         synthetic.write_gaussian(source, 2_000_000)
-        programs = [checkout.program("", "convert", source, target, "--quiet", output=target) for checkout in checkouts]
+        command = ("convert", source, target, "--quiet")
+        programs = [checkout.program("", *command, output=target) for checkout in checkouts]
         for program in programs + found.lmzip("compress", "-q", source, target, output=target):
             harness.run(program)
-
-
-def _machine(folder: Path, found: peers.Peers) -> dict[str, Any]:
-    machine = results.describe(folder)
-    return machine | {"versions": machine["versions"] | found.versions}
-
-
-def _about(options: argparse.Namespace, checkouts: list[Checkout]) -> dict[str, Any]:
-    about: dict[str, Any] = {"size": options.size, "rounds": options.rounds, "jobs": options.jobs}
-    if len(checkouts) > 1:
-        about["against"] = results.commit(checkouts[1].path)
-    return about
 
 
 def as_text(board: Board) -> str:

@@ -1,13 +1,15 @@
-"""What changed from one results file to another: ``python -m benchmarks.compare A.json B.json``, or ``make bench-compare A=… B=…``.
+"""What changed between two results files: ``python -m benchmarks.compare A.json B.json``, ``make bench-compare``.
 
-A figure has changed for certain if the ranges of its samples do not overlap (and, where fewer than three samples were
-taken, the change is more than 3 %); sizes, which do not vary, if they differ at all. It has perhaps changed if its
-median did by more than 3 %. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
+A figure has changed for certain if the ranges of its samples do not overlap (and, where fewer than three samples leave
+the noise unknown, the change is more than 3 %); sizes, which do not vary, if they differ at all. It has perhaps changed
+if its median did by more than 3 %. Of eight samples or more the range is the middle half, which a few disturbed ones do
+not widen. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from benchmarks.results import Result
 THRESHOLD: Final = 0.03
 FEW: Final = 3
 """Fewer samples say nothing about the noise."""
+MANY: Final = 8
+"""From so many samples on their middle half counts."""
 EXACT: Final = ("bytes", "files", "of BF16")
 """Units of what is counted, not timed."""
 TIMINGS: Final = ("s", "GB/s")
@@ -47,8 +51,9 @@ class Change:
         """Whether the change is beyond the noise."""
         if self.a.unit in EXACT:
             return self.a.value != self.b.value
-        apart = self.b.low > self.a.high or self.b.high < self.a.low
-        few = any(0 < len(result.samples) < FEW for result in (self.a, self.b))
+        (a_low, a_high), (b_low, b_high) = _range(self.a), _range(self.b)
+        apart = b_low > a_high or b_high < a_low
+        few = any(result.low == result.high or 0 < len(result.samples) < FEW for result in (self.a, self.b))
         return apart and not (few and abs(self.relative) <= THRESHOLD)
 
     @property
@@ -67,20 +72,20 @@ class Change:
     def __str__(self) -> str:
         perhaps = "perhaps " if self.possible else ""
         values = f"{_number(self.a)} -> {_number(self.b)} {self.a.unit}"
-        ranges = "" if self.a.unit in EXACT else f"; {_range(self.a)} -> {_range(self.b)}"
+        ranges = "; {:.4g}..{:.4g} -> {:.4g}..{:.4g}".format(*_range(self.a), *_range(self.b))
+        ranges = "" if self.a.unit in EXACT else ranges
         return f"{perhaps + self.word:<15} {self.a.name}: {values} ({self.relative:+.1%}{ranges})"
 
 
 def _number(result: Result) -> str:
-    return _digits(result.value, result.unit)
+    return f"{result.value:,.0f}" if result.unit in ("bytes", "files") else f"{result.value:.4g}"
 
 
-def _range(result: Result) -> str:
-    return f"{_digits(result.low, result.unit)}..{_digits(result.high, result.unit)}"
-
-
-def _digits(value: float, unit: str) -> str:
-    return f"{value:,.0f}" if unit in ("bytes", "files") else f"{value:.4g}"
+def _range(result: Result) -> tuple[float, float]:
+    if len(result.samples) < MANY:
+        return result.low, result.high
+    low, _, high = statistics.quantiles(result.samples, n=4)
+    return low, high
 
 
 def compare(a: Sequence[Result], b: Sequence[Result], *, other_machine: bool = False) -> list[str]:
@@ -101,10 +106,10 @@ def compare(a: Sequence[Result], b: Sequence[Result], *, other_machine: bool = F
     words = [f"{count} {word}" for word, count in counts.items() if count]
     lines.append(f"{', '.join([*words, f'{same} the same within the noise'])}.")
     if left_out:
-        lines.append(f"{len(left_out)} timings were left out: they are of different machines. Their ratios were not.")
+        lines.append(f"Timings left out, as the machines differ: {len(left_out)}. Their ratios are above.")
     for name, mine, others in (("A", first, second), ("B", second, first)):
-        if alone := [f"{section}: {what} ({unit})" for section, what, unit in mine if (section, what, unit) not in others]:
-            lines += [f"Only in {name}:", *(f"  {what}" for what in alone)]
+        if alone := [key for key in mine if key not in others]:
+            lines += [f"Only in {name}:", *(f"  {section}: {what} ({unit})" for section, what, unit in alone)]
     return lines
 
 

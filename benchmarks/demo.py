@@ -1,4 +1,4 @@
-"""The demo: two models to .df11 and back, in under two minutes on two cores. ``python -m benchmarks.demo``, or ``make demo``.
+"""The demo, ``python -m benchmarks.demo`` or ``make demo``: two models to .df11 and back, in a minute on two cores.
 
 * all-MiniLM-L6-v2: real weights, which their package ships in F32, here rounded to BF16 first;
 * a folder of the shape of OmniGen2's checkpoint, every tensor of it but smaller, in F32 as on the Hub: **synthetic**
@@ -27,14 +27,17 @@ from benchmarks.results import table
 
 SCALE = 0.005
 """Of the OmniGen2 stand-in: 157 MB in F32 instead of 31.2 GB."""
-HEAD = ("", "source bytes", ".df11 bytes", "to BF16", "bits/weight", "floor", "convert", "verify", "restore", "peak memory")
+HEAD = (
+    *("", "source bytes", ".df11 bytes", "to BF16", "bits/weight", "floor"),
+    *("convert", "verify", "restore", "peak memory"),
+)
 EXPLANATION = """
 to BF16: size as a share of the same weights in BF16, headers, tables and checksums included. floor: bits a weight of an
 ideal code of single exponents, 8 bits more for sign and mantissa. convert decodes and compares all it writes; verify
 compares with the source again. Seconds are of whole processes. Peak memory: the largest of the three.
 MiniLM's weights are real; their package ships F32, which was rounded to BF16 before the demo began.
-The OmniGen2-shaped folder has the real one's files and tensor names, but smaller tensors and random weights: its figures
-are not OmniGen2's. Its matrices are so small that tables and headers weigh more than in a real model.
+The OmniGen2-shaped folder has the real one's files and tensor names, but smaller tensors and random weights: its
+figures are not OmniGen2's. Its matrices are so small that tables and headers weigh more than in a real model.
 
 Restored, SHA-256 compared with the source (of the folder its mllm, whose casts are exact):"""
 
@@ -60,15 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description="Two models to .df11 and back.")
     parser.add_argument("--dir", type=Path, help="where to work; 0.5 GB, removed again (default: the temporary folder)")
-    parser.add_argument("--scale", type=float, default=SCALE, help="size of the OmniGen2-shaped folder (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=SCALE, help="of the second model (default: %(default)s)")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     measure.interrupt_on_signals()
     with tempfile.TemporaryDirectory(prefix="df11-demo-", dir=options.dir) as name:
         folder = Path(name)
-        minilm = Model("MiniLM-L6-v2 (real, rounded to BF16)", folder / "model.safetensors", folder / "model.df11", cast=False, part="")
-        title = "OmniGen2-shaped (synthetic F32, cast to BF16)"
-        omnigen2 = Model(title, folder / "omnigen2", folder / "omnigen2-df11", cast=True, part="mllm")
+        titles = "MiniLM-L6-v2 (real, rounded to BF16)", "OmniGen2-shaped (synthetic F32, cast to BF16)"
+        minilm = Model(titles[0], folder / "model.safetensors", folder / "model.df11", cast=False, part="")
+        omnigen2 = Model(titles[1], folder / "omnigen2", folder / "omnigen2-df11", cast=True, part="mllm")
         try:
             say("making the models")
             synthetic.write_minilm_bf16(minilm.source)
@@ -139,7 +142,7 @@ def compare_hashes(model: Model, stdout: str) -> None:
 
 
 def compare_weights(model: Model) -> None:
-    """Decoded tensors must be those of the source, rounded by NumPy where they were cast: a check apart from df11's own."""
+    """Decoded tensors must be those of the source, rounded by NumPy where cast: a check apart from df11's own."""
     for file in safetensors_file.files_below(model.source):
         path = model.container
         if path.is_dir():

@@ -13,6 +13,11 @@ from benchmarks import measure, results
 from benchmarks.measure import Measured
 from benchmarks.results import Better, Result
 
+Pair = tuple[str, str]
+"""Names of two programs."""
+Taken = dict[str, list[Measured]]
+"""What the runs of each program took."""
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -26,7 +31,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Checkout:
-    """A checkout of df11, and the Python that runs it; ``name`` is "df11", or "against" for the one that it is compared with."""
+    """A checkout of df11, and the Python that runs it; ``name``: "df11", or "against" for the other one."""
 
     name: str
     path: Path
@@ -56,12 +61,12 @@ class Board:
         """Keep a figure."""
         self.found.append(Result.of(self.section, name, unit, better, samples, ratio=ratio))
 
-    def turns(self, case: str, programs: Sequence[Program], pairs: Sequence[tuple[str, str]], rounds: int) -> dict[str, list[Measured]]:
+    def turns(self, case: str, programs: Sequence[Program], pairs: Sequence[Pair], rounds: int) -> Taken:
         """Run the programs one after the other, ``rounds`` times (A B A B), and keep what they took.
 
         For each of ``pairs``, two names: how many times as fast as the second the first is, round by round.
         """
-        taken: dict[str, list[Measured]] = {program.name: [] for program in programs}
+        taken: Taken = {program.name: [] for program in programs}
         for number in range(rounds):
             say(f"{self.section}: {case}: {number + 1} of {rounds}")
             for program in programs:
@@ -72,9 +77,9 @@ class Board:
             self.add(f"{case}: {name}, peak memory", "MiB", "lower", [one.peak_rss / 2**20 for one in runs])
         for first, second in pairs:
             both = list(zip(taken[first], taken[second], strict=True))
-            self.add(f"{case}: speed, {first} / {second}", "x", "higher", [b.wall / a.wall for a, b in both], ratio=True)
-            name = f"{case}: speed by processor time, {first} / {second}"
-            self.add(name, "x", "higher", [b.cpu / a.cpu for a, b in both if a.cpu], ratio=True)
+            speeds, thrift = [b.wall / a.wall for a, b in both], [b.cpu / a.cpu for a, b in both]
+            self.add(f"{case}: speed, {first} / {second}", "x", "higher", speeds, ratio=True)
+            self.add(f"{case}: speed by processor time, {first} / {second}", "x", "higher", thrift, ratio=True)
         return taken
 
 

@@ -1,8 +1,8 @@
 """The section ``job``: a Hub-to-Hub job on a model of 4 GB in 8 shards: time, peak memory, what it has on the disk.
 
-The Hub is the one of the tests, in a process of its own on this machine: no network, so that what is measured is the job.
-The Hub takes part of the cores: it reads, hashes and writes all that passes. Beside it: ``df11 convert`` of the same
-shards from and to the same disk.
+The Hub is the one of the tests, in a process of its own on this machine: no network, so that what is measured is the
+job. The Hub takes part of the cores: it reads, hashes and writes all that passes. Beside it: ``df11 convert`` of the
+same shards from and to the same disk.
 """
 
 from __future__ import annotations

@@ -29,12 +29,14 @@ def kernels(weights: Any) -> dict[str, Callable[[], object]]:
     except ModuleNotFoundError:
         native = import_module("df11.converter.kernels")
     parts = [weights[start : start + SEGMENT_WEIGHTS] for start in range(0, len(weights), SEGMENT_WEIGHTS)]
-    targets = [np.zeros(layout.raw_segment_size(len(part)) + SLACK, np.uint8) for part in parts]
+    sizes = [layout.raw_segment_size(len(part)) + SLACK for part in parts]
+    targets, stored = ([np.zeros(size, np.uint8) for size in sizes] for _ in range(2))
     encoder = SegmentEncoder()
     coded = []
-    for part in parts:
-        segment = encoder.encode(part, np.zeros(layout.raw_segment_size(len(part)) + SLACK, np.uint8), verify=True)
-        place = SegmentPlace(0, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0)
+    for part, target in zip(parts, stored, strict=True):
+        segment = encoder.encode(part, target, verify=True)
+        checksums = segment.stored_checksum, segment.decoded_checksum
+        place = SegmentPlace(0, len(segment.data), segment.elements, *checksums, 0)
         coded.append((segment.data, place))
     out = np.zeros(SEGMENT_WEIGHTS, np.uint16)
     wide = (weights[:SEGMENT_WEIGHTS].astype(np.uint32) << 16) + np.uint32(1)  # not exact, so that all is rounded

@@ -26,12 +26,13 @@ COMPONENTS: Final = ("transformer", "mllm", "vae")
 
 
 def omnigen2(bench: Bench) -> None:
-    """``cp`` with fsync and ``df11 convert --cast bf16`` in turns; sizes by component; verify; restore a shard, compare."""
+    """``cp`` with fsync and ``df11 convert --cast bf16`` in turns; sizes by component; verify; a shard restored."""
     source, target = bench.folder / "omnigen2", bench.folder / "omnigen2-df11"
     harness.say(f"omnigen2: making {sum(synthetic.omnigen2_bytes(bench.scale).values()) / 1e9:.2f} GB")
     files = list(synthetic.write_omnigen2(source, bench.scale))
     case, checkout, board = f"scale {bench.scale:g}", bench.checkouts[0], bench.board
-    convert = checkout.program("", "convert", source, target, "--cast", "bf16", "-j", bench.jobs, "--quiet", output=target)
+    command = ("convert", source, target, "--cast", "bf16", "-j", bench.jobs, "--quiet")
+    convert = checkout.program("", *command, output=target)
     taken: dict[str, list[Measured]] = {"cp + fsync": [], "convert": []}
     for number in range(bench.rounds):
         harness.say(f"omnigen2: round {number + 1} of {bench.rounds}")
@@ -39,7 +40,8 @@ def omnigen2(bench: Bench) -> None:
         harness.evict(source)
         taken["convert"].append(harness.run(convert))
     both = list(zip(taken["convert"], taken["cp + fsync"], strict=True))
-    board.add(f"{case}: speed, convert / cp + fsync", "x", "higher", [copy.wall / one.wall for one, copy in both], ratio=True)
+    speeds = [copy.wall / one.wall for one, copy in both]
+    board.add(f"{case}: speed, convert / cp + fsync", "x", "higher", speeds, ratio=True)
     for component in ("", *COMPONENTS):
         _add_sizes(board, f"{case}: {component or 'all'}", source / component, target / component, bench.scale)
     harness.evict(target)

@@ -64,15 +64,15 @@ class Peers:
         return programs
 
 
-def prepare(folder: Path = results.BUILD) -> Peers:
+def prepare() -> Peers:
     """Make the environment, or find it. Raises RuntimeError if that fails."""
-    place = folder / f"peers-{sys.version_info.major}.{sys.version_info.minor}"
-    python = place / "bin" / "python"
-    if not (place / ".ready").exists():
+    place = results.BUILD / f"peers-{sys.version_info.major}.{sys.version_info.minor}"
+    python, ready = place / "bin" / "python", place / ".ready"
+    if not ready.exists() or ready.read_text() != " ".join(PACKAGES):
         say(f"making the peers' environment in {place}")
         _run([sys.executable, "-m", "venv", "--clear", str(place)])
         _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", *PACKAGES])
-        (place / ".ready").touch()
+        ready.write_text(" ".join(PACKAGES))
     names = [package.partition("==")[0] for package in PACKAGES]
     return Peers(python, json.loads(_run([str(python), "-c", _VERSIONS, *names])))
 

@@ -27,14 +27,17 @@ RESULTS: Final = ROOT / "benchmarks" / "results"
 """What is committed."""
 BUILD: Final = ROOT / "build" / "bench"
 """What is not, and the peers' environment."""
+MACHINE: Final = ("date", "commit", "cpu", "cores", "memory_bytes", "kernel", "versions")
+"""What every description of a machine has."""
 Better = Literal["lower", "higher"]
+Samples = Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """One figure.
 
-    ``unit``: "s", "GB/s", "MiB", "bytes", "files", or, of a ``ratio``, "x" (times as fast) or "of …" (a share of something).
+    ``unit``: "s", "GB/s", "MiB", "bytes", "files", or, of a ``ratio``, "x" (times as fast) or "of …" (a share).
     ``value`` is the one to quote, the median of the ``samples``; ``low`` and ``high`` are the least and the most of
     them. Samples are in the order of time: those of two programs that took turns are pairs, and a ratio has a sample
     a pair. A program that kept no samples gives none.
@@ -51,9 +54,10 @@ class Result:
     samples: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, section: str, name: str, unit: str, better: Better, samples: Sequence[float], *, ratio: bool = False) -> Result:
+    def of(cls, section: str, name: str, unit: str, better: Better, samples: Samples, *, ratio: bool = False) -> Result:
         """The result of samples, of which there must be one at least."""
-        return cls(section, name, unit, better, ratio, statistics.median(samples), min(samples), max(samples), tuple(samples))
+        value, low, high = statistics.median(samples), min(samples), max(samples)
+        return cls(section, name, unit, better, ratio, value, low, high, tuple(samples))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
@@ -63,7 +67,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
         raise ValueError(f"not results of format {FORMAT}")
     try:
         rows = [Result(**{**row, "samples": tuple(row["samples"])}) for row in content["results"]]
-        _ = [content["machine"][key] for key in ("date", "commit", "cpu", "cores", "memory_bytes", "kernel", "versions")]
+        _ = [content["machine"][key] for key in MACHINE]
         for row in rows:
             _ = row.value + row.low + row.high
     except (KeyError, TypeError) as error:
@@ -93,13 +97,13 @@ def dated(name: str, folder: Path = RESULTS) -> Path:
     return folder / f"{datetime.date.today().isoformat()}-{name}.json"
 
 
-def describe(folder: Path | None = None) -> dict[str, Any]:
-    """Date, commit, processor, cores, memory, kernel, versions, and the file system of the folder worked in."""
+def describe() -> dict[str, Any]:
+    """Date, commit, processor, cores, memory, kernel, versions."""
     versions = {"df11": df11.__version__, "python": platform.python_version()}
     for name in ("numpy", "xxhash", "zstandard"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    described = {
+    return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -108,7 +112,6 @@ def describe(folder: Path | None = None) -> dict[str, Any]:
         "commit": commit(ROOT),
         "versions": versions,
     }
-    return described | ({"file_system": file_system(folder)} if folder else {})
 
 
 def as_text(machine: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The sections of the benchmark that need nothing but this machine's memory or disk: start, cores, convert, sizes, memory."""
+"""The sections that need nothing but this machine's memory or disk: start, cores, convert, sizes, memory."""
 
 from __future__ import annotations
 
@@ -100,27 +100,22 @@ def convert(bench: Bench) -> None:
             checkout.program("--no-verify", *program.command[3:], "--no-verify", output=program.output)
             for checkout, program in zip(bench.checkouts, verified, strict=False)
         ]
-        # The verified runs last, so that they and lmzip leave what is verified and restored below.
+        # The verified ones come last, so that they leave what is verified and restored below.
         unverified = others + [program for program in verified if program.name == "lmzip"]
         pairs = _pairs(verified) + [(others[0].name, program.name) for program in unverified[1:]]
         bench.board.turns(f"convert {case}", others + verified, pairs, bench.rounds)
-        verifiers = [
-            checkout.program("", "verify", _packed(bench, source, checkout.name), "-j", bench.jobs, "--quiet") for checkout in bench.checkouts
-        ]
+        options = ("-j", bench.jobs, "--quiet")
+        ours = [(checkout, _packed(bench, source, checkout.name)) for checkout in bench.checkouts]
+        verifiers = [checkout.program("", "verify", container, *options) for checkout, container in ours]
         verifiers += bench.peers.lmzip("verify", _packed(bench, source, "lmzip"))
         bench.board.turns(f"verify {case}", verifiers, _pairs(verifiers), bench.rounds)
         restored = bench.folder / ("restored" if shards > 1 else "restored.safetensors")
-        restorers = [
-            checkout.program(
-                *("", "restore", _packed(bench, source, checkout.name), restored, "-j", bench.jobs, "--quiet"),
-                output=restored,
-            )
-            for checkout in bench.checkouts
-        ]
+        command = (restored, *options)
+        restorers = [checkout.program("", "restore", container, *command, output=restored) for checkout, container in ours]
         archive = _packed(bench, source, "lmzip")
         restorers += bench.peers.lmzip("decompress", "-q", "-f", "-j", bench.jobs, archive, restored, output=restored)
-        bench.board.turns(f"restore {case}", restorers, _pairs(restorers), bench.rounds)
-        harness.run(restorers[0])
+        # This checkout's comes last, and is looked at.
+        bench.board.turns(f"restore {case}", restorers[::-1], _pairs(restorers), bench.rounds)
         for file in safetensors_file.files_below(source):
             if measure.sha256(file) != measure.sha256(restored / file.relative_to(source)):
                 raise measure.CommandError(f"{case}: what was restored differs from the source")
@@ -151,10 +146,9 @@ def sizes(bench: Bench) -> None:
         make(source)
         bound = floor.measure_floor(source)
         bench.board.add(f"{name}: floor", "of BF16", "lower", [bound.ratio], ratio=True)
-        programs = [
-            checkout.program("", "convert", source, target.with_suffix(".df11"), "--quiet", output=target.with_suffix(".df11"))
-            for checkout in bench.checkouts
-        ]
+        container = target.with_suffix(".df11")
+        command = ("convert", source, container, "--quiet")
+        programs = [checkout.program("", *command, output=container) for checkout in bench.checkouts]
         for program in programs + bench.peers.smallest(source, target):
             harness.say(f"sizes: {name}: {program.name}")
             harness.run(program)
@@ -227,7 +221,7 @@ def cores(bench: Bench) -> None:
 
 @contextmanager
 def _child(checkout: Checkout, weights: Path) -> Iterator[Callable[[str], str]]:
-    command = [checkout.python, str(_KERNELS), str(weights)]
+    command = [checkout.python, "-P", str(_KERNELS), str(weights)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=checkout.env) as process:
         assert process.stdin is not None

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -166,7 +166,7 @@ def omnigen2_bytes(scale: float = 1) -> dict[str, int]:
     return sizes
 
 
-def write_omnigen2(root: Path, scale: float = 1, report: Callable[[str], object] = str) -> dict[str, int]:
+def write_omnigen2(root: Path, scale: float = 1) -> dict[str, int]:
     """A stand-in for the OmniGen2 checkpoint: its pipeline folder with every tensor name, in F32 as on the Hub; returns the sizes.
 
     At ``scale`` 1 these are all 1,650 tensors in 7 files of 31.2 GB (29.1 GiB), each file as long as on the Hub. The values are random:
@@ -179,7 +179,6 @@ def write_omnigen2(root: Path, scale: float = 1, report: Callable[[str], object]
     for file in data["files"]:
         tensors = omnigen2_tensors(file, scale)
         sizes[file] = safetensors_file.write(root / file, tensors, _mllm if file.startswith("mllm/") else _true_f32)
-        report(f"{file}: {sizes[file]:,} bytes")
     for folder, stem in (("transformer", "diffusion_pytorch_model"), ("mllm", "model")):
         files = [file for file in data["files"] if file.startswith(f"{folder}/")]
         weight_map = {name: file.split("/")[1] for file in files for name in data["files"][file]}

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
-import json
 import math
 import multiprocessing
 import re
@@ -53,6 +51,8 @@ MULTIPROCESSORS: Final = {
 """By architecture. Blocks, shared memory and the rules of ``blocks_per_sm`` are those of NVIDIA's cuda_occupancy.h (CUDA 13.0)."""
 
 ARCHITECTURES: Final = tuple(MULTIPROCESSORS)
+MOST_THREADS: Final = 1024
+"""Of a block, if its kernel has no launch bound."""
 
 
 class MissingWheelError(RuntimeError):
@@ -199,15 +199,15 @@ class CompiledCubin:
     kernels: dict[str, KernelReport]
 
 
-def compile_kernels(source: str, architecture: str, nvrtc: Path | None = None, *, threads: int = 1024) -> CompiledCubin:
+def compile_kernels(source: str, architecture: str, nvrtc: Path | None = None) -> CompiledCubin:
     """Compile CUDA C++ for an architecture ("80") and look at what came out.
 
-    ``nvrtc``: the library, as from ``nvrtc_library``; None is that of CUDA 12. ``threads``: a block's, for kernels without a launch bound.
+    ``nvrtc``: the library, as from ``nvrtc_library``; None is that of CUDA 12.
     """
     cubin, log = _compile_in_child(source, architecture, nvrtc or nvrtc_library(12))
     listing = disassemble(cubin)
     functions = parse(listing)
-    reports = [_report(chunk, functions, architecture, threads) for chunk in log.split("Compiling entry function '")[1:]]
+    reports = [_report(chunk, functions, architecture) for chunk in log.split("Compiling entry function '")[1:]]
     if not reports:
         raise CompileError(f"no kernel in the log:\n{log}")
     return CompiledCubin(architecture, cubin, log, listing, {report.name: report for report in reports})
@@ -279,7 +279,7 @@ def _wheel_file(wheel: str, pattern: str) -> Path:
     return found
 
 
-def _report(log: str, functions: dict[str, Function], architecture: str, threads: int) -> KernelReport:
+def _report(log: str, functions: dict[str, Function], architecture: str) -> KernelReport:
     """The report of one kernel from its part of the log, which begins with the name, and from the disassembly."""
     name = log.split("'", 1)[0]
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -290,7 +290,7 @@ def _report(log: str, functions: dict[str, Function], architecture: str, threads
     shared = re.search(r"(\d+) bytes smem", used[2])
     shared_bytes = int(shared[1]) if shared else 0
     function = functions[name]
-    threads = function.max_threads or threads
+    threads = function.max_threads or MOST_THREADS
     blocks = blocks_per_sm(architecture, int(used[1]), shared_bytes, threads)
     return KernelReport(
         name=name,
@@ -400,30 +400,24 @@ def _row(architecture: str, kernel: KernelReport) -> list[str]:
 def main() -> None:
     """Print a row for each kernel and architecture."""
     parser = argparse.ArgumentParser(description="What NVRTC makes of the CUDA kernels.")
-    parser.add_argument("--source", type=Path, default=kernels.SOURCE, help="a .cu file; default: the runtime's kernels")
     parser.add_argument("--nvrtc", type=int, choices=NVRTC_WHEELS, default=12, help="CUDA's major version; default: 12")
     parser.add_argument("--sm", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="architectures; default: all")
-    parser.add_argument("--threads", type=int, default=1024, help="threads a block of kernels without a launch bound; default: 1024")
-    parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--loops", action="store_true", help="the instructions of the loops, too")
     chosen = parser.parse_args()
-    source = chosen.source.read_text(encoding="utf-8")
+    source = kernels.SOURCE.read_text(encoding="utf-8")
     reports: list[tuple[str, KernelReport]] = []
     errors = []
     for architecture in chosen.sm:
         try:
-            cubin = compile_kernels(source, architecture, nvrtc_library(chosen.nvrtc), threads=chosen.threads)
+            cubin = compile_kernels(source, architecture, nvrtc_library(chosen.nvrtc))
             reports += [(architecture, kernel) for kernel in cubin.kernels.values()]
         except MissingWheelError as error:
             sys.exit(str(error))
         except CompileError as error:
             errors.append(str(error))
     reports.sort(key=lambda pair: (pair[1].name, int(pair[0])))
-    if chosen.json:
-        print(json.dumps([{"architecture": architecture, **dataclasses.asdict(kernel)} for architecture, kernel in reports], indent=1))
-    else:
-        print(table(_HEAD, [_row(*pair) for pair in reports]))
-    if chosen.loops and not chosen.json:
+    print(table(_HEAD, [_row(*pair) for pair in reports]))
+    if chosen.loops:
         for architecture, kernel in reports:
             if kernel.loop:
                 print(f"\n{kernel.name}, sm_{architecture}", *kernel.loop.listing, sep="\n")

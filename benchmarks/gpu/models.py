@@ -1,8 +1,8 @@
 """What running from the compressed form costs a model: ``make gpu-omnigen2``, or ``python -m benchmarks.gpu.models``, on a machine with a GPU.
 
-OmniGen2's transformer and a language model of the size of its mllm, in full size, with random weights: the shapes decide
-the time, the values do not. BF16 and df11 in the same run; of each output is counted how many values differ from those in
-BF16, to the bit. The pipeline's other parts (vae, scheduler, text) are the same for both.
+OmniGen2's transformer and a language model of the size of its mllm, in full size, with random weights: the shapes
+decide the time, the values do not. BF16 and df11 in the same run; of each output is counted how many values differ from
+those in BF16, to the bit. The pipeline's other parts (vae, scheduler, text) are the same for both.
 """
 
 from __future__ import annotations

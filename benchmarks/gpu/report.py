@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 Row = dict[str, Any]
-"""A row of a section: ``what`` and ``name``, by what; ``seconds``; ``timing``, if it was timed by events; ratios; more."""
+"""A row of a section: ``what`` and ``name``, by what; ``seconds``; ``timing``, if timed by events; ratios; more."""
 
 _RATIOS: Final[dict[str, Better]] = {
     "of_floor": "higher",
@@ -117,7 +117,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
 
 
-def save(name: str, machine: dict[str, Any], text: str, folder: Path, found: Iterable[Result] = (), **more: Any) -> Path:
+def save(name: str, machine: Row, text: str, folder: Path, found: Iterable[Result] = (), **more: Any) -> Path:
     """Write ``<date>-<name>-<device>.json`` and ``.md``, and return the path of the latter."""
     device = re.sub(r"[^a-z0-9]+", "-", machine["gpu"]["name"].lower()).strip("-")
     path = results.dated(f"{name}-{device}", folder)
@@ -138,9 +138,9 @@ def refused(program: str, device: torch.device) -> int:
 
 
 def run(report: Report, make: Callable[[], Any], names: Iterable[str], device: torch.device, folder: Path) -> int:
-    """Run sections, methods of what ``make`` gives, and write what they found: 1 if one has failed or found a difference.
+    """Run sections, methods of what ``make`` gives, and write what they found: 1 if one failed or found a difference.
 
-    A section's rows can name a number of ``differing`` values; a peer that is not there is in ``missing`` of the object.
+    A section's rows can name a number of ``differing`` values; the object's ``missing`` has peers that are not there.
     """
     machine = describe(device)
     sections: dict[str, Row] = {}
@@ -160,6 +160,9 @@ def run(report: Report, make: Callable[[], Any], names: Iterable[str], device: t
         # After each section, so that nothing is lost if the machine goes away.
         text = _as_markdown(report, machine, sections, missing)
         path = save(report.name, machine, text, folder, figures(sections), sections=sections, missing=missing)
+        del bench
+        if device.type == "cuda":
+            importlib.import_module("torch").cuda.empty_cache()
     print(path.read_text(encoding="utf-8"))
     differs = any(row.get("differing") for section in sections.values() for row in section["rows"])
     return 1 if differs or any(section["error"] for section in sections.values()) else 0
@@ -172,9 +175,9 @@ def _as_markdown(report: Report, machine: dict[str, Any], sections: dict[str, Ro
         if section["error"]:
             parts.append(f"**Failed**: {section['error']}")
         if rows := section["rows"]:
-            columns = {key: column for key, column in report.columns.items() if any(row.get(key) is not None for row in rows)}
-            cells = [[column.cell(row.get(key)) for key, column in columns.items()] for row in rows]
-            parts.append(markdown([column.title for column in columns.values()], cells))
+            keys = [key for key in report.columns if any(row.get(key) is not None for row in rows)]
+            cells = [[report.columns[key].cell(row.get(key)) for key in keys] for row in rows]
+            parts.append(markdown([report.columns[key].title for key in keys], cells))
     return "\n\n".join(parts)
 
 

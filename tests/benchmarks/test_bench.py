@@ -1,0 +1,134 @@
+"""The benchmark from end to end on the smallest sizes, and what it does when something is wrong."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import bench, compare, harness, measure, peers, results
+from benchmarks.harness import Board, Program
+from benchmarks.results import Result
+
+SMALLEST = ("--size", "0.0001", "--rounds", "1", "--no-peers")
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(results, "BUILD", tmp_path / "build")
+    return tmp_path / "build"
+
+
+def written(build: Path) -> list[Result]:
+    [path] = build.glob("*.json")
+    assert compare.main([str(path), str(path)]) == 0
+    return results.read(path)[1]
+
+
+def test_convert(build: Path, tmp_path: Path) -> None:
+    assert bench.main(["convert", *SMALLEST, "--folder", str(tmp_path)]) == 0
+    found = {result.name: result for result in written(build)}
+    names = ("1 MB: df11", "1 MB in 8 shards: df11")
+    for case in (*(f"convert {name} --no-verify" for name in names), *(f"restore {name}" for name in names)):
+        assert found[case].value > 0.01
+        assert found[f"{case}, processor"].value > 0.01
+        assert 10 < found[f"{case}, peak memory"].value < 500
+    assert [path.name for path in tmp_path.iterdir()] == ["build"]
+
+
+def test_memory(build: Path, tmp_path: Path) -> None:
+    assert bench.main(["memory", *SMALLEST, "--folder", str(tmp_path)]) == 0
+    found = {result.name: result.value for result in written(build)}
+    assert 10 < found["at rest: df11"] < found["convert one tensor of 1 MB: df11"] < 500
+    assert len(found) == 10
+
+
+def test_cores_beside_those_of_another_checkout(build: Path, tmp_path: Path) -> None:
+    against = f"{results.ROOT}:{sys.executable}"
+    assert bench.main(["cores", *SMALLEST, "--folder", str(tmp_path), "--against", against]) == 0
+    found = {result.name: result for result in written(build)}
+    for kernel in ("encode", "encode, verified", "decode", "compare", "count exponents", "cast from F32"):
+        ours, theirs, ratio = (found[f"{kernel}: {name}"] for name in ("df11", "against", "speed, df11 / against"))
+        assert 0.01 < ours.value < 1000
+        for a, b, pair in zip(ours.samples, theirs.samples, ratio.samples, strict=True):
+            assert a / b == pytest.approx(pair, rel=1e-4)
+
+
+def test_omnigen2(build: Path, tmp_path: Path) -> None:
+    assert bench.main(["omnigen2", *SMALLEST, "--scale", "0.0001", "--folder", str(tmp_path)]) == 0
+    found = {(result.name, result.unit): result.value for result in written(build)}
+    parts = [found[f"scale 0.0001: {part}", "bytes"] for part in ("transformer", "mllm", "vae")]
+    assert found["scale 0.0001: all", "bytes"] == sum(parts)
+    assert 0.6 < found["scale 0.0001: all, floor", "of BF16"] < 0.7
+
+
+def test_programs_take_turns(tmp_path: Path) -> None:
+    log, output = tmp_path / "log", tmp_path / "output"
+    # Fails if its output was not removed before.
+    line = "import sys; open(sys.argv[1], 'a').write(sys.argv[2]); open(sys.argv[3], 'x')"
+    programs = [Program(name, [sys.executable, "-c", line, str(log), name, str(output)], output) for name in "AB"]
+    board = Board("section")
+    taken = board.turns("case", programs, [("A", "B")], 3)
+    assert log.read_text() == "ABABAB"
+    found = {result.name: result for result in board.found}
+    speed = found["case: speed, A / B"]
+    assert speed.ratio
+    assert list(speed.samples) == [b.wall / a.wall for a, b in zip(taken["A"], taken["B"], strict=True)]
+    assert found["case: A"].samples == tuple(run.wall for run in taken["A"])
+
+
+def test_what_a_child_took() -> None:
+    # 0.3 s of work, 64 MiB that are touched, whatever the size of this process.
+    code = "import time\nx = bytearray(b'1') * (64 << 20)\nwhile time.process_time() < 0.3: pass\nprint('said')"
+    taken = measure.run([sys.executable, "-c", code])
+    assert taken.stdout == "said\n"
+    assert taken.wall >= 0.25
+    assert taken.cpu == taken.user + taken.system >= 0.3
+    assert 64 << 20 < taken.peak_rss < 100 << 20
+    with pytest.raises(measure.CommandError, match=r"exit code 3 from .*: why"):
+        measure.run([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
+    with pytest.raises(measure.CommandError, match="could not be started"):
+        measure.run(["/nowhere/at/all"])
+
+
+def test_what_fails_does_not_end_the_run(
+    build: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: object) -> None:
+        raise measure.CommandError("it broke")
+
+    monkeypatch.setitem(bench.SECTIONS, "convert", fail)
+    monkeypatch.setitem(bench.SECTIONS, "sizes", lambda work: work.board.add("x", "s", "lower", [1]))
+    # No environment for the peers can be made by a Python that only fails.
+    monkeypatch.setattr(peers, "sys", SimpleNamespace(executable=shutil.which("false"), version_info=sys.version_info))
+    assert bench.main(["convert", "sizes", *SMALLEST[:-1], "--folder", str(tmp_path)]) == 1
+    assert [result.name for result in written(build)] == ["x"]
+    said = capsys.readouterr()
+    assert "convert: it broke" in said.out
+    assert "without peers: " in said.err
+
+
+def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["start", "--against", str(tmp_path)]) == 2
+    assert "is no checkout of df11" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["speed"])
+    assert "no such section: speed" in capsys.readouterr().err
+
+
+def test_without_peers_there_is_nothing_to_run(tmp_path: Path) -> None:
+    assert peers.Peers().lmzip("--version") == peers.Peers().smallest(tmp_path, tmp_path) == []
+
+
+def test_room_is_asked_for(build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["memory", "--size", "1e9", "--no-peers", "--folder", str(tmp_path)]
+    assert bench.main(arguments) == 1
+    assert "name another folder with --folder" in capsys.readouterr().err
+    assert harness.checkouts(None)[0].path == results.ROOT
+    assert not list(build.glob("*.json"))
