@@ -112,6 +112,9 @@ build/newest.txt: $(UV) .FORCE
 build/oldest.txt: requirements/oldest.txt
 	mkdir -p build && cp $< $@
 
+# What old packages warn of when they meet new ones is nobody's business.
+test-oldest: export PYTEST_ADDOPTS = -W default
+
 # An environment of its own; at the end, what is other than in the lock, and the tests that fail.
 test-newest test-oldest: test-%: build/%.txt
 	$(MAKE) suite VENV=build/$* CHECK_LOCK=$< TEST_LOCK=$< 2>&1 | tee build/$*.log; result=$$?; \

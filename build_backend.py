@@ -148,19 +148,22 @@ class BuildExtension(build_ext):
 
     def _build_with_zig(self, ext: Extension) -> None:
         target, options = _zig_target()
-        output = Path(self.get_ext_fullpath(ext.name))
+        output, folder = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        linked = folder / output.name  # On Windows, with a .lib and a .pdb beside it, which the package does not want.
         macros = [f"-D{name}={value}" for name, value in ext.define_macros]
         include = [f"-I{path}" for path in {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}]
         command = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-mcpu=baseline", "-shared", "-fPIC", *_FLAGS, *macros, *include]
-        command += [*ext.sources, "-o", str(output), *options]
+        command += [*ext.sources, "-o", str(linked), *options]
         print(shlex.join(command), flush=True)
         # The cache for all of Zig's users would be 50 MB in the home folder, which a build need not have.
-        environment = {"ZIG_GLOBAL_CACHE_DIR": str(Path(self.build_temp).resolve() / "zig"), **os.environ}
+        environment = {"ZIG_GLOBAL_CACHE_DIR": str(folder / "zig"), **os.environ}
         if subprocess.run(command, env=environment, check=False).returncode:
             raise CompileError(
                 f"Zig could not compile {ext.name}, see above; with a C compiler (apt install gcc, or the like) df11 builds without it"
             )
+        shutil.copyfile(linked, output)
 
 
 def _zig_target() -> tuple[str, list[str]]:
@@ -168,7 +171,9 @@ def _zig_target() -> tuple[str, list[str]]:
     machine = platform.machine().lower()
     processor = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
     if sys.platform == "win32":
-        return f"{processor}-windows-gnu", [str(Path(sys.base_prefix, "libs", "python3.lib" if LIMITED else "python.lib"))]
+        return f"{processor}-windows-gnu", [
+            str(Path(sys.base_prefix, "libs", "python3.lib" if LIMITED else f"python{sysconfig.get_config_var('py_version_nodot')}t.lib"))
+        ]
     if sys.platform == "darwin":
         return f"{processor}-macos.11.0", ["-Wl,-undefined,dynamic_lookup"]
     musl = "musl" in str(sysconfig.get_config_var("HOST_GNU_TYPE"))

@@ -24,7 +24,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+try:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+except ModuleNotFoundError:  # transformers 5.1
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
 
 Tensor = torch.Tensor
 IMAGE_TOKEN = "<|image_pad|>"
