@@ -212,7 +212,7 @@ def test_killed_and_run_again(options, hub, tmp_path):
     paths = [sources.write_large(tmp_path / f"{name}.safetensors", "BF16", 30_000_000, name=name) for name in "ab"]
     hub.create("me/m").commit({path.name: path for path in paths})
     out = tmp_path / "out"
-    hub.inject("GET", r"/cdn/.*filename=b\.", drip(4_000_000), times=1000)
+    hub.inject("GET", r"/cdn/.*filename=b\.", drip(12_000_000), times=1000)
     process = commands.start("convert", "hf://me/m", out, *options)
     partial = out / (".b.df11.download" if options else ".b.df11.partial")
     # Past the first requests, which read headers.
