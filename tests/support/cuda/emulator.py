@@ -11,6 +11,7 @@ A ``Case`` is one launch together with its memory, and runs in both. What is und
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -174,9 +175,11 @@ def _build(source: Path, kernels: Path, flags: Sequence[str]) -> Path:
     for path in [HERE / "driver.cpp", HERE / "cuda_on_cpu.h", kernels, *sorted(source.parent.glob("*.cu")), *sorted(source.parent.glob("*.*h"))]:
         parts += [str(path).encode(), path.read_bytes()]
     result = CACHE / f"{source.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
-    if not result.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        # Another process may be doing the same: each compiles for itself, and the last to finish wins.
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{result.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Of the workers that want the same, one compiles.
+        if result.exists():
+            return result
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             made = Path(folder) / "made"
             run = subprocess.run([GNU_CXX, *flags, HERE / "driver.cpp", "-o", made], capture_output=True, text=True, check=False)
