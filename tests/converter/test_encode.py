@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from df11 import _kernels
 from df11.converter import kernels
 from df11.converter.encode import EncodedSegment, SegmentEncoder
 from df11.converter.kernels import ENCODE_SLACK
@@ -357,3 +359,37 @@ def test_the_cast_rounds_to_nearest(bits: list[int]) -> None:
 
 def test_no_weights_are_exact() -> None:
     assert cast([]) == ([], True)
+
+
+# SHA-256, and counting along.
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8))
+def test_sha256_is_hashlibs(parts):
+    ours, theirs = kernels.Sha256(), hashlib.sha256()
+    for part in parts:
+        ours.update(part)
+        theirs.update(part)
+        assert ours.hexdigest() == theirs.hexdigest()
+
+
+@given(strategies.weights(), st.binary(max_size=130))
+def test_what_is_counted_while_it_is_hashed_gives_the_same_code(weights, before):
+    assume(len(weights) > 1)
+    alone, along, digest = kernels.Encoder(), kernels.Encoder(), kernels.Sha256(before)
+    digest.update_counting(weights.view(np.uint8), along)
+    assert digest.hexdigest() == hashlib.sha256(before + weights.tobytes()).hexdigest()
+    expected, code = alone.build_code(weights), along.build_code(weights)
+    assert code.section.tobytes() == expected.section.tobytes()
+    assert (code.bits, code.filler) == (expected.bits, expected.filler)
+    assert np.array_equal(along.exponents(), alone.exponents())
+
+
+@pytest.mark.skipif("sha" not in _kernels.INSTRUCTIONS, reason="nothing is counted along on this CPU")
+def test_counts_of_other_weights_are_not_used():
+    encoder, digest, weights = kernels.Encoder(), kernels.Sha256(), np.zeros(100, np.uint16)
+    digest.update_counting(weights.view(np.uint8), encoder)
+    with pytest.raises(ValueError, match="other weights"):
+        digest.update_counting(weights.view(np.uint8), encoder)
+    with pytest.raises(ValueError, match="other weights"):
+        encoder.build_code(weights[:50])

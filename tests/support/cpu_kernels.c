@@ -13,7 +13,7 @@
 
 #include "../../formats/kernels.h"
 
-int df11_use_avx2, df11_use_pext;
+int df11_use_avx2;
 
 static void fail(const char *what)
 {
@@ -67,7 +67,6 @@ static void encode(struct df11_encoder *encoder)
     uint16_t *weights = bytes(2 * count);
     struct df11_code code;
 
-    df11_count_pairs(encoder, weights, count);
     df11_build_code(encoder, weights, count, &code);
     answer(code.alphabet_size), answer((uint64_t)code.bits), answer(code.filler), answer(code.section_size);
     fwrite(df11_code_section(encoder), 1, code.section_size, stdout);
@@ -150,6 +149,30 @@ static void count(void)
     discard(weights, 2 * size), discard(exponents, 256 * sizeof *exponents);
 }
 
+#ifdef HAVE_AVX2
+/* Bytes before and after the weights of a segment -> SHA-256 of all, and the answer to encoding these weights, counted while they were hashed. */
+static void hash(struct df11_encoder *encoder)
+{
+    uint64_t before = number(), count = number(), after = number();
+    uint8_t *first = bytes(before), *weights = bytes(2 * count), *last = bytes(after), digest[32];
+    struct df11_sha256 state;
+    struct df11_code code;
+
+    df11_sha256_start(&state);
+    df11_sha256_update(&state, first, before, NULL);
+    df11_sha256_update(&state, weights, 2 * count, df11_encoder_counts(encoder));
+    df11_sha256_update(&state, last, after, NULL);
+    df11_sha256_digest(&state, digest);
+    fwrite(digest, 1, sizeof digest, stdout);
+    uint16_t *aligned = guarded(2 * count);
+    memcpy(aligned, weights, 2 * count);
+    df11_build_code(encoder, aligned, count, &code);
+    answer((uint64_t)code.bits);
+    fwrite(df11_code_section(encoder), 1, code.section_size, stdout);
+    discard(first, before), discard(weights, 2 * count), discard(last, after), discard(aligned, 2 * count);
+}
+#endif
+
 int main(int arguments, char **argument)
 {
     struct df11_encoder *encoder = calloc(1, df11_encoder_size());
@@ -158,7 +181,6 @@ int main(int arguments, char **argument)
 #ifdef HAVE_AVX2
     int portable = arguments > 1 && strcmp(argument[1], "portable") == 0;
     df11_use_avx2 = !portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
-    df11_use_pext = df11_use_avx2 && strcmp(argument[arguments - 1], "pext") == 0;
 #else
     (void)arguments, (void)argument;
 #endif
@@ -170,6 +192,9 @@ int main(int arguments, char **argument)
         case 'D': decode(); break;
         case 'C': cast(); break;
         case 'N': count(); break;
+#ifdef HAVE_AVX2
+        case 'H': hash(encoder); break;
+#endif
         default: return 2;
         }
     free(encoder);

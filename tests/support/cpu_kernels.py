@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import subprocess
 from collections.abc import Sequence
@@ -16,7 +17,16 @@ from df11.formats.record import Bytes, Weights
 from tests.support import records, strategies
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [ROOT / "tests" / "support" / "cpu_kernels.c", ROOT / "formats" / "decode.c", ROOT / "converter" / "encode.c"]
+SOURCES = [
+    ROOT / "tests" / "support" / "cpu_kernels.c",
+    ROOT / "formats" / "decode.c",
+    *(ROOT / "converter" / name for name in ("encode.c", "sha256.c")),
+]
+    ROOT / "tests" / "support" / "cpu_kernels.c",
+    ROOT / "formats" / "decode.c",
+    ROOT / "converter" / "encode.c",
+    ROOT / "converter" / "sha256.c",
+]
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
@@ -110,6 +120,14 @@ def ask_to_cast(values: Bytes) -> tuple[bytes, bytes]:
 def ask_to_count(weights: Weights) -> tuple[bytes, bytes]:
     """A question, and the answer that this process gives."""
     return b"N" + numbers(len(weights)) + weights.tobytes(), count_exponents(weights).tobytes()
+
+
+def ask_to_hash(before: Bytes, weights: Weights, after: Bytes) -> tuple[bytes, bytes]:
+    """Bytes around the weights of a segment: a question, and its answer by hashlib and by an encoder that counts for itself."""
+    question = b"H" + numbers(len(before), len(weights), len(after)) + before.tobytes() + weights.tobytes() + after.tobytes()
+    code = Encoder().build_code(weights)
+    digest = hashlib.sha256(before.tobytes() + weights.tobytes() + after.tobytes()).digest()
+    return question, digest + numbers(code.bits) + code.section.tobytes()
 
 
 def sound_segment(seed: int) -> Segment | None:
