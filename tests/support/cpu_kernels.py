@@ -22,11 +22,6 @@ SOURCES = [
     ROOT / "formats" / "decode.c",
     *(ROOT / "converter" / name for name in ("encode.c", "sha256.c")),
 ]
-    ROOT / "tests" / "support" / "cpu_kernels.c",
-    ROOT / "formats" / "decode.c",
-    ROOT / "converter" / "encode.c",
-    ROOT / "converter" / "sha256.c",
-]
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
