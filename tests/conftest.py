@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import ssl
 import sys
 import time
 import warnings
@@ -18,6 +20,9 @@ from tests.support.hub.steps import WEIGHTS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+_ssl_context = functools.cache(ssl.create_default_context)
+"""Clients load all root certificates when they start, which takes longer than a test's requests; nothing here uses TLS."""
 
 
 @pytest.hookimpl(tryfirst=True)  # Before pytest selects by marker.
@@ -77,6 +82,7 @@ def client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(constants, "HF_URL_HOSTS", constants.HF_URL_HOSTS | {"127.0.0.1"})
     monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)  # of huggingface_hub.create_repo and the like
 
+    monkeypatch.setattr(ssl, "create_default_context", _ssl_context)
     impatient = SimpleNamespace(**{**vars(time), "sleep": lambda _seconds: None})
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", impatient)

@@ -11,7 +11,10 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Torch computes in one thread, here and in children: for layers this small, more only wait for each other, minutes where other programs run."""
+    """Torch computes in one thread, here and in children.
+
+    For layers this small, more threads only wait for each other: minutes, where other programs run.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

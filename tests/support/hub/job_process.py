@@ -14,7 +14,10 @@ from tests.support.hub import models
 
 
 def work_on(source: str, target: str, work: Path, environment: Mapping[str, str]) -> None:
-    """Run a job of one model to success. Plots are not drawn: it would be most of the job's time, in which nothing is written."""
+    """Run a job of one model to success.
+
+    Plots are not drawn: it would be most of the job's time, in which nothing is written.
+    """
     run.draw_plots = lambda _manifest: {plots.path(name): name.encode() for name in plots.NAMES}
     os.environ.clear()
     os.environ.update(environment)
