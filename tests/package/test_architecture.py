@@ -32,7 +32,10 @@ def test_imports_point_one_way(room: str) -> None:
     files = sorted((ROOT / room).rglob("*.py"))
     assert files
     for path in files:
-        assert imported_rooms(path) <= ALLOWED[room], path
+        rooms = imported_rooms(path)
+        if path.name == "kernels.py":  # Only it calls the extension, so that every call has types.
+            rooms -= {"_kernels"}
+        assert rooms <= ALLOWED[room], path
 
 
 def test_modules_stay_readable() -> None:
