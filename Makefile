@@ -35,7 +35,8 @@ SHELL := /bin/bash
 
 setup: $(VENV)/.ready
 
-$(VENV)/.locked: $(CHECK_LOCK)
+# Made anew when a lock changes, so that nothing is left in it of an older one.
+$(VENV)/.locked: $(CHECK_LOCK) $(TEST_LOCK)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(INSTALL) -r $<
 	touch $@

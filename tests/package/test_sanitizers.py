@@ -1,0 +1,46 @@
+"""The extension itself under ASan and UBSan: what it checks, what it calls, and every hostile record that the tests of formats know."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from tests.support import cpu_kernels
+
+ROOT = cpu_kernels.ROOT
+SUITES = ("tests/formats/test_record.py", "tests/formats/test_vectors.py", "tests/formats/test_cpu_kernels.py")
+
+
+def run(*command: str | Path, **variables: str) -> str:
+    """Run a command that must succeed; returns its standard output."""
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done.stdout
+
+
+def test_the_tests_of_formats_pass_under_sanitizers(tmp_path):
+    package = tmp_path / "df11"
+    package.mkdir()
+    for room in ("converter", "formats", "pipelines", "runtime"):
+        (package / room).symlink_to(ROOT / room)
+    for path in (ROOT / "src" / "df11").glob("*.py"):
+        (package / path.name).symlink_to(path)
+    extension = package / "_kernels.abi3.so"
+    sources = [ROOT / "src" / "df11" / "_kernels.c", *cpu_kernels.SOURCES[1:]]
+    options = [*cpu_kernels.SANITIZERS, "-std=c11", "-O1", "-fPIC", "-shared", "-DPy_LIMITED_API=0x030B0000"]
+    run("gcc", *options, f"-I{sysconfig.get_path('include')}", *sources, "-o", extension)
+    sanitized = {
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONMALLOC": "malloc",  # so that buffers have red zones
+        "LD_PRELOAD": run("gcc", "-print-file-name=libasan.so").strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's
+    }
+    where = run(sys.executable, "-c", "import df11._kernels as kernels; print(kernels.__file__)", **sanitized)
+    assert where.strip() == str(extension)
+    # The program of cpu_kernels.c brings sanitizers of its own.
+    skipped = ("--deselect", "tests/formats/test_cpu_kernels.py::test_no_byte_out_of_bounds")
+    out = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *SUITES, *skipped, **sanitized)
+    assert " passed" in out
