@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CHECK_LOCK ?= requirements/check.txt
 TEST_LOCK ?= requirements/test.txt
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Exactly what a lock says, in wheels: building one would take whatever setuptools is the newest.
 INSTALL := $(PIP) install --no-deps --only-binary :all: --require-hashes
@@ -30,7 +30,7 @@ PACKAGE := $(wildcard pyproject.toml setup.py build_backend.py $(addsuffix /*.*,
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: setup test-setup demo style check quality test suite lock bench bench-omnigen2 bench-job docs-demo gpu-check gpu-bench gpu-omnigen2 \
+.PHONY: setup test-setup demo style check quality test suite lock bench bench-compare docs-demo gpu-check gpu-bench gpu-omnigen2 \
 	vectors clean $(addprefix test-,$(ROOMS) newest oldest)
 
 setup: $(VENV)/.ready
@@ -89,12 +89,11 @@ test-runtime test-pipelines: test-%: test-setup
 	$(PYTEST) tests/$*
 
 suite: test-setup $(OLDEST_HUB)/.ready
-	$(BIN)/python -m benchmarks.gpu.cubins
 	$(PYTEST)
 	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) -m hub --ignore tests/pipelines/test_kills.py
 
 $(OLDEST_HUB)/.ready: requirements/oldest.txt $(VENV)/.locked
-	$(call pick,huggingface-hub,$<) | $(INSTALL) --upgrade --target $(OLDEST_HUB) -r /dev/stdin
+	($(foreach name,huggingface-hub httpx httpcore,$(call pick,$(name),$<);)) | $(INSTALL) --upgrade --target $(OLDEST_HUB) -r /dev/stdin
 	touch $@
 
 $(UV): Makefile
@@ -125,14 +124,13 @@ test-newest test-oldest: test-%: build/%.txt
 
 .FORCE:
 
+# One JSON a run; BENCH names sections and options, see benchmarks/README.md.
 bench: $(VENV)/.weights
-	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
-bench-omnigen2: $(VENV)/.weights
-	$(BIN)/python -m benchmarks.bench_omnigen2
-
-bench-job: test-setup
-	$(BIN)/python -m benchmarks.bench_job
+# What changed from one file to another: make bench-compare A=… B=…
+bench-compare: setup
+	$(BIN)/python -m benchmarks.compare $(A) $(B)
 
 # docs/demo: the report and the card of a small stand-in.
 docs-demo: test-setup

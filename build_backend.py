@@ -129,6 +129,11 @@ def _find_compiler() -> bool:
 class BuildExtension(build_ext):
     """Compiles with the machine's compiler, else with Zig's. Never goes on without the extension."""
 
+    def run(self) -> None:
+        """Choose the compiler before setuptools sets its own up."""
+        _find_compiler()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Compile and link one extension."""
         if not any(Path(sysconfig.get_path(kind), "Python.h").exists() for kind in ("include", "platinclude")):
@@ -176,5 +181,7 @@ def _zig_target() -> tuple[str, list[str]]:
         ]
     if sys.platform == "darwin":
         return f"{processor}-macos.11.0", ["-Wl,-undefined,dynamic_lookup"]
+    if processor not in ("x86_64", "aarch64"):
+        raise CompileError(f"df11 has not been tried with Zig on {machine}: install a C compiler (apt install gcc, or the like)")
     musl = "musl" in str(sysconfig.get_config_var("HOST_GNU_TYPE"))
     return f"{processor}-linux-{'musl' if musl else 'gnu.2.17'}", []

@@ -12,15 +12,15 @@ enum {
     CODE_AND_LENGTH = FIRST_IS_EXCEPTION - 1,
 };
 
-/* What encoding takes: some 3 MB, zeros at first. */
+/* What encoding takes: 2 MB, zeros at first; qsort takes up to half a megabyte more while it sorts. */
 struct df11_encoder {
     struct df11_counts counts; /* zeros, but between counting and choosing the code */
     uint32_t table[SYMBOLS];        /* entries of the symbols that occur */
     int64_t exponents[256];         /* how often each occurs in the weights counted last */
     unsigned used_count;
-    uint16_t used[SYMBOLS]; /* the symbols that occur, ascending, */
-    uint32_t count_of[SYMBOLS]; /* how often each, by symbol, */
-    uint64_t by_count[SYMBOLS]; /* and by falling count, of equals the smaller symbol first: symbols in the low 16 bits */
+    uint16_t used[SYMBOLS];     /* the symbols that occur, ascending */
+    uint32_t count_of[SYMBOLS]; /* how often each of them occurs, by symbol */
+    uint64_t by_count[SYMBOLS]; /* the same sorted: the most frequent first, of equals the smaller symbol, which is in the low 16 bits */
     /* Code lengths by symbol: of the candidate at hand, and of the best one. */
     uint8_t lengths[SYMBOLS], best_lengths[SYMBOLS];
     /* Of the symbols with a code, the one with the shortest by first and by second exponent, or -1. */
@@ -74,27 +74,9 @@ ALWAYS_INLINE void split(const uint16_t *weights, unsigned count, uint8_t *expon
     }
 }
 
-static void exponents_portable(const uint8_t *weights, unsigned count, uint8_t *exponents)
-{
-    exponents_of(weights, count, exponents);
-}
-
-static void split_portable(const uint16_t *weights, unsigned count, uint8_t *exponents, uint8_t *sign_mantissa)
-{
-    split(weights, count, exponents, sign_mantissa);
-}
-
-#ifdef HAVE_AVX2
-AVX2 static void exponents_avx2(const uint8_t *weights, unsigned count, uint8_t *exponents)
-{
-    exponents_of(weights, count, exponents);
-}
-
-AVX2 static void split_avx2(const uint16_t *weights, unsigned count, uint8_t *exponents, uint8_t *sign_mantissa)
-{
-    split(weights, count, exponents, sign_mantissa);
-}
-#endif
+COMPILE_TWICE(void, exponents_of, (const uint8_t *weights, unsigned count, uint8_t *exponents), (weights, count, exponents))
+COMPILE_TWICE(void, split, (const uint16_t *weights, unsigned count, uint8_t *exponents, uint8_t *sign_mantissa),
+              (weights, count, exponents, sign_mantissa))
 
 /* Counting. */
 
@@ -104,14 +86,9 @@ void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64
     uint16_t symbols[1024];
 
     counts->weights += count;
-    for (; count > 1; weights += sizeof symbols * 2) {
+    while (count > 1) {
         unsigned pairs = count / 2 < 1024 ? (unsigned)(count / 2) : 1024;
-#ifdef HAVE_AVX2
-        if (df11_use_avx2)
-            exponents_avx2(weights, 2 * pairs, (uint8_t *)symbols);
-        else
-#endif
-            exponents_portable(weights, 2 * pairs, (uint8_t *)symbols);
+        CHOOSE(exponents_of, (weights, 2 * pairs, (uint8_t *)symbols));
         for (unsigned i = 0; i + 1 < pairs; i += 2) {
             counts->pairs[0][symbols[i]]++;
             counts->pairs[1][symbols[i + 1]]++;
@@ -119,6 +96,7 @@ void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64
         if (pairs & 1)
             counts->pairs[0][symbols[pairs - 1]]++;
         count -= 2 * pairs;
+        weights += 4 * pairs;
     }
 }
 
@@ -322,21 +300,16 @@ static unsigned write_section(struct df11_encoder *encoder, unsigned alphabet_si
 static void write_table(struct df11_encoder *encoder, unsigned best)
 {
     const uint8_t *lengths = encoder->best_lengths;
-    unsigned counts[CODE_LIMIT + 1] = {0}, next_code[CODE_LIMIT + 1], code = 0;
+    unsigned counts[CODE_LIMIT + 1] = {0}, next_code[CODE_LIMIT + 1];
 
     for (unsigned i = 0; i < encoder->used_count; i++)
         counts[lengths[encoder->used[i]]]++;
     counts[0] = 0;
-    for (unsigned length = 1; length <= CODE_LIMIT; length++)
-        next_code[length] = code = (code + counts[length - 1]) << 1;
+    number_codes(counts, next_code);
     for (unsigned i = 0; i < encoder->used_count; i++) {
-        unsigned symbol = encoder->used[i], length = lengths[symbol], reversed = 0;
-        if (!length)
-            continue;
-        code = next_code[length]++;
-        for (unsigned bit = 0; bit < length; bit++)
-            reversed |= (code >> bit & 1) << (length - 1 - bit);
-        encoder->table[symbol] = reversed << 8 | length;
+        unsigned symbol = encoder->used[i], length = lengths[symbol];
+        if (length)
+            encoder->table[symbol] = reversed(next_code[length]++, length) << 8 | length;
     }
     for (unsigned i = 0; i < encoder->used_count; i++) {
         uint32_t flags;
@@ -483,30 +456,16 @@ ALWAYS_INLINE unsigned encode_lanes(const uint32_t *table, const uint16_t *symbo
     return groups;
 }
 
-static unsigned encode_lanes_portable(const uint32_t *table, const uint16_t *symbols, unsigned chunks, uint8_t *out, uint64_t *lane_bits,
-                                      uint16_t *marked)
-{
-    return encode_lanes(table, symbols, chunks, out, lane_bits, marked);
-}
-
-#ifdef HAVE_AVX2
-AVX2 static unsigned encode_lanes_avx2(const uint32_t *table, const uint16_t *symbols, unsigned chunks, uint8_t *out, uint64_t *lane_bits,
-                                       uint16_t *marked)
-{
-    return encode_lanes(table, symbols, chunks, out, lane_bits, marked);
-}
-#endif
+COMPILE_TWICE(unsigned, encode_lanes,
+              (const uint32_t *table, const uint16_t *symbols, unsigned chunks, uint8_t *out, uint64_t *lane_bits, uint16_t *marked),
+              (table, symbols, chunks, out, lane_bits, marked))
 
 /* Split a tile: its sign/mantissa bytes to `sign_mantissa`, its exponents to the encoder's symbols. Weights that do not exist get the filler's. */
 static void split_tile(struct df11_encoder *encoder, const uint16_t *weights, unsigned count, unsigned filler, uint8_t *sign_mantissa)
 {
     uint8_t *exponents = (uint8_t *)encoder->symbols;
-#ifdef HAVE_AVX2
-    if (df11_use_avx2)
-        split_avx2(weights, count, exponents, sign_mantissa);
-    else
-#endif
-        split_portable(weights, count, exponents, sign_mantissa);
+
+    CHOOSE(split, (weights, count, exponents, sign_mantissa));
     for (unsigned i = count; i < TILE_WEIGHTS; i++)
         exponents[i] = (uint8_t)(filler >> 8 * (i & 1));
 }
@@ -562,14 +521,9 @@ int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights,
     *exceptions = 0;
     for (uint64_t first = 0, tile = 0; first < layout->elements; first += TILE_WEIGHTS, tile++) {
         unsigned count = layout->elements - first < TILE_WEIGHTS ? (unsigned)(layout->elements - first) : TILE_WEIGHTS;
-        unsigned chunks = (count + CHUNK_WEIGHTS - 1) / CHUNK_WEIGHTS, groups;
+        unsigned chunks = (count + CHUNK_WEIGHTS - 1) / CHUNK_WEIGHTS;
         split_tile(encoder, weights + first, count, filler, out + layout->sign_mantissa_offset + first);
-#ifdef HAVE_AVX2
-        if (df11_use_avx2)
-            groups = encode_lanes_avx2(encoder->table, encoder->symbols, chunks, out + at, lane_bits, encoder->marked);
-        else
-#endif
-            groups = encode_lanes_portable(encoder->table, encoder->symbols, chunks, out + at, lane_bits, encoder->marked);
+        unsigned groups = CHOOSE(encode_lanes, (encoder->table, encoder->symbols, chunks, out + at, lane_bits, encoder->marked));
         int shortest = store_lane_lengths(lane_bits, layout->lane_bytes, out + layout->lanes_offset + tile * LANES * layout->lane_bytes);
         if (shortest < 0)
             return LANE_OVERFLOW;
@@ -608,24 +562,10 @@ ALWAYS_INLINE uint32_t cast(const uint32_t *source, uint64_t count, uint16_t *ou
     return lost;
 }
 
-static uint32_t cast_portable(const uint32_t *source, uint64_t count, uint16_t *out)
-{
-    return cast(source, count, out);
-}
-
-#ifdef HAVE_AVX2
-AVX2 static uint32_t cast_avx2(const uint32_t *source, uint64_t count, uint16_t *out)
-{
-    return cast(source, count, out);
-}
-#endif
+COMPILE_TWICE(uint32_t, cast, (const uint32_t *source, uint64_t count, uint16_t *out), (source, count, out))
 
 /* Round F32 bits to BF16 bits; returns 1 if every value is exact, else 0. */
 int df11_cast_f32(const uint32_t *source, uint64_t count, uint16_t *out)
 {
-#ifdef HAVE_AVX2
-    if (df11_use_avx2)
-        return cast_avx2(source, count, out) == 0;
-#endif
-    return cast_portable(source, count, out) == 0;
+    return CHOOSE(cast, (source, count, out)) == 0;
 }

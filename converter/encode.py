@@ -28,15 +28,15 @@ class EncodedSegment:
 
 
 class SegmentEncoder:
-    """Encodes segments; holds about 3 MB of scratch memory. One thread at a time."""
+    """Encodes segments; holds about 2 MB of scratch memory. One thread at a time."""
 
     def __init__(self) -> None:
         self._encoder = Encoder()
         self.exponents: npt.NDArray[np.int64] = np.zeros(256, np.int64)
         """How often each exponent occurs in the segment encoded last."""
 
-    def hash(self, digest: Sha256, data: Bytes) -> None:
-        """Append to ``digest`` the bytes of the weights that are encoded next; where that takes no time, count them along."""
+    def hash_weights(self, digest: Sha256, data: Bytes) -> None:
+        """Append to ``digest`` the bytes of the weights that are encoded next; where the CPU has SHA instructions, count their pairs, too."""
         digest.update_counting(data, self._encoder)
 
     def encode(self, weights: Weights, out: Bytes, *, verify: bool) -> EncodedSegment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -21,7 +20,7 @@ from df11.converter.ranges import RING_MEMORY, RangeReader, RemoteFile
 from df11.converter.source import LocalSource, MemorySource, Source
 from df11.formats import errors, framing, hub
 from df11.formats.record import Bytes
-from df11.formats.writer import AtomicWriter
+from df11.formats.writer import AtomicWriter, lock
 
 CLIENT_MEMORY: Final = 25 << 20
 """Bytes that huggingface_hub and its connections take: 18 MiB measured without TLS."""
@@ -231,7 +230,7 @@ def downloaded(file: HubFile, target: Path) -> Iterator[Source]:
         raise errors.from_os_error(error, file=path) from None
     with partial:  # For its lock, as long as the file is used.
         try:
-            fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(partial)
         except BlockingIOError:
             raise errors.ConflictError("another process is downloading this file", file=path, hint="wait for it to end") from None
         try:

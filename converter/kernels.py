@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from df11 import _kernels
-from df11.formats import layout
 from df11.formats.record import Bytes, Weights
 
 LANE_OVERFLOW: Final = _kernels.LANE_OVERFLOW
@@ -30,14 +29,17 @@ class Code:
 
 
 class Encoder:
-    """The encoding kernels with what they keep, about 3 MB. One thread at a time."""
+    """The encoding kernels with what they keep, about 2 MB. One thread at a time: another gets a ValueError."""
 
     def __init__(self) -> None:
         self.handle = _kernels.new_encoder()
         """For the C functions."""
 
     def build_code(self, weights: Weights) -> Code:
-        """Count the pairs of ``weights`` (2 to 2**24) and choose their code, which :meth:`encode_tiles` then uses."""
+        """Count the pairs of ``weights`` (2 to 2**24) and choose their code, which :meth:`encode_tiles` then uses.
+
+        After :meth:`Sha256.update_counting`, ``weights`` must be those that were hashed: they are not counted again.
+        """
         alphabet_size, section, bits, filler = _kernels.build_code(self.handle, weights)
         return Code(alphabet_size, np.frombuffer(section, np.uint8), bits, filler)
 
@@ -51,35 +53,48 @@ class Encoder:
         ``end``: the size that the segment must stay below; ``out``: u8, at least ``end`` + ``ENCODE_SLACK``. The size is
         ``LANE_OVERFLOW`` if the lanes of a tile differ by more than ``lane_bytes`` can say, ``NOT_SMALLER`` if ``end`` is reached.
         """
-        offsets = (sections[name] for name in layout.SECTION_OFFSETS)
-        return _kernels.encode_tiles(self.handle, weights, code.filler, lane_bytes, *offsets, end, out)
+        return _kernels.encode_tiles(
+            self.handle,
+            weights,
+            code.filler,
+            lane_bytes,
+            sections["tiles_offset"],
+            sections["lanes_offset"],
+            sections["sign_mantissa_offset"],
+            sections["stream_offset"],
+            end,
+            out,
+        )
 
 
 class Sha256:
-    """SHA-256 as hashlib's, but where the CPU has instructions for it the pairs of weights are counted along, at no cost of time."""
+    """SHA-256 as hashlib's; where the CPU has instructions for it, pairs of weights are counted along at no cost of time."""
 
     def __init__(self, data: bytes = b"") -> None:
         self._hash = _kernels.new_sha256()
-        self._fallback = hashlib.sha256()
+        self._fallback = hashlib.sha256() if self._hash is None else None
         self.update(data)
 
     def update(self, data: bytes | Bytes) -> None:
         """Append bytes."""
-        if self._hash is None:
-            self._fallback.update(data)
-        else:
-            _kernels.update_sha256(self._hash, data, None)
+        self._append(data, None)
 
     def update_counting(self, data: Bytes, encoder: Encoder) -> None:
         """Append the bytes of the weights for which ``encoder`` builds its next code, which then need not be counted."""
-        if self._hash is None:
+        self._append(data, encoder)
+
+    def _append(self, data: bytes | Bytes, encoder: Encoder | None) -> None:
+        if self._fallback is not None:
             self._fallback.update(data)
-        else:
-            _kernels.update_sha256(self._hash, data, encoder.handle)
+        elif self._hash is not None:
+            _kernels.update_sha256(self._hash, data, None if encoder is None else encoder.handle)
 
     def hexdigest(self) -> str:
         """The digest of all bytes so far."""
-        return self._fallback.hexdigest() if self._hash is None else _kernels.digest_sha256(self._hash).hex()
+        if self._hash is not None:
+            return _kernels.digest_sha256(self._hash).hex()
+        assert self._fallback is not None
+        return self._fallback.hexdigest()
 
 
 def count_exponents(weights: Weights) -> npt.NDArray[np.int64]:

@@ -199,7 +199,7 @@ def _process_batches(
     batches: list[Batch], free: list[_Slot], source: Source, digest: Sha256, settings: Settings, progress: Progress
 ) -> Iterator[tuple[Batch, list[_Outcome]]]:
     # Batches and their outcomes in order. An outcome is valid until the next one is asked for.
-    waiting: deque[tuple[Batch, _Slot, Future[Future[Future[list[_Outcome]]]]]] = deque()
+    waiting: deque[tuple[Batch, _Slot, Future[list[_Outcome]]]] = deque()
     ahead = iter(batches)
     with ExitStack() as stack:
 
@@ -214,31 +214,48 @@ def _process_batches(
         # After an error, or an interrupt, the reader must not wait for a server before its pool can end.
         stack.push(lambda kind, *_: source.stop() if kind is not None else None)
 
-        def read(batch: Batch, slot: _Slot) -> Future[Future[list[_Outcome]]]:
-            source.read(batch.start, slot.input[: batch.size])
-            return hasher.submit(hash_batch, batch, slot)
+        # A batch goes from stage to stage; the last one, or one that fails, settles its outcomes.
+        def read(batch: Batch, slot: _Slot, outcomes: Future[list[_Outcome]]) -> None:
+            with _errors_to(outcomes):
+                source.read(batch.start, slot.input[: batch.size])
+                hasher.submit(hash_batch, batch, slot, outcomes)
 
-        def hash_batch(batch: Batch, slot: _Slot) -> Future[list[_Outcome]]:
-            _hash(batch, slot, digest)
-            return workers.submit(_process, batch, slot, source.path, verify=settings.verify)
+        def hash_batch(batch: Batch, slot: _Slot, outcomes: Future[list[_Outcome]]) -> None:
+            with _errors_to(outcomes):
+                _hash(batch, slot, digest)
+                workers.submit(encode, batch, slot, outcomes)
+
+        def encode(batch: Batch, slot: _Slot, outcomes: Future[list[_Outcome]]) -> None:
+            with _errors_to(outcomes):
+                outcomes.set_result(_process(batch, slot, source.path, verify=settings.verify))
 
         while True:
             while free and (following := next(ahead, None)) is not None:
-                slot = free.pop()
-                waiting.append((following, slot, reader.submit(read, following, slot)))
+                waiting.append((following, free.pop(), Future()))
+                reader.submit(read, *waiting[-1])
             if not waiting:
                 break
-            batch, slot, reading = waiting.popleft()
-            while not wait([reading], HEARTBEAT).done:
+            batch, slot, outcomes = waiting.popleft()
+            while not wait([outcomes], HEARTBEAT).done:
                 progress(0)  # A server can be silent for minutes; meanwhile a caller can say, by an error, that nobody wants the outcome any more.
-            yield batch, reading.result().result().result()
+            yield batch, outcomes.result()
             free.append(slot)
+
+
+@contextlib.contextmanager
+def _errors_to(outcomes: Future[list[_Outcome]]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        outcomes.set_exception(error)
 
 
 def _hash(batch: Batch, slot: _Slot, digest: Sha256) -> None:
     data = slot.input[: batch.size]
-    if len(batch.pieces) == 1 and batch.pieces[0].tensor.fate is Fate.CODE and not batch.pieces[0].tensor.cast and batch.pieces[0].weights > 1:
-        slot.encoder.hash(digest, data)
+    piece = batch.pieces[0]
+    is_one_segment = len(batch.pieces) == 1 and piece.tensor.fate is Fate.CODE and not piece.tensor.cast
+    if is_one_segment and piece.weights > 1:
+        slot.encoder.hash_weights(digest, data)
     else:
         digest.update(data)
 

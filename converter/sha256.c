@@ -1,5 +1,5 @@
 /* SHA-256 (FIPS 180-4) with x86's SHA instructions, which leave most of a core idle: each waits for the one before it. Meanwhile the pairs of the
- * same weights are counted, which takes no time of its own then (SPEC.md, section 12). Elsewhere hashlib does it, and counting is a pass of its own.
+ * same weights are counted, which costs no time of its own (SPEC.md, section 12). Elsewhere hashlib does it, and counting is a pass of its own.
  */
 
 #include "../formats/kernels.h"

@@ -9,16 +9,9 @@ static unsigned length_of(const uint8_t *grid, unsigned cell)
     return (grid[cell >> 1] >> ((cell & 1) * 4)) & 15;
 }
 
-static unsigned reversed(unsigned code, unsigned length)
-{
-    unsigned result = 0;
-    for (unsigned bit = 0; bit < length; bit++)
-        result |= ((code >> bit) & 1) << (length - 1 - bit);
-    return result;
-}
-
-/* Expand a code table section into the decoding table, u32 [4096], indexed by the next 12 bits of a lane. An entry is e1 << 23 | e0 << 7 | length:
- * the exponents stand where two BF16 values in a u32 have them. The section has alphabet_size + ceil(alphabet_size^2 / 2) bytes. */
+/* Expand a code table section into the decoding table, u32 [4096], zeros at first, indexed by the next 12 bits of a lane. An entry is
+ * e1 << 23 | e0 << 7 | length: the exponents stand where two BF16 values in a u32 have them, and no length is above 12, even if the section changes
+ * meanwhile. It has alphabet_size + ceil(alphabet_size^2 / 2) bytes. */
 enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphabet_size, uint32_t *table)
 {
     const uint8_t *grid = section + alphabet_size;
@@ -44,12 +37,10 @@ enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphab
     if (kraft != TABLE_SIZE && !single)
         return INCOMPLETE_CODE;
 
-    unsigned code = 0;
-    for (unsigned length = 1; length <= CODE_LIMIT; length++)
-        next_code[length] = code = (code + counts[length - 1]) << 1;
+    number_codes(counts, next_code);
     for (unsigned cell = 0; cell < cells; cell++) {
         unsigned length = length_of(grid, cell);
-        if (!length)
+        if (!length || length > CODE_LIMIT)
             continue;
         uint32_t entry = (uint32_t)section[cell / alphabet_size] << 23 | (uint32_t)section[cell % alphabet_size] << 7 | length;
         unsigned slot = single ? 0 : reversed(next_code[length]++, length), step = single ? 1 : 1u << length;
@@ -103,7 +94,7 @@ ALWAYS_INLINE void assemble(const any_u16 *halves, const uint8_t *sign_mantissa,
         out[i] = weight_of(halves[i], sign_mantissa[i]);
 }
 
-/* The same, but compare with the source, and only if there is a difference note for each weight whether it differs. */
+/* The same, but compare with the source; if any weight differs, note which. */
 ALWAYS_INLINE int compare(const any_u16 *halves, const uint8_t *sign_mantissa, const uint16_t *source, uint8_t *notes)
 {
     uint16_t different = 0;
@@ -266,14 +257,14 @@ static enum df11_status each_tile(const struct df11_segment *segment, uint64_t f
     return OK;
 }
 
-/* Decode the tiles `first` to `last` (exclusive) into `out`, u16, the weights of these tiles. At a fault, `tile` is the tile that has it. */
-enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out, uint64_t *tile)
+/* Decode the tiles `first` to `last` (exclusive) into `out`, u16, the weights of these tiles. At a fault, `failed` is the tile that has it. */
+enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out, uint64_t *failed)
 {
-    return each_tile(segment, first, last, out, 0, tile);
+    return each_tile(segment, first, last, out, 0, failed);
 }
 
 /* The same, but compare with `source` and write nothing: DIFFERENT names the first tile with another weight. */
-enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, const uint16_t *source, uint64_t *tile)
+enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, const uint16_t *source, uint64_t *failed)
 {
-    return each_tile(segment, first, last, 0, source, tile);
+    return each_tile(segment, first, last, 0, source, failed);
 }

@@ -1,16 +1,21 @@
 /* What the CPU kernels share: the constants of layout.py, status codes, unaligned loads, and the choice of a CPU's instructions.
  *
  * decode.c (formats) and encode.c (converter) hold the kernels; src/df11/_kernels.c checks what Python passes and calls them. A kernel trusts
- * sizes and offsets, which its caller has checked, and nothing that it reads from a segment. It allocates nothing and calls nothing of Python's.
+ * sizes, offsets and tables, which its caller has checked or df11_build_decode_table has made, and nothing that it reads from a segment. It keeps
+ * no memory and calls nothing of Python's.
  */
 #ifndef DF11_KERNELS_H
 #define DF11_KERNELS_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "df11 needs a little-endian machine: containers and weights are little-endian, and nothing here swaps bytes"
+#endif
+#if SIZE_MAX < UINT64_MAX
+#error "df11 needs a 64-bit machine"
 #endif
 
 enum {
@@ -53,8 +58,20 @@ typedef uint16_t any_u16;
 #define AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt")))
 #endif
 
-/* Set once, when the module is loaded. */
-extern int df11_use_avx2;
+/* From the inline function NAME, define NAME_portable and, where the compiler can, NAME_avx2; CHOOSE calls the one for this CPU. */
+#ifdef HAVE_AVX2
+#define COMPILE_TWICE(type, name, parameters, arguments)                                                                                             \
+    static type name##_portable parameters { return name arguments; }                                                                                \
+    AVX2 static type name##_avx2 parameters { return name arguments; }
+#define CHOOSE(name, arguments) (df11_use_avx2 ? name##_avx2 arguments : name##_portable arguments)
+#else
+#define COMPILE_TWICE(type, name, parameters, arguments) static type name##_portable parameters { return name arguments; }
+#define CHOOSE(name, arguments) name##_portable arguments
+#endif
+
+/* Set once, when the module is loaded: cpu.c. */
+extern int df11_use_avx2, df11_use_sha;
+void df11_choose_instructions(void);
 
 ALWAYS_INLINE uint64_t load_u64(const uint8_t *from)
 {
@@ -91,6 +108,23 @@ ALWAYS_INLINE unsigned leading_zeros(uint64_t value)
 #endif
 }
 
+/* Canonical codes (SPEC.md, section 6): the first code of each length, from how many there are of each; counts[0] is 0. */
+ALWAYS_INLINE void number_codes(const unsigned *counts, unsigned *next_code)
+{
+    unsigned code = 0;
+    for (unsigned length = 1; length <= CODE_LIMIT; length++)
+        next_code[length] = code = (code + counts[length - 1]) << 1;
+}
+
+/* A code as it stands in the stream: its first bit is the lowest. */
+ALWAYS_INLINE unsigned reversed(unsigned code, unsigned length)
+{
+    unsigned result = 0;
+    for (unsigned bit = 0; bit < length; bit++)
+        result |= (code >> bit & 1) << (length - 1 - bit);
+    return result;
+}
+
 /* A coded segment (SPEC.md, section 5): its bytes, the offsets of its sections, and its decoding table. */
 struct df11_segment {
     const uint8_t *bytes;
@@ -102,8 +136,8 @@ struct df11_segment {
 };
 
 enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphabet_size, uint32_t *table);
-enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out, uint64_t *tile);
-enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, const uint16_t *source, uint64_t *tile);
+enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out, uint64_t *failed);
+enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, const uint16_t *source, uint64_t *failed);
 
 /* Pairs counted for the next code, in two halves, so that equal neighbours do not wait for each other; and of how many weights. */
 struct df11_counts {
@@ -111,7 +145,7 @@ struct df11_counts {
     uint64_t weights;
 };
 
-/* The code of a segment and what making it takes; encode.c. */
+/* encode.c: what encoding a segment takes, and the code that it gets. */
 struct df11_encoder;
 
 struct df11_code {

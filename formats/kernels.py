@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from df11 import _kernels
-from df11.formats import layout
+
+if TYPE_CHECKING:
+    from df11._kernels import Table as Table  # what codes decode to, and nobody can change
 
 OK: Final = _kernels.OK
 BAD_TILE: Final = _kernels.BAD_TILE
@@ -20,17 +22,14 @@ BAD_LENGTH: Final = _kernels.BAD_LENGTH
 INCOMPLETE_CODE: Final = _kernels.INCOMPLETE_CODE
 
 
-def build_decode_table(section: npt.NDArray[np.uint8], alphabet_size: int, table: npt.NDArray[np.uint32]) -> int:
-    """Expand a code table section (SPEC.md, section 6) into ``table``, u32 [4096]; returns ``OK`` or what is wrong.
-
-    An entry is e1 << 23 | e0 << 7 | length, indexed by the next 12 bits of a lane.
-    """
-    return _kernels.build_decode_table(section, alphabet_size, table)
+def build_decode_table(section: npt.NDArray[np.uint8], alphabet_size: int) -> Table | int:
+    """Expand a code table section (SPEC.md, section 6), u8; returns the table, or the status that says what is wrong."""
+    return _kernels.build_decode_table(section, alphabet_size)
 
 
 def decode_tiles(
     segment: npt.NDArray[np.uint8],
-    table: npt.NDArray[np.uint32],
+    table: Table,
     elements: int,
     header: dict[str, int],
     first: int,
@@ -41,9 +40,20 @@ def decode_tiles(
 ) -> tuple[int, int]:
     """Decode the tiles ``first`` to ``last`` (exclusive) of a checked segment, or compare them with ``weights``.
 
-    ``segment`` u8, the whole of it; ``table`` u32 [4096]; ``weights`` u16, those of these tiles: written, or with
-    ``compare`` only read. Returns (``OK`` or what is wrong, the tile that has it).
+    ``segment`` u8, the whole of it; ``weights`` u16, those of these tiles: written, or with ``compare`` only read.
+    Returns (``OK`` or what is wrong, the tile that has it). Raises ValueError for sizes and offsets that do not fit.
     """
     function = _kernels.compare_tiles if compare else _kernels.decode_tiles
-    sections = (header[name] for name in layout.SECTION_OFFSETS)
-    return function(segment, table, elements, header["lane_bytes"], *sections, first, last, weights)
+    return function(
+        segment,
+        table,
+        elements,
+        header["lane_bytes"],
+        header["tiles_offset"],
+        header["lanes_offset"],
+        header["sign_mantissa_offset"],
+        header["stream_offset"],
+        first,
+        last,
+        weights,
+    )

@@ -295,16 +295,16 @@ class Segment:
         if total != header["exception_count"]:
             raise errors.TileError("exceptions of the tiles", **self._at(28), expected=header["exception_count"], found=total)
 
-    def _build_table(self) -> npt.NDArray[np.uint32]:
-        table = np.empty(1 << layout.CODE_LIMIT, np.uint32)
-        status = kernels.build_decode_table(self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]], self.header["alphabet_size"], table)
-        if status != kernels.OK:
+    def _build_table(self) -> kernels.Table:
+        section = self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]]
+        table = kernels.build_decode_table(section, self.header["alphabet_size"])
+        if isinstance(table, int):
             what = {
                 kernels.BAD_ALPHABET: "the alphabet does not ascend",
                 kernels.BAD_LENGTH: "a code length is beyond 12",
                 kernels.INCOMPLETE_CODE: "the code is not complete",
             }
-            raise errors.CodeTableError(f"code table: {what[status]}", **self._at(layout.SEGMENT_HEADER.size))
+            raise errors.CodeTableError(f"code table: {what[table]}", **self._at(layout.SEGMENT_HEADER.size))
         return table
 
     def _at(self, offset: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,15 @@ def partial_path(path: str | os.PathLike[str]) -> Path:
     """Return the name of the temporary file of ``path``."""
     path = Path(path)
     return path.with_name(f".{path.name}.partial")
+
+
+def lock(file: int | IO[bytes]) -> None:
+    """Lock an open file until it is closed. Raises BlockingIOError if another process has it, OSError where there are no locks."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        raise errors.UsageError("df11 reads on Windows, but does not write there yet", hint="use WSL") from None
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class AtomicWriter:
@@ -45,10 +53,14 @@ class AtomicWriter:
             except OSError as error:
                 raise errors.from_os_error(error, file=self.path) from None
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
             except BlockingIOError:
                 file.close()
                 raise errors.ConflictError("another process is writing this file", file=self.path, hint="wait for it to end") from None
+            except errors.UsageError:
+                file.close()
+                self.partial.unlink()
+                raise
             except OSError as error:  # Some network file systems have no locks.
                 file.close()
                 raise errors.from_os_error(error, file=self.path) from None

@@ -6,7 +6,6 @@ What has been done is known from the target and its manifest alone. So a job tha
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import os
 import shutil
@@ -22,7 +21,7 @@ from df11.converter.manifest import FILE_NAME, Manifest
 from df11.converter.pipeline import Settings
 from df11.converter.source import Progress, ignore
 from df11.converter.tree import DF11, SAFETENSORS, read_index
-from df11.formats import errors, hub
+from df11.formats import errors, hub, writer
 from df11.pipelines import summary
 from df11.pipelines.card import plot_paths
 from df11.pipelines.engine import Engine, InProcess, OnRay
@@ -179,7 +178,7 @@ def _staging(plan: ModelPlan, limits: Limits) -> Iterator[Path]:
         raise errors.from_os_error(error, file=folder) from None
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            writer.lock(lock)
         except BlockingIOError:
             raise errors.ConflictError("another job is filling this target", file=plan.target.label, hint="wait for it to end") from None
         _clear(folder)

@@ -9,40 +9,6 @@
 
 #include "../../formats/kernels.h"
 
-int df11_use_avx2 = 0;
-
-/* The CPU. */
-
-#ifdef HAVE_AVX2
-#include <cpuid.h>
-
-static int use_sha = 0;
-
-static void choose_instructions(void)
-{
-    unsigned a, b, c, d;
-
-    __builtin_cpu_init();
-    int lzcnt = __get_cpuid(0x80000001, &a, &b, &c, &d) && (c >> 5 & 1);
-    df11_use_avx2 = lzcnt && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
-    use_sha = df11_use_avx2 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29 & 1);
-}
-
-static const char *instructions(void)
-{
-    return use_sha ? "avx2, sha" : df11_use_avx2 ? "avx2" : "portable";
-}
-#else
-static void choose_instructions(void)
-{
-}
-
-static const char *instructions(void)
-{
-    return "portable";
-}
-#endif
-
 /* Buffers. */
 
 /* A contiguous, aligned buffer of at least `count` items of `size` bytes; on failure an exception is set. */
@@ -92,21 +58,36 @@ static int require(int condition, const char *what)
 
 /* Decoding. */
 
+static const char TABLE[] = "df11.table";
+
+static void free_table(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, TABLE));
+}
+
+/* (section, alphabet size) -> a table that nobody else can change, or the status. */
 static PyObject *build_decode_table(PyObject *module, PyObject *arguments)
 {
-    PyObject *section, *table;
+    PyObject *section, *capsule;
     Py_ssize_t size;
-    Py_buffer buffers[2];
+    Py_buffer buffer;
     (void)module;
 
-    if (!PyArg_ParseTuple(arguments, "OnO", &section, &size, &table) || !require(size >= 1 && size <= 256, "alphabet size"))
+    if (!PyArg_ParseTuple(arguments, "On", &section, &size) || !require(size >= 1 && size <= 256, "alphabet size")
+        || get_buffer(section, &buffer, "section", 1, size + (size * size + 1) / 2, 0) < 0)
         return NULL;
-    struct wanted wanted[] = {{section, "section", 1, size + (size * size + 1) / 2, 0}, {table, "table", 4, TABLE_SIZE, 1}};
-    if (get_buffers(wanted, buffers, 2) < 0)
-        return NULL;
-    enum df11_status status = df11_build_decode_table(buffers[0].buf, (unsigned)size, buffers[1].buf);
-    release_buffers(buffers, 2);
-    return PyLong_FromLong((long)status);
+    uint32_t *table = calloc(TABLE_SIZE, sizeof *table);
+    enum df11_status status = table ? df11_build_decode_table(buffer.buf, (unsigned)size, table) : OK;
+    PyBuffer_Release(&buffer);
+    if (!table)
+        return PyErr_NoMemory();
+    if (status != OK) {
+        free(table);
+        return PyLong_FromLong((long)status);
+    }
+    if (!(capsule = PyCapsule_New(table, TABLE, free_table)))
+        free(table);
+    return capsule;
 }
 
 /* Whether the sections of a segment, and 16 bytes more, lie inside; `end` is its size, or the size that it must stay below. */
@@ -127,32 +108,33 @@ static int check_sections(const struct df11_segment *segment, uint64_t end)
 /* Decode into, or compare with, the last argument. */
 static PyObject *each_tile(PyObject *arguments, int compare)
 {
-    PyObject *bytes, *table, *weights;
+    PyObject *bytes, *capsule, *weights;
     unsigned long long elements, lane_bytes, tiles, lanes, sign_mantissa, stream, first, last;
-    Py_buffer buffers[3];
+    Py_buffer buffers[2];
 
-    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKKO", &bytes, &table, &elements, &lane_bytes, &tiles, &lanes, &sign_mantissa, &stream, &first, &last,
+    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKKO", &bytes, &capsule, &elements, &lane_bytes, &tiles, &lanes, &sign_mantissa, &stream, &first, &last,
                           &weights)
         || !require(elements <= MAX_SEGMENT_WEIGHTS && lane_bytes <= 2, "elements or lane_bytes")
         || !require(first <= last && last <= (elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS, "tiles"))
         return NULL;
     unsigned long long end = last * TILE_WEIGHTS < elements ? last * TILE_WEIGHTS : elements;
     Py_ssize_t count = first < last ? (Py_ssize_t)(end - first * TILE_WEIGHTS) : 0;
-    struct wanted wanted[] = {{bytes, "segment", 1, 0, 0}, {table, "table", 4, TABLE_SIZE, 0}, {weights, "weights", 2, count, !compare}};
-    if (get_buffers(wanted, buffers, 3) < 0)
+    struct wanted wanted[] = {{bytes, "segment", 1, 0, 0}, {weights, "weights", 2, count, !compare}};
+    const uint32_t *table = PyCapsule_GetPointer(capsule, TABLE);
+    if (!table || get_buffers(wanted, buffers, 2) < 0)
         return NULL;
     struct df11_segment segment = {
-        buffers[0].buf, (uint64_t)buffers[0].len, (uint32_t)elements, (uint32_t)lane_bytes, tiles, lanes, sign_mantissa, stream, buffers[1].buf};
+        buffers[0].buf, (uint64_t)buffers[0].len, (uint32_t)elements, (uint32_t)lane_bytes, tiles, lanes, sign_mantissa, stream, table};
     enum df11_status status = OK;
     uint64_t tile = 0;
     int valid = check_sections(&segment, segment.size);
     if (valid) {
         Py_BEGIN_ALLOW_THREADS
-        status = compare ? df11_compare_tiles(&segment, first, last, buffers[2].buf, &tile)
-                         : df11_decode_tiles(&segment, first, last, buffers[2].buf, &tile);
+        status = compare ? df11_compare_tiles(&segment, first, last, buffers[1].buf, &tile)
+                         : df11_decode_tiles(&segment, first, last, buffers[1].buf, &tile);
         Py_END_ALLOW_THREADS
     }
-    release_buffers(buffers, 3);
+    release_buffers(buffers, 2);
     return valid ? Py_BuildValue("iK", (int)status, (unsigned long long)tile) : NULL;
 }
 
@@ -172,21 +154,43 @@ static PyObject *compare_tiles(PyObject *module, PyObject *arguments)
 
 static const char ENCODER[] = "df11.encoder";
 
+/* An encoder, and whether a thread is at work with it: others are told, as the interpreter lock does not keep them away meanwhile. */
+struct owned_encoder {
+    struct df11_encoder *encoder;
+    int busy;
+};
+
 static void free_encoder(PyObject *capsule)
 {
-    free(PyCapsule_GetPointer(capsule, ENCODER));
+    struct owned_encoder *owned = PyCapsule_GetPointer(capsule, ENCODER);
+    free(owned->encoder);
+    free(owned);
 }
 
 static PyObject *new_encoder(PyObject *module, PyObject *arguments)
 {
     (void)module, (void)arguments;
-    void *encoder = calloc(1, df11_encoder_size());
-    if (!encoder)
-        return PyErr_NoMemory();
-    PyObject *capsule = PyCapsule_New(encoder, ENCODER, free_encoder);
-    if (!capsule)
-        free(encoder);
+    struct owned_encoder *owned = calloc(1, sizeof *owned);
+    PyObject *capsule = NULL;
+    if (owned && (owned->encoder = calloc(1, df11_encoder_size())))
+        capsule = PyCapsule_New(owned, ENCODER, free_encoder);
+    else
+        PyErr_NoMemory();
+    if (!capsule && owned) {
+        free(owned->encoder);
+        free(owned);
+    }
     return capsule;
+}
+
+/* The encoder of a capsule, until it is let go; null, and an exception is set, if that is none or another thread has it. */
+static struct owned_encoder *take_encoder(PyObject *capsule)
+{
+    struct owned_encoder *owned = PyCapsule_GetPointer(capsule, ENCODER);
+    if (!owned || !require(!owned->busy, "an encoder serves one thread at a time"))
+        return NULL;
+    owned->busy = 1;
+    return owned;
 }
 
 static PyObject *build_code(PyObject *module, PyObject *arguments)
@@ -198,30 +202,41 @@ static PyObject *build_code(PyObject *module, PyObject *arguments)
 
     if (!PyArg_ParseTuple(arguments, "OO", &capsule, &weights))
         return NULL;
-    struct df11_encoder *encoder = PyCapsule_GetPointer(capsule, ENCODER);
-    if (!encoder || get_buffer(weights, &buffer, "weights", 2, 2, 0) < 0)
+    if (get_buffer(weights, &buffer, "weights", 2, 2, 0) < 0)
         return NULL;
+    struct owned_encoder *owned = take_encoder(capsule);
     uint64_t count = (uint64_t)buffer.len / 2;
-    uint64_t counted = df11_encoder_counts(encoder)->weights;
-    int valid = require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment")
-                && require(counted == 0 || counted == count, "other weights have been counted");
+    int valid = owned && require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment");
+    if (valid) {
+        struct df11_counts *counts = df11_encoder_counts(owned->encoder);
+        valid = require(counts->weights == 0 || counts->weights == count, "other weights have been counted");
+        if (!valid)
+            memset(counts, 0, sizeof *counts);
+    }
     if (valid) {
         Py_BEGIN_ALLOW_THREADS
-        df11_build_code(encoder, buffer.buf, count, &code);
+        df11_build_code(owned->encoder, buffer.buf, count, &code);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&buffer);
-    if (!valid)
-        return NULL;
-    return Py_BuildValue("Iy#LI", code.alphabet_size, (const char *)df11_code_section(encoder), (Py_ssize_t)code.section_size,
-                         (long long)code.bits, code.filler);
+    PyObject *result = NULL;
+    if (valid)
+        result = Py_BuildValue("Iy#LI", code.alphabet_size, (const char *)df11_code_section(owned->encoder), (Py_ssize_t)code.section_size,
+                               (long long)code.bits, code.filler);
+    if (owned)
+        owned->busy = 0;
+    return result;
 }
 
 static PyObject *exponents(PyObject *module, PyObject *capsule)
 {
     (void)module;
-    struct df11_encoder *encoder = PyCapsule_GetPointer(capsule, ENCODER);
-    return encoder ? PyBytes_FromStringAndSize((const char *)df11_exponents(encoder), 256 * sizeof(int64_t)) : NULL;
+    struct owned_encoder *owned = take_encoder(capsule);
+    if (!owned)
+        return NULL;
+    PyObject *result = PyBytes_FromStringAndSize((const char *)df11_exponents(owned->encoder), 256 * sizeof(int64_t));
+    owned->busy = 0;
+    return result;
 }
 
 static PyObject *encode_tiles(PyObject *module, PyObject *arguments)
@@ -232,25 +247,27 @@ static PyObject *encode_tiles(PyObject *module, PyObject *arguments)
     (void)module;
 
     if (!PyArg_ParseTuple(arguments, "OOKKKKKKKO", &capsule, &weights, &filler, &lane_bytes, &tiles, &lanes, &sign_mantissa, &stream, &end, &out)
-        || !require(filler < 65536 && lane_bytes <= 2 && end <= UINT32_MAX, "filler, lane_bytes or end"))
+        || !require(filler < SYMBOLS && lane_bytes <= 2 && end <= UINT32_MAX, "filler, lane_bytes or end"))
         return NULL;
-    struct df11_encoder *encoder = PyCapsule_GetPointer(capsule, ENCODER);
     struct wanted wanted[] = {{weights, "weights", 2, 1, 0}, {out, "out", 1, (Py_ssize_t)end + ENCODE_SLACK, 1}};
-    if (!encoder || get_buffers(wanted, buffers, 2) < 0)
+    if (get_buffers(wanted, buffers, 2) < 0)
         return NULL;
+    struct owned_encoder *owned = take_encoder(capsule);
     uint64_t count = (uint64_t)buffers[0].len / 2, found = 0;
     int64_t size = 0;
-    int valid = require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment");
+    int valid = owned && require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment");
     if (valid) {
         struct df11_segment layout = {NULL, 0, (uint32_t)count, (uint32_t)lane_bytes, tiles, lanes, sign_mantissa, stream, NULL};
         valid = check_sections(&layout, end);
         if (valid) {
             Py_BEGIN_ALLOW_THREADS
-            size = df11_encode_tiles(encoder, buffers[0].buf, &layout, (unsigned)filler, buffers[1].buf, end, &found);
+            size = df11_encode_tiles(owned->encoder, buffers[0].buf, &layout, (unsigned)filler, buffers[1].buf, end, &found);
             Py_END_ALLOW_THREADS
         }
     }
     release_buffers(buffers, 2);
+    if (owned)
+        owned->busy = 0;
     return valid ? Py_BuildValue("LK", (long long)size, (unsigned long long)found) : NULL;
 }
 
@@ -294,6 +311,7 @@ static PyObject *cast_f32(PyObject *module, PyObject *arguments)
 
 /* SHA-256. */
 
+#ifdef HAVE_AVX2
 static const char HASH[] = "df11.sha256";
 
 static void free_hash(PyObject *capsule)
@@ -304,46 +322,47 @@ static void free_hash(PyObject *capsule)
 static PyObject *new_sha256(PyObject *module, PyObject *arguments)
 {
     (void)module, (void)arguments;
-#ifdef HAVE_AVX2
-    if (use_sha) {
-        struct df11_sha256 *hash = malloc(sizeof *hash);
-        if (!hash)
-            return PyErr_NoMemory();
-        df11_sha256_start(hash);
-        PyObject *capsule = PyCapsule_New(hash, HASH, free_hash);
-        if (!capsule)
-            free(hash);
-        return capsule;
-    }
-#endif
-    (void)free_hash;
-    Py_RETURN_NONE;
+    if (!df11_use_sha)
+        Py_RETURN_NONE;
+    struct df11_sha256 *hash = malloc(sizeof *hash);
+    if (!hash)
+        return PyErr_NoMemory();
+    df11_sha256_start(hash);
+    PyObject *capsule = PyCapsule_New(hash, HASH, free_hash);
+    if (!capsule)
+        free(hash);
+    return capsule;
 }
 
-/* (hash, data, encoder or None): with an encoder, count the pairs of data for its next code. */
+/* (hash, data, encoder or None): with an encoder, count the pairs of data for its next code, instead of any that have been counted. */
 static PyObject *update_sha256(PyObject *module, PyObject *arguments)
 {
     PyObject *hash_capsule, *data, *encoder_capsule;
+    struct owned_encoder *owned = NULL;
+    struct df11_counts *counts = NULL;
     Py_buffer buffer;
     (void)module;
 
     if (!PyArg_ParseTuple(arguments, "OOO", &hash_capsule, &data, &encoder_capsule))
         return NULL;
-    void *hash = PyCapsule_GetPointer(hash_capsule, HASH), *encoder = NULL;
-    if (!hash || (encoder_capsule != Py_None && !(encoder = PyCapsule_GetPointer(encoder_capsule, ENCODER)))
-        || PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
+    struct df11_sha256 *hash = PyCapsule_GetPointer(hash_capsule, HASH);
+    if (!hash || PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
         return NULL;
-    struct df11_counts *counts = encoder ? df11_encoder_counts(encoder) : NULL;
-    int valid = !counts || (require(buffer.len / 2 <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment")
-                            && require(counts->weights == 0, "other weights have been counted"));
-#ifdef HAVE_AVX2
+    int valid = encoder_capsule == Py_None
+                || (require(buffer.len / 2 <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment") && (owned = take_encoder(encoder_capsule)));
+    if (owned) {
+        counts = df11_encoder_counts(owned->encoder);
+        if (counts->weights)
+            memset(counts, 0, sizeof *counts);
+    }
     if (valid) {
         Py_BEGIN_ALLOW_THREADS
         df11_sha256_update(hash, buffer.buf, (uint64_t)buffer.len, counts);
         Py_END_ALLOW_THREADS
     }
-#endif
     PyBuffer_Release(&buffer);
+    if (owned)
+        owned->busy = 0;
     if (!valid)
         return NULL;
     Py_RETURN_NONE;
@@ -351,16 +370,21 @@ static PyObject *update_sha256(PyObject *module, PyObject *arguments)
 
 static PyObject *digest_sha256(PyObject *module, PyObject *capsule)
 {
-    uint8_t digest[32] = {0};
+    uint8_t digest[32];
     (void)module;
     struct df11_sha256 *hash = PyCapsule_GetPointer(capsule, HASH);
     if (!hash)
         return NULL;
-#ifdef HAVE_AVX2
     df11_sha256_digest(hash, digest);
-#endif
     return PyBytes_FromStringAndSize((const char *)digest, sizeof digest);
 }
+#else
+static PyObject *new_sha256(PyObject *module, PyObject *arguments)
+{
+    (void)module, (void)arguments;
+    Py_RETURN_NONE;
+}
+#endif
 
 static PyMethodDef methods[] = {
     {"build_decode_table", build_decode_table, METH_VARARGS, NULL},
@@ -373,8 +397,10 @@ static PyMethodDef methods[] = {
     {"count_exponents", count_exponents, METH_VARARGS, NULL},
     {"cast_f32", cast_f32, METH_VARARGS, NULL},
     {"new_sha256", new_sha256, METH_NOARGS, NULL},
+#ifdef HAVE_AVX2
     {"update_sha256", update_sha256, METH_VARARGS, NULL},
     {"digest_sha256", digest_sha256, METH_O, NULL},
+#endif
     {NULL, NULL, 0, NULL},
 };
 
@@ -401,15 +427,12 @@ static int initialise(PyObject *module)
             return -1;
     /* For tests, and to find out whether a fault is one of these instructions: the portable code gives the same bytes. */
     if (!getenv("DF11_PORTABLE"))
-        choose_instructions();
-    return PyModule_AddStringConstant(module, "INSTRUCTIONS", instructions());
+        df11_choose_instructions();
+    return PyModule_AddStringConstant(module, "INSTRUCTIONS", df11_use_sha ? "avx2, sha" : df11_use_avx2 ? "avx2" : "portable");
 }
 
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, (void *)initialise},
-#ifdef Py_GIL_DISABLED
-    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
-#endif
     {0, NULL},
 };
 

@@ -3,8 +3,9 @@ from typing import Any, NewType
 
 from numpy.typing import NDArray
 
-_Encoder = NewType("_Encoder", object)
-_Sha256 = NewType("_Sha256", object)
+Table = NewType("Table", object)
+Encoder = NewType("Encoder", object)
+Sha256 = NewType("Sha256", object)
 
 OK: int
 BAD_TILE: int
@@ -19,15 +20,53 @@ NOT_SMALLER: int
 ENCODE_SLACK: int
 INSTRUCTIONS: str
 
-def build_decode_table(section: NDArray[Any], alphabet_size: int, table: NDArray[Any], /) -> int: ...
-def decode_tiles(segment: NDArray[Any], table: NDArray[Any], /, *numbers_and_weights: Any) -> tuple[int, int]: ...
-def compare_tiles(segment: NDArray[Any], table: NDArray[Any], /, *numbers_and_weights: Any) -> tuple[int, int]: ...
-def new_encoder() -> _Encoder: ...
-def build_code(encoder: _Encoder, weights: NDArray[Any], /) -> tuple[int, bytes, int, int]: ...
-def exponents(encoder: _Encoder, /) -> bytes: ...
-def encode_tiles(encoder: _Encoder, weights: NDArray[Any], filler: int, lane_bytes: int, /, *offsets_end_and_out: Any) -> tuple[int, int]: ...
+def build_decode_table(section: NDArray[Any], alphabet_size: int, /) -> Table | int: ...
+def decode_tiles(
+    segment: NDArray[Any],
+    table: Table,
+    elements: int,
+    lane_bytes: int,
+    tiles_offset: int,
+    lanes_offset: int,
+    sign_mantissa_offset: int,
+    stream_offset: int,
+    first: int,
+    last: int,
+    out: NDArray[Any],
+    /,
+) -> tuple[int, int]: ...
+def compare_tiles(
+    segment: NDArray[Any],
+    table: Table,
+    elements: int,
+    lane_bytes: int,
+    tiles_offset: int,
+    lanes_offset: int,
+    sign_mantissa_offset: int,
+    stream_offset: int,
+    first: int,
+    last: int,
+    source: NDArray[Any],
+    /,
+) -> tuple[int, int]: ...
+def new_encoder() -> Encoder: ...
+def build_code(encoder: Encoder, weights: NDArray[Any], /) -> tuple[int, bytes, int, int]: ...
+def exponents(encoder: Encoder, /) -> bytes: ...
+def encode_tiles(
+    encoder: Encoder,
+    weights: NDArray[Any],
+    filler: int,
+    lane_bytes: int,
+    tiles_offset: int,
+    lanes_offset: int,
+    sign_mantissa_offset: int,
+    stream_offset: int,
+    end: int,
+    out: NDArray[Any],
+    /,
+) -> tuple[int, int]: ...
 def count_exponents(weights: NDArray[Any], counts: NDArray[Any], /) -> None: ...
 def cast_f32(source: NDArray[Any], out: NDArray[Any], /) -> bool: ...
-def new_sha256() -> _Sha256 | None: ...
-def update_sha256(state: _Sha256, data: Buffer, encoder: _Encoder | None, /) -> None: ...
-def digest_sha256(state: _Sha256, /) -> bytes: ...
+def new_sha256() -> Sha256 | None: ...
+def update_sha256(state: Sha256, data: Buffer, encoder: Encoder | None, /) -> None: ...
+def digest_sha256(state: Sha256, /) -> bytes: ...

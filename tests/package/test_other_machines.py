@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-
-import pytest
 
 from tests.support import cpu_kernels
 
 
-def tool(name: str, package: str) -> str:
-    """A program of Debian's; CI must have it."""
-    path = shutil.which(name)
-    if path is None and "CI" in os.environ:
-        pytest.fail(f"{name} is missing: apt install {package}")
-    if path is None:
-        pytest.skip(f"needs {name}: apt install {package}")
-    return path
-
-
 def test_aarch64_gives_the_same_bytes(tmp_path):
-    compiler = tool("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")
-    emulator = tool("qemu-aarch64", "qemu-user")
+    compiler = cpu_kernels.tool("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu")
+    emulator = cpu_kernels.tool("qemu-aarch64", "qemu-user")
     program = cpu_kernels.build([compiler], tmp_path, "-O3", "-static")
     asked = cpu_kernels.questions(2)
     answers = cpu_kernels.run([emulator, program], [question for question, _ in asked])

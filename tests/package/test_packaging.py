@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from df11 import _kernels
 from df11.version import __version__
 from tests.support import sources
 
@@ -248,8 +249,10 @@ def test_without_a_compiler_zig_builds(built, bare, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == built[1].name
     shutil.unpack_archive(wheel, tmp_path / "package", "zip")
-    code = "import df11._kernels; print(df11._kernels.__file__)"
-    assert Path(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "package")).strip()).is_relative_to(tmp_path)
+    code = "import df11._kernels as kernels; print(kernels.__file__, kernels.INSTRUCTIONS, sep='\\n')"
+    path, instructions = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "package")).splitlines()
+    assert Path(path).is_relative_to(tmp_path)
+    assert instructions == _kernels.INSTRUCTIONS  # Not slower code than another compiler's.
 
 
 @pytest.mark.parametrize(
@@ -296,7 +299,7 @@ def test_the_extension_compiles_elsewhere_without_a_warning(target, tmp_path):
         headers = Path(shutil.copytree(headers, tmp_path / "include"))
         (headers / "pyconfig.h").write_text(WINDOWS)
     flags = ("-c", "-std=c11", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-DPy_LIMITED_API=0x030B0000", f"-I{headers}")
-    for source in ("src/df11/_kernels.c", "formats/decode.c", "converter/encode.c", "converter/sha256.c"):
+    for source in ("src/df11/_kernels.c", "formats/cpu.c", "formats/decode.c", "converter/encode.c", "converter/sha256.c"):
         output = tmp_path / f"{Path(source).stem}.o"
         command = (sys.executable, "-m", "ziglang", "cc", "-target", target, *flags, ROOT / source, "-o", output)
         run(*command, cwd=tmp_path, ZIG_GLOBAL_CACHE_DIR=str(ROOT / "build" / "zig"))

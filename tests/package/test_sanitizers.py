@@ -31,6 +31,7 @@ def test_the_tests_of_formats_pass_under_sanitizers(tmp_path):
     extension = package / "_kernels.abi3.so"
     sources = [ROOT / "src" / "df11" / "_kernels.c", *cpu_kernels.SOURCES[1:]]
     options = [*cpu_kernels.SANITIZERS, "-std=c11", "-O1", "-fPIC", "-shared", "-DPy_LIMITED_API=0x030B0000"]
+    cpu_kernels.tool("gcc", "gcc")
     run("gcc", *options, f"-I{sysconfig.get_path('include')}", *sources, "-o", extension)
     sanitized = {
         "PYTHONPATH": str(tmp_path),

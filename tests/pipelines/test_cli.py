@@ -337,6 +337,16 @@ def test_a_missing_extra_is_one_line(model, tmp_path):
     assert not list(tmp_path.glob("**/*.df11*"))
 
 
+def test_where_nothing_can_be_locked_it_reads_and_says_that_it_does_not_write(model, tmp_path):
+    """Windows has no fcntl."""
+    commands.run("convert", model, tmp_path / "out").fine()
+    line = commands.run_without(["fcntl"], tmp_path / "hide", "convert", model / "a.safetensors", tmp_path / "x.df11", "--quiet").error(2)
+    assert "Windows" in line
+    assert "WSL" in line
+    assert not list(tmp_path.glob("*x.df11*"))
+    commands.run_without(["fcntl"], tmp_path / "hide", "verify", tmp_path / "out").fine()
+
+
 def test_tqdm_is_only_needed_on_a_terminal(model, tmp_path):
     commands.run_without(["tqdm"], tmp_path / "hide", "convert", model, tmp_path / "out").fine()
     path = os.pathsep.join([str(tmp_path / "hide"), commands.environment()["PYTHONPATH"]])

@@ -13,8 +13,6 @@
 
 #include "../../formats/kernels.h"
 
-int df11_use_avx2;
-
 static void fail(const char *what)
 {
     perror(what);
@@ -105,6 +103,7 @@ static void decode(void)
     uint64_t first = number(), last = number(), section_size = alphabet_size + (alphabet_size * alphabet_size + 1) / 2, tile;
     uint8_t *stored = bytes(size), *section = guarded(section_size);
     uint32_t *table = guarded(TABLE_SIZE * sizeof *table);
+    memset(table, 0, TABLE_SIZE * sizeof *table);
 
     memcpy(section, stored + 32, section_size);
     segment.bytes = stored, segment.table = table;
@@ -178,12 +177,8 @@ int main(int arguments, char **argument)
     struct df11_encoder *encoder = calloc(1, df11_encoder_size());
     int command;
 
-#ifdef HAVE_AVX2
-    int portable = arguments > 1 && strcmp(argument[1], "portable") == 0;
-    df11_use_avx2 = !portable && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2");
-#else
-    (void)arguments, (void)argument;
-#endif
+    if (arguments < 2 || strcmp(argument[1], "portable") != 0)
+        df11_choose_instructions();
     if (!encoder)
         fail("calloc");
     while ((command = getchar()) != EOF)
