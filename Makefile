@@ -1,5 +1,5 @@
 # make demo         convert real weights, verify, restore, compare
-# make check        style, types, tests of formats and converter: about a minute, without torch
+# make check        style, types, tests of formats and converter but the slow ones: about a minute, without torch
 # make test         all of it: what CI runs; make test-formats, test-converter, test-runtime, test-pipelines: one room
 # make lock         take today's releases into requirements/; nothing else changes what is installed
 # make test-newest  the tests with today's releases, make test-oldest with the oldest that pyproject.toml allows
@@ -73,7 +73,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(addprefix -p df11.,formats converter pipelines) -m df11 -m df11.__main__
-	$(PYTEST) tests/formats tests/converter
+	$(PYTEST) -m "not slow" tests/formats tests/converter
 
 quality: test-setup
 	$(BIN)/ruff format --check .

@@ -107,7 +107,7 @@ def read(commands: Group, arguments: Sequence[str]) -> tuple[Command, dict[str, 
         for spelling in declared.names:
             if kind is bool:
                 on, _, off = spelling.partition("/")
-                flags |= {on: (name, True), off: (name, False)}
+                flags |= {on: (name, True)} | ({off: (name, False)} if off else {})
             else:
                 options[spelling] = (name, kind)
     for argument in rest:

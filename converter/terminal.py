@@ -75,14 +75,21 @@ class VerificationFailed(Exception):  # noqa: N818 - not an error of its own
         self.error = error
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise KeyboardInterrupt
-
-
 def run(commands: options.Group, arguments: list[str]) -> int:
     """Run a command line and return the exit code: an error is one line on standard error."""
-    signal.signal(signal.SIGTERM, _terminate)  # A cancelled CI job cleans up like an interrupted one.
+    signals: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del frame
+        signals.append(number)
+        if len(signals) == 1:
+            raise KeyboardInterrupt
+        if len(signals) > 2:  # The second must not disturb what the first one has made it clean up; the third one means it.
+            os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGTERM, interrupt)  # A cancelled CI job cleans up like an interrupted one.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # As it is in the background of a shell.
+        signal.signal(signal.SIGINT, interrupt)
     try:
         call = options.read(commands, arguments)
         if call is not None:
@@ -97,7 +104,8 @@ def run(commands: options.Group, arguments: list[str]) -> int:
             import traceback
 
             print(redacted(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
-        text, code = _explain(error)
+        # Where an interrupt meets a lock, it may come out as another error.
+        text, code = _explain(KeyboardInterrupt() if signals else error)
         print(f"df11: {redacted(text)}", file=sys.stderr)  # noqa: T201
     return code or 0
 

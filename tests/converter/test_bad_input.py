@@ -137,6 +137,7 @@ def test_a_bad_shard_is_found_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_header_that_no_container_could_hold_is_refused(tmp_path):
     # The container's header holds each name twice: it must not pass the limit that its readers keep.
     source = sources.write(tmp_path / "x.safetensors", [Tensor("x" * 51_000_000, "U8", (1,), b"x")])

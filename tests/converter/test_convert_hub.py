@@ -207,6 +207,7 @@ def test_another_content_needs_force(hub, one, tmp_path):
     commands.run("convert", "hf://me/one", tmp_path / "out").error(2, ".gitattributes", "--force")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--max-disk", "1GB"]], ids=["streamed", "downloaded"])
 def test_killed_and_run_again(options, hub, tmp_path):
     paths = [sources.write_large(tmp_path / f"{name}.safetensors", "BF16", 30_000_000, name=name) for name in "ab"]
@@ -511,6 +512,7 @@ def test_a_manifest_is_not_copied(hub, one, tmp_path):
 # Memory.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--max-disk", "1GB"]], ids=["streamed", "downloaded"])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_memory_does_not_depend_on_the_shard(dtype, options, hub, tmp_path):
@@ -521,6 +523,7 @@ def test_memory_does_not_depend_on_the_shard(dtype, options, hub, tmp_path):
         assert (container.source.bytes, container.source.sha256) == (path.stat().st_size, sources.sha256(path))
 
 
+@pytest.mark.slow
 def test_the_client_counts_into_the_bound(hub, tmp_path):
     path = sources.write_large(tmp_path / "x.safetensors", "BF16", 100_000_000)
     hub.create("me/m").commit({"x.safetensors": path})

@@ -386,6 +386,7 @@ def test_truncated_anywhere(small):
     refused(data + b"\0")
 
 
+@pytest.mark.slow
 def test_flipped_anywhere(small):
     data = small.to_bytes()
     footer = len(data) - int.from_bytes(data[-8:-4], "little") - 8
@@ -554,8 +555,9 @@ def test_rows_out_of_order(tree):
 # Memory, and what is imported.
 
 
+@pytest.mark.slow
 def test_memory_of_many_tensors(tmp_path):
-    count = 40_000
+    count = 15_000
     source, target = tmp_path / "x.safetensors", tmp_path / "x.df11"
     sources.write(source, [sources.Tensor(str(index), "BF16", (1,), b"\x80\x3f") for index in range(count)], padding=0)
     line = commands.run("convert", source, target, "--max-memory", "1MiB").error(6)

@@ -7,6 +7,8 @@ import pytest
 import df11
 from tests.support import commands, sources
 
+pytestmark = pytest.mark.slow
+
 BOUND = 256 << 20
 SIZE = 300_000_000
 """Bytes of a file: more than the bound, so that who holds a file whole is found out."""

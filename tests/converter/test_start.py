@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import typer.main
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from df11.converter import options, terminal
@@ -137,6 +137,7 @@ def test_help_shows_what_is_written(monkeypatch):
 
 @given(path=st.sampled_from(sorted(LEAVES)), places=st.lists(st.sampled_from(VALUES[:4]), max_size=2), more=st.lists(tokens, max_size=5))
 @settings(max_examples=400, deadline=None)
+@example(path=("inspect",), places=["a"], more=[""])
 def test_what_is_read_without_typer_is_what_typer_reads(path, places, more):
     arguments = [*path, *places, *more]
     call = options.read(cli.COMMANDS, arguments)

@@ -73,13 +73,14 @@ def run(*arguments: object) -> Result:
     """Run ``df11`` in this process."""
     from df11.pipelines import cli
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli.run([str(argument) for argument in arguments])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return Result(code, out.getvalue(), err.getvalue())
 
 
