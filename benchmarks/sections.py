@@ -15,7 +15,7 @@ from benchmarks.peers import Peers
 from benchmarks.safetensors_file import Tensor
 
 SHARDS: Final = 8
-CORE_BYTES: Final = 64 << 20
+CORE_BYTES: Final = 8 << 20
 """Of the weights that the kernels get."""
 CORE_ROUNDS: Final = 8
 START_ROUNDS: Final = 4
@@ -130,7 +130,8 @@ def write_shards(source: Path, size: int, shards: int) -> None:
         return
     source.mkdir()
     for number in range(1, shards + 1):
-        synthetic.write_gaussian(source / f"model-{number:05}-of-{shards:05}.safetensors", size // shards)
+        path = source / f"model-{number:05}-of-{shards:05}.safetensors"
+        synthetic.write_gaussian(path, size // shards, f"model.{number}")  # No shard repeats another.
     (source / "config.json").write_text("{}\n")
 
 

@@ -48,10 +48,11 @@ def round_to_bf16(values: Floats) -> npt.NDArray[np.uint16]:
 # Gaussian files
 
 
-def write_gaussian(path: Path, total_bytes: int) -> int:
+def write_gaussian(path: Path, total_bytes: int, prefix: str = "model") -> int:
     """A BF16 file of about ``total_bytes`` (within 1 %), shaped like a transformer; each matrix Gaussian, its sigma between 0.01 and 0.05.
 
-    The noise is never repeated, so that no coder can win by finding repetitions. Returns the size of the file.
+    The noise follows from the names, which begin with ``prefix``, and is never repeated, so that no coder can win by
+    finding repetitions. Returns the size of the file.
     """
     hidden = 256 if total_bytes < 100e6 else 1024 if total_bytes < 2e9 else 2048
     block = {
@@ -68,8 +69,8 @@ def write_gaussian(path: Path, total_bytes: int) -> int:
     block_bytes = 2 * sum(math.prod(shape) for shape in block.values())
     blocks = int(total_bytes * 0.9 // block_bytes)
     rows = max(1, (total_bytes - blocks * block_bytes) // (2 * hidden))
-    tensors = [Tensor(f"model.layers.{i}.{name}", "BF16", shape) for i in range(blocks) for name, shape in block.items()]
-    tensors += [Tensor("model.embed_tokens.weight", "BF16", (rows, hidden)), Tensor("model.norm.weight", "BF16", (hidden,))]
+    tensors = [Tensor(f"{prefix}.layers.{i}.{name}", "BF16", shape) for i in range(blocks) for name, shape in block.items()]
+    tensors += [Tensor(f"{prefix}.embed_tokens.weight", "BF16", (rows, hidden)), Tensor(f"{prefix}.norm.weight", "BF16", (hidden,))]
     return safetensors_file.write(path, tensors, gaussian)
 
 

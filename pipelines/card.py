@@ -279,7 +279,7 @@ def _loading(manifest: Manifest, repository: str | None, library: str | None, co
         causal = isinstance(architecture, str) and architecture.endswith("ForCausalLM")
         name = "AutoModelForCausalLM" if causal else _class(architecture, "AutoModel")
         parts = [
-            _block("console", "$ pip install 'df11[hub,cuda12]' 'transformers>=5.1' accelerate"),
+            _block("console", "$ pip install 'df11[hub,cuda12]' 'transformers>=5.20' accelerate"),
             _block(
                 "python",
                 "import torch",

@@ -1,4 +1,4 @@
-"""``from_pretrained`` and ``save_pretrained`` of transformers (5.1 and later) for folders and repositories of `.df11` files.
+"""``from_pretrained`` and ``save_pretrained`` of transformers (5.20 and later) for folders and repositories of `.df11` files.
 
 transformers finds, names, places and ties the tensors itself; it is given records in the guise of the tensors that they decode to (`undecoded.py`).
 Four functions of ``transformers.modeling_utils`` are wrapped; on models that are not df11 they do what they always did.
@@ -218,7 +218,7 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
             import transformers
 
             raise errors.UsageError(
-                "from_pretrained of .df11 files needs transformers 5.1 or later",
+                "from_pretrained of .df11 files needs transformers 5.20 or later",
                 file=source,
                 found=transformers.__version__,
                 hint="or build the model and call df11.runtime.load_model",
