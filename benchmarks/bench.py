@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         kinds.add(results.file_system(folder))
         with tempfile.TemporaryDirectory(prefix="df11-bench-", dir=folder) as work:
+            if folder == SHARED_MEMORY:
+                measure.use_once(Path(work), int(ROOM[name] * options.size))
             limits = (options.size, options.scale, options.rounds, options.jobs)
             try:
                 SECTIONS[name](Bench(board, Path(work), checkouts, found, *limits))

@@ -93,3 +93,13 @@ def stored_bytes(path: Path, suffix: str = "") -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob(f"*{suffix}") if file.is_file())
+
+
+def use_once(folder: Path, size: int) -> None:
+    """Fill ``size`` bytes of a folder in memory, and free them: those that a virtual machine has never used are slow the first time."""
+    path = folder / "zeros"
+    piece = bytes(64 << 20)
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, size, len(piece)):
+            file.write(piece[: size - start])
+    path.unlink()

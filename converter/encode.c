@@ -1,4 +1,5 @@
-/* Encode segments, in the order in which it is done: count pairs (SPEC.md, section 12), choose the code (section 6), write tiles (section 7); casts. */
+/* Encode segments, in the order in which it is done: count pairs (SPEC.md, section 12), choose the code (section 6),
+ * write tiles (section 7); casts. */
 
 #include <stdlib.h>
 
@@ -15,12 +16,13 @@ enum {
 /* What encoding takes: 2 MB, zeros at first; qsort takes up to half a megabyte more while it sorts. */
 struct df11_encoder {
     struct df11_counts counts; /* zeros, but between counting and choosing the code */
-    uint32_t table[SYMBOLS];        /* entries of the symbols that occur */
-    int64_t exponents[256];         /* how often each occurs in the weights counted last */
+    uint32_t table[SYMBOLS];   /* entries of the symbols that occur */
+    int64_t exponents[256];    /* how often each occurs in the weights counted last */
     unsigned used_count;
     uint16_t used[SYMBOLS];     /* the symbols that occur, ascending */
     uint32_t count_of[SYMBOLS]; /* how often each of them occurs, by symbol */
-    uint64_t by_count[SYMBOLS]; /* the same sorted: the most frequent first, of equals the smaller symbol, which is in the low 16 bits */
+    uint64_t by_count[SYMBOLS]; /* the same sorted: the most frequent first, of equals the smaller symbol, which is in
+                                   the low 16 bits */
     /* Code lengths by symbol: of the candidate at hand, and of the best one. */
     uint8_t lengths[SYMBOLS], best_lengths[SYMBOLS];
     /* Of the symbols with a code, the one with the shortest by first and by second exponent, or -1. */
@@ -74,13 +76,15 @@ ALWAYS_INLINE void split(const uint16_t *weights, unsigned count, uint8_t *expon
     }
 }
 
-COMPILE_TWICE(void, exponents_of, (const uint8_t *weights, unsigned count, uint8_t *exponents), (weights, count, exponents))
+COMPILE_TWICE(void, exponents_of, (const uint8_t *weights, unsigned count, uint8_t *exponents),
+              (weights, count, exponents))
 COMPILE_TWICE(void, split, (const uint16_t *weights, unsigned count, uint8_t *exponents, uint8_t *sign_mantissa),
               (weights, count, exponents, sign_mantissa))
 
 /* Counting. */
 
-/* Add the pairs of `count` weights to the counts; a last weight without a partner is in no pair. `weights` need not be aligned. */
+/* Add the pairs of `count` weights to the counts; a last weight without a partner is in no pair. `weights` need not be
+ * aligned. */
 void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64_t count)
 {
     uint16_t symbols[1024];
@@ -160,7 +164,8 @@ static unsigned symbol_by_count(const struct df11_encoder *encoder, unsigned i)
 
 /* Choosing the code. */
 
-/* Optimal code lengths of at most 12 bits for m >= 2 counts, ascending: package-merge (Larmore and Hirschberg, 1990). The code is complete. */
+/* Optimal code lengths of at most 12 bits for m >= 2 counts, ascending: package-merge (Larmore and Hirschberg, 1990).
+ * The code is complete. */
 static void package_merge(struct df11_encoder *encoder, unsigned m)
 {
     const int64_t *leaves = encoder->leaves;
@@ -190,7 +195,8 @@ static void package_merge(struct df11_encoder *encoder, unsigned m)
     }
 }
 
-/* Find the symbols with the shortest codes, of equal ones the smaller symbol: by first and by second exponent; returns that of all. */
+/* Find the symbols with the shortest codes, of equal ones the smaller symbol: by first and by second exponent; returns
+ * that of all. */
 static unsigned find_shortest(struct df11_encoder *encoder, const uint8_t *lengths)
 {
     int best = -1;
@@ -213,7 +219,8 @@ static unsigned find_shortest(struct df11_encoder *encoder, const uint8_t *lengt
 }
 
 /* The symbol with a code that stands in for one without, and which weights are then exceptions. */
-static unsigned stand_in(const struct df11_encoder *encoder, const uint8_t *lengths, unsigned symbol, unsigned best, uint32_t *flags)
+static unsigned stand_in(const struct df11_encoder *encoder, const uint8_t *lengths, unsigned symbol, unsigned best,
+                         uint32_t *flags)
 {
     int same_first = encoder->by_first[symbol & 255], same_second = encoder->by_second[symbol >> 8];
 
@@ -245,7 +252,8 @@ static unsigned make_alphabet(struct df11_encoder *encoder, const uint8_t *lengt
     return size;
 }
 
-/* Code the `kept` most frequent pairs, the others as exceptions; returns the bits of codes and exceptions, and those of the table. */
+/* Code the `kept` most frequent pairs, the others as exceptions; returns the bits of codes and exceptions, and those of
+ * the table. */
 static int64_t try_code(struct df11_encoder *encoder, unsigned kept, int64_t *table_bits)
 {
     uint8_t *lengths = encoder->lengths;
@@ -289,7 +297,8 @@ static unsigned write_section(struct df11_encoder *encoder, unsigned alphabet_si
     for (unsigned i = 0; i < encoder->used_count; i++) {
         unsigned symbol = encoder->used[i];
         if (lengths[symbol]) {
-            unsigned cell = (unsigned)encoder->place[symbol >> 8] * alphabet_size + (unsigned)encoder->place[symbol & 255];
+            unsigned cell =
+                (unsigned)encoder->place[symbol >> 8] * alphabet_size + (unsigned)encoder->place[symbol & 255];
             grid[cell >> 1] |= (uint8_t)(lengths[symbol] << (cell & 1) * 4);
         }
     }
@@ -329,8 +338,8 @@ static int occurs(const struct df11_encoder *encoder, unsigned symbol)
     return 0;
 }
 
-/* Choose which pairs of the weights, two at least, get a code, and its length; make the code table section and the encoding table (SPEC.md, section
- * 12). The pairs are counted, unless that has been done. */
+/* Choose which pairs of the weights, two at least, get a code, and its length; make the code table section and the
+ * encoding table (SPEC.md, section 12). The pairs are counted, unless that has been done. */
 void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count, struct df11_code *code)
 {
     uint64_t pairs = count / 2;
@@ -340,8 +349,8 @@ void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint
     if (!encoder->counts.weights)
         df11_count_pairs(&encoder->counts, (const uint8_t *)weights, count);
     collect(encoder);
-    /* A pair that is rarer than about 2^-16 costs less as an exception than as a code of 12 bits, which takes 2^-12 of the code space from all
-     * others. Try a few limits around that. */
+    /* A pair that is rarer than about 2^-16 costs less as an exception than as a code of 12 bits, which takes 2^-12 of
+     * the code space from all others. Try a few limits around that. */
     for (unsigned shift = 14; shift < 18; shift++) {
         unsigned kept = 0;
         while (kept < encoder->used_count && kept < TABLE_SIZE
@@ -369,7 +378,8 @@ void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint
         if (!occurs(encoder, symbol)) {
             /* Only the first weight exists: any partner will do, and only the first can be an exception. */
             int same_first = encoder->by_first[exponent];
-            encoder->table[symbol] = same_first >= 0 ? encoder->table[same_first] : encoder->table[code->filler] | FIRST_IS_EXCEPTION;
+            encoder->table[symbol] =
+                same_first >= 0 ? encoder->table[same_first] : encoder->table[code->filler] | FIRST_IS_EXCEPTION;
         }
     }
 }
@@ -393,8 +403,8 @@ ALWAYS_INLINE void append(struct bits *stream, uint64_t bits, unsigned count)
     stream->count &= 7;
 }
 
-/* The codes of four pairs in a row. Lengths are the low six bits of entries and, as they stay below 64, of sums of entries; flags lie above all
- * codes in both. */
+/* The codes of four pairs in a row. Lengths are the low six bits of entries and, as they stay below 64, of sums of
+ * entries; flags lie above all codes in both. */
 ALWAYS_INLINE uint64_t join_four(const uint32_t *table, const uint16_t *symbols, unsigned *length, int *any_exception)
 {
     uint32_t a = table[symbols[0]], b = table[symbols[1]], c = table[symbols[2]], d = table[symbols[3]];
@@ -412,12 +422,14 @@ ALWAYS_INLINE uint64_t join_four(const uint32_t *table, const uint16_t *symbols,
     return low | high << (first_two & 63);
 }
 
-/* Append the codes of all lanes; note the bits of each, and the groups with an exception in `marked`. Returns how many are marked.
+/* Append the codes of all lanes; note the bits of each, and the groups with an exception in `marked`. Returns how many
+ * are marked.
  *
- * This is the other loop that decides the speed. Each append waits for the one before it, so a lane's groups of four pairs are joined by twos
- * first: one append for 16 weights where they have at most 56 bits together, as nearly always. */
-ALWAYS_INLINE unsigned encode_lanes(const uint32_t *table, const uint16_t *symbols, unsigned chunks, uint8_t *out, uint64_t *lane_bits,
-                                    uint16_t *marked)
+ * This is the other loop that decides the speed. Each append waits for the one before it, so a lane's groups of four
+ * pairs are joined by twos first: one append for 16 weights where they have at most 56 bits together, as nearly always.
+ */
+ALWAYS_INLINE unsigned encode_lanes(const uint32_t *table, const uint16_t *symbols, unsigned chunks, uint8_t *out,
+                                    uint64_t *lane_bits, uint16_t *marked)
 {
     struct bits stream = {out, 0, 0};
     unsigned groups = 0;
@@ -457,11 +469,14 @@ ALWAYS_INLINE unsigned encode_lanes(const uint32_t *table, const uint16_t *symbo
 }
 
 COMPILE_TWICE(unsigned, encode_lanes,
-              (const uint32_t *table, const uint16_t *symbols, unsigned chunks, uint8_t *out, uint64_t *lane_bits, uint16_t *marked),
+              (const uint32_t *table, const uint16_t *symbols, unsigned chunks, uint8_t *out, uint64_t *lane_bits,
+               uint16_t *marked),
               (table, symbols, chunks, out, lane_bits, marked))
 
-/* Split a tile: its sign/mantissa bytes to `sign_mantissa`, its exponents to the encoder's symbols. Weights that do not exist get the filler's. */
-static void split_tile(struct df11_encoder *encoder, const uint16_t *weights, unsigned count, unsigned filler, uint8_t *sign_mantissa)
+/* Split a tile: its sign/mantissa bytes to `sign_mantissa`, its exponents to the encoder's symbols. Weights that do not
+ * exist get the filler's. */
+static void split_tile(struct df11_encoder *encoder, const uint16_t *weights, unsigned count, unsigned filler,
+                       uint8_t *sign_mantissa)
 {
     uint8_t *exponents = (uint8_t *)encoder->symbols;
 
@@ -470,9 +485,10 @@ static void split_tile(struct df11_encoder *encoder, const uint16_t *weights, un
         exponents[i] = (uint8_t)(filler >> 8 * (i & 1));
 }
 
-/* List the exceptions of the marked groups of a tile, from `at` on; returns the byte after them, or null if that would be beyond `end`. */
-static uint8_t *list_exceptions(const struct df11_encoder *encoder, unsigned groups, const uint16_t *weights, unsigned count, uint8_t *at,
-                                const uint8_t *end)
+/* List the exceptions of the marked groups of a tile, from `at` on; returns the byte after them, or null if that would
+ * be beyond `end`. */
+static uint8_t *list_exceptions(const struct df11_encoder *encoder, unsigned groups, const uint16_t *weights,
+                                unsigned count, uint8_t *at, const uint8_t *end)
 {
     for (unsigned group = 0; group < groups; group++)
         for (unsigned i = 0; i < 8; i++) {
@@ -510,11 +526,12 @@ static int store_lane_lengths(const uint64_t *lane_bits, unsigned lane_bytes, ui
     return (int)shortest;
 }
 
-/* Encode all tiles of a segment into `out`, from the tile descriptors on. `layout`: elements, lane_bytes and the offsets of the segment to be made;
- * `end`: the size that it must stay below, of which `out` has ENCODE_SLACK bytes more. Returns the segment's size, LANE_OVERFLOW if its lanes differ
- * by more than lane_bytes can say, or NOT_SMALLER if it reaches `end`. */
-int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights, const struct df11_segment *layout, unsigned filler, uint8_t *out,
-                          uint64_t end, uint64_t *exceptions)
+/* Encode all tiles of a segment into `out`, from the tile descriptors on. `layout`: elements, lane_bytes and the
+ * offsets of the segment to be made; `end`: the size that it must stay below, of which `out` has ENCODE_SLACK bytes
+ * more. Returns the segment's size, LANE_OVERFLOW if its lanes differ by more than lane_bytes can say, or NOT_SMALLER
+ * if it reaches `end`. */
+int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights, const struct df11_segment *layout,
+                          unsigned filler, uint8_t *out, uint64_t end, uint64_t *exceptions)
 {
     uint64_t at = layout->stream_offset, lane_bits[LANES];
 
@@ -523,8 +540,10 @@ int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights,
         unsigned count = layout->elements - first < TILE_WEIGHTS ? (unsigned)(layout->elements - first) : TILE_WEIGHTS;
         unsigned chunks = (count + CHUNK_WEIGHTS - 1) / CHUNK_WEIGHTS;
         split_tile(encoder, weights + first, count, filler, out + layout->sign_mantissa_offset + first);
-        unsigned groups = CHOOSE(encode_lanes, (encoder->table, encoder->symbols, chunks, out + at, lane_bits, encoder->marked));
-        int shortest = store_lane_lengths(lane_bits, layout->lane_bytes, out + layout->lanes_offset + tile * LANES * layout->lane_bytes);
+        unsigned groups =
+            CHOOSE(encode_lanes, (encoder->table, encoder->symbols, chunks, out + at, lane_bits, encoder->marked));
+        int shortest = store_lane_lengths(lane_bits, layout->lane_bytes,
+                                          out + layout->lanes_offset + tile * LANES * layout->lane_bytes);
         if (shortest < 0)
             return LANE_OVERFLOW;
         uint64_t bits = 0;
@@ -532,7 +551,8 @@ int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights,
             bits += lane_bits[lane];
         uint64_t codes_end = at + (bits + 7) / 8, list = at + (bits + 31) / 32 * 4;
         memset(out + codes_end, 0, list - codes_end);
-        const uint8_t *list_end = list > end ? 0 : list_exceptions(encoder, groups, weights + first, count, out + list, out + end);
+        const uint8_t *list_end =
+            list > end ? 0 : list_exceptions(encoder, groups, weights + first, count, out + list, out + end);
         if (!list_end)
             return NOT_SMALLER;
         uint64_t tile_exceptions = (uint64_t)(list_end - (out + list)) / 4, used = (uint64_t)(list_end - out);

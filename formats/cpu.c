@@ -1,4 +1,5 @@
-/* Which instructions this CPU has, asked of the CPU itself: compilers' own ways to ask differ, and Zig's always says no. */
+/* Which instructions this CPU has, asked of the CPU itself: compilers' own ways to ask differ, and Zig's always says
+ * no. */
 
 #include "kernels.h"
 

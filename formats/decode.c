@@ -1,4 +1,5 @@
-/* Decode and compare coded segments: SPEC.md, sections 6 to 8, in that order. Read it beside reference.py, which does the same slowly. */
+/* Decode and compare coded segments: SPEC.md, sections 6 to 8, in that order. Read it beside reference.py, which does
+ * the same slowly. */
 
 #include "kernels.h"
 
@@ -9,9 +10,9 @@ static unsigned length_of(const uint8_t *grid, unsigned cell)
     return (grid[cell >> 1] >> ((cell & 1) * 4)) & 15;
 }
 
-/* Expand a code table section into the decoding table, u32 [4096], zeros at first, indexed by the next 12 bits of a lane. An entry is
- * e1 << 23 | e0 << 7 | length: the exponents stand where two BF16 values in a u32 have them, and no length is above 12, even if the section changes
- * meanwhile. It has alphabet_size + ceil(alphabet_size^2 / 2) bytes. */
+/* Expand a code table section into the decoding table, u32 [4096], zeros at first, indexed by the next 12 bits of a
+ * lane. An entry is e1 << 23 | e0 << 7 | length: the exponents stand where two BF16 values in a u32 have them, and no
+ * length is above 12, even if the section changes meanwhile. It has alphabet_size + ceil(alphabet_size^2 / 2) bytes. */
 enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphabet_size, uint32_t *table)
 {
     const uint8_t *grid = section + alphabet_size;
@@ -42,7 +43,8 @@ enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphab
         unsigned length = length_of(grid, cell);
         if (!length || length > CODE_LIMIT)
             continue;
-        uint32_t entry = (uint32_t)section[cell / alphabet_size] << 23 | (uint32_t)section[cell % alphabet_size] << 7 | length;
+        uint32_t entry =
+            (uint32_t)section[cell / alphabet_size] << 23 | (uint32_t)section[cell % alphabet_size] << 7 | length;
         unsigned slot = single ? 0 : reversed(next_code[length]++, length), step = single ? 1 : 1u << length;
         for (; slot < TABLE_SIZE; slot += step)
             table[slot] = entry;
@@ -52,13 +54,17 @@ enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphab
 
 /* Sections 7 and 8: tiles and lanes. */
 
-/* One chunk: 4 pairs of every lane. `position`: each lane's next bit, from the start of the segment. `limit`: the last bit at which an 8-byte
- * load lies inside, or 0 where damaged codes cannot lead outside. `pairs`: u32 [128], the table's entries, in the order of the weights.
+/* One chunk: 4 pairs of every lane. `position`: each lane's next bit, from the start of the segment. `limit`: the last
+ * bit at which an 8-byte load lies inside, or 0 where damaged codes cannot lead outside. `pairs`: u32 [128], the
+ * table's entries, in the order of the weights.
  *
- * This is one of the two loops that decide the speed. A look-up must wait for the one before it in its lane, some ten cycles; four lanes in step
- * keep the CPU busy meanwhile. The topmost bit of a window marks its end: where it is found after four shifts tells the bits that were taken,
- * so no lengths need be added. (A window holds 57 bits at least, four codes take 48 at most: the mark is never looked up.) */
-ALWAYS_INLINE void decode_chunk(const struct df11_segment *segment, uint64_t *position, uint64_t limit, volatile uint32_t *pairs)
+ * This is one of the two loops that decide the speed. A look-up must wait for the one before it in its lane, some ten
+ * cycles; four lanes in step keep the CPU busy meanwhile. The topmost bit of a window marks its end: where it is found
+ * after four shifts tells the bits that were taken, so no lengths need be added. (A window holds 57 bits at least, four
+ * codes take 48 at most: the mark is never looked up.) `pairs` is volatile because four stores are faster than a vector
+ * that is made of four entries first. */
+ALWAYS_INLINE void decode_chunk(const struct df11_segment *segment, uint64_t *position, uint64_t limit,
+                                volatile uint32_t *pairs)
 {
     const uint64_t mark = (uint64_t)1 << 63;
     const uint32_t *table = segment->table;
@@ -70,7 +76,7 @@ ALWAYS_INLINE void decode_chunk(const struct df11_segment *segment, uint64_t *po
         for (unsigned pair = 0; pair < 4; pair++)
             for (unsigned j = 0; j < 4; j++) {
                 uint32_t entry = table[window[j] & (TABLE_SIZE - 1)];
-                pairs[4 * j + pair] = entry; /* volatile: a vector made of four entries first is slower than four stores */
+                pairs[4 * j + pair] = entry;
                 window[j] >>= entry & 63;
             }
         for (unsigned j = 0; j < 4; j++) {
@@ -81,7 +87,8 @@ ALWAYS_INLINE void decode_chunk(const struct df11_segment *segment, uint64_t *po
     }
 }
 
-/* A weight from half an entry, which has the exponent in place and below it bits that are not wanted, and its sign/mantissa byte. */
+/* A weight from half an entry, which has the exponent in place and below it bits that are not wanted, and its
+ * sign/mantissa byte. */
 ALWAYS_INLINE uint16_t weight_of(unsigned half, unsigned s)
 {
     return (uint16_t)((half & 0x7F80) | (s & 0x7F) | (s & 0x80) << 8);
@@ -106,8 +113,8 @@ ALWAYS_INLINE int compare(const any_u16 *halves, const uint8_t *sign_mantissa, c
     return different != 0;
 }
 
-/* A tile while it is decoded. In a comparison, `out` is null; a chunk that differs from the source (where exceptions are, or damage) has a note for
- * each of its weights, until the exceptions have been applied. */
+/* A tile while it is decoded. In a comparison, `out` is null; a chunk that differs from the source (where exceptions
+ * are, or damage) has a note for each of its weights, until the exceptions have been applied. */
 struct tile {
     const uint8_t *sign_mantissa;
     uint16_t *out;
@@ -132,7 +139,8 @@ ALWAYS_INLINE void decode_chunks(const struct df11_segment *segment, struct tile
         if (tile->out)
             assemble(halves, tile->sign_mantissa + first, tile->out + first);
         else
-            tile->differs[chunk] = (uint8_t)compare(halves, tile->sign_mantissa + first, tile->source + first, tile->notes + first);
+            tile->differs[chunk] =
+                (uint8_t)compare(halves, tile->sign_mantissa + first, tile->source + first, tile->notes + first);
     }
     if (rest) { /* The last chunk of a segment: what lies behind its weights is neither read nor written. */
         unsigned first = whole * CHUNK_WEIGHTS;
@@ -162,7 +170,8 @@ AVX2 static void decode_chunks_avx2(const struct df11_segment *segment, struct t
 }
 #endif
 
-/* The lanes of a tile from its descriptor and its lane lengths. Returns the byte after its last exception, or 0 if they do not fit. */
+/* The lanes of a tile from its descriptor and its lane lengths. Returns the byte after its last exception, or 0 if they
+ * do not fit. */
 static uint64_t place_lanes(const struct df11_segment *segment, uint64_t index, struct tile *tile, unsigned *exceptions)
 {
     uint64_t descriptor = load_u64(segment->bytes + segment->tiles_offset + 8 * index);
@@ -219,7 +228,8 @@ static enum df11_status decode_tile(const struct df11_segment *segment, uint64_t
     uint64_t end = place_lanes(segment, index, tile, &exceptions);
     if (!end)
         return BAD_TILE;
-    /* Damaged codes run past their lane by 44 bits a chunk at most. Where that stays inside, and the 8 bytes of a load, nothing need be clamped. */
+    /* Damaged codes run past their lane by 44 bits a chunk at most. Where that stays inside, and the 8 bytes of a load,
+     * nothing need be clamped. */
     uint64_t furthest = tile->start[LANES] / 8 + 44 * TILE_CHUNKS / 8 + 16;
 #ifdef HAVE_AVX2
     if (df11_use_avx2 && furthest <= segment->size)
@@ -237,8 +247,8 @@ static enum df11_status decode_tile(const struct df11_segment *segment, uint64_t
     return status;
 }
 
-static enum df11_status each_tile(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out, const uint16_t *source,
-                                  uint64_t *failed)
+static enum df11_status each_tile(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out,
+                                  const uint16_t *source, uint64_t *failed)
 {
     struct tile tile;
     for (uint64_t index = first; index < last; index++) {
@@ -257,14 +267,17 @@ static enum df11_status each_tile(const struct df11_segment *segment, uint64_t f
     return OK;
 }
 
-/* Decode the tiles `first` to `last` (exclusive) into `out`, u16, the weights of these tiles. At a fault, `failed` is the tile that has it. */
-enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out, uint64_t *failed)
+/* Decode the tiles `first` to `last` (exclusive) into `out`, u16, the weights of these tiles. At a fault, `failed` is
+ * the tile that has it. */
+enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out,
+                                   uint64_t *failed)
 {
     return each_tile(segment, first, last, out, 0, failed);
 }
 
 /* The same, but compare with `source` and write nothing: DIFFERENT names the first tile with another weight. */
-enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, const uint16_t *source, uint64_t *failed)
+enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last,
+                                    const uint16_t *source, uint64_t *failed)
 {
     return each_tile(segment, first, last, 0, source, failed);
 }

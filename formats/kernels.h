@@ -1,8 +1,9 @@
-/* What the CPU kernels share: the constants of layout.py, status codes, unaligned loads, and the choice of a CPU's instructions.
+/* What the CPU kernels share: the constants of layout.py, status codes, unaligned loads, and the choice of a CPU's
+ * instructions.
  *
- * decode.c (formats) and encode.c (converter) hold the kernels; src/df11/_kernels.c checks what Python passes and calls them. A kernel trusts
- * sizes, offsets and tables, which its caller has checked or df11_build_decode_table has made, and nothing that it reads from a segment. It keeps
- * no memory and calls nothing of Python's.
+ * decode.c (formats) and encode.c (converter) hold the kernels; src/df11/_kernels.c checks what Python passes and calls
+ * them. A kernel trusts sizes, offsets and tables, which its caller has checked or df11_build_decode_table has made,
+ * and nothing that it reads from a segment. It keeps no memory and calls nothing of Python's.
  */
 #ifndef DF11_KERNELS_H
 #define DF11_KERNELS_H
@@ -31,7 +32,8 @@ enum {
     STREAM_END = 16,
     MAX_SEGMENT_WEIGHTS = 1 << 24,
     SYMBOLS = 1 << 16, /* a pair of exponents: e1 << 8 | e0 */
-    ENCODE_SLACK = 8192, /* bytes after the end of a segment that encoding may write to before it finds that a tile does not fit */
+    /* Bytes after the end of a segment that encoding may write to, before it finds that a tile does not fit. */
+    ENCODE_SLACK = 8192,
 };
 
 /* What is wrong with a segment; Python's formats/kernels.py takes these from the module. */
@@ -51,21 +53,32 @@ typedef uint16_t __attribute__((may_alias)) any_u16; /* halves of what was store
 typedef uint16_t any_u16;
 #endif
 
-/* The same C, compiled once more for CPUs of 2013 and later: loops become AVX2, shifts take one instruction. Where the compiler cannot do that,
- * there is the portable code alone. */
+/* The same C, compiled once more for CPUs of 2013 and later: loops become AVX2, shifts take one instruction. Where the
+ * compiler cannot do that, there is the portable code alone. */
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define HAVE_AVX2 1
 #define AVX2 __attribute__((target("avx2,bmi,bmi2,lzcnt")))
 #endif
 
-/* From the inline function NAME, define NAME_portable and, where the compiler can, NAME_avx2; CHOOSE calls the one for this CPU. */
+/* From the inline function NAME, define NAME_portable and, where the compiler can, NAME_avx2; CHOOSE calls the one for
+ * this CPU. */
 #ifdef HAVE_AVX2
-#define COMPILE_TWICE(type, name, parameters, arguments)                                                                                             \
-    static type name##_portable parameters { return name arguments; }                                                                                \
-    AVX2 static type name##_avx2 parameters { return name arguments; }
+#define COMPILE_TWICE(type, name, parameters, arguments)                                                               \
+    static type name##_portable parameters                                                                             \
+    {                                                                                                                  \
+        return name arguments;                                                                                         \
+    }                                                                                                                  \
+    AVX2 static type name##_avx2 parameters                                                                            \
+    {                                                                                                                  \
+        return name arguments;                                                                                         \
+    }
 #define CHOOSE(name, arguments) (df11_use_avx2 ? name##_avx2 arguments : name##_portable arguments)
 #else
-#define COMPILE_TWICE(type, name, parameters, arguments) static type name##_portable parameters { return name arguments; }
+#define COMPILE_TWICE(type, name, parameters, arguments)                                                               \
+    static type name##_portable parameters                                                                             \
+    {                                                                                                                  \
+        return name arguments;                                                                                         \
+    }
 #define CHOOSE(name, arguments) name##_portable arguments
 #endif
 
@@ -108,7 +121,8 @@ ALWAYS_INLINE unsigned leading_zeros(uint64_t value)
 #endif
 }
 
-/* Canonical codes (SPEC.md, section 6): the first code of each length, from how many there are of each; counts[0] is 0. */
+/* Canonical codes (SPEC.md, section 6): the first code of each length, from how many there are of each; counts[0] is 0.
+ */
 ALWAYS_INLINE void number_codes(const unsigned *counts, unsigned *next_code)
 {
     unsigned code = 0;
@@ -136,10 +150,13 @@ struct df11_segment {
 };
 
 enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphabet_size, uint32_t *table);
-enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out, uint64_t *failed);
-enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, const uint16_t *source, uint64_t *failed);
+enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out,
+                                   uint64_t *failed);
+enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last,
+                                    const uint16_t *source, uint64_t *failed);
 
-/* Pairs counted for the next code, in two halves, so that equal neighbours do not wait for each other; and of how many weights. */
+/* Pairs counted for the next code, in two halves, so that equal neighbours do not wait for each other; and of how many
+ * weights. */
 struct df11_counts {
     uint32_t pairs[2][SYMBOLS];
     uint64_t weights;
@@ -161,8 +178,8 @@ const int64_t *df11_exponents(const struct df11_encoder *encoder);
 struct df11_counts *df11_encoder_counts(struct df11_encoder *encoder);
 void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64_t count);
 void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count, struct df11_code *code);
-int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights, const struct df11_segment *layout, unsigned filler, uint8_t *out,
-                          uint64_t end, uint64_t *exceptions);
+int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights, const struct df11_segment *layout,
+                          unsigned filler, uint8_t *out, uint64_t end, uint64_t *exceptions);
 void df11_count_exponents(const uint16_t *weights, uint64_t count, int64_t *exponents);
 int df11_cast_f32(const uint32_t *source, uint64_t count, uint16_t *out);
 

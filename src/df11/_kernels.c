@@ -1,6 +1,6 @@
-/* The Python module of the CPU kernels: checks what it is given, lets go of the interpreter lock, calls. Typed functions over it, which users of this
- * package call, are in df11/formats/kernels.py and df11/converter/kernels.py. Only CPython's limited API is used: one build serves every version
- * from 3.11 on. */
+/* The Python module of the CPU kernels: checks what it is given, lets go of the interpreter lock, calls. Typed
+ * functions over it, which users of this package call, are in df11/formats/kernels.py and df11/converter/kernels.py.
+ * Only CPython's limited API is used: one build serves every version from 3.11 on. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -12,14 +12,16 @@
 /* Buffers. */
 
 /* A contiguous, aligned buffer of at least `count` items of `size` bytes; on failure an exception is set. */
-static int get_buffer(PyObject *object, Py_buffer *buffer, const char *name, Py_ssize_t size, Py_ssize_t count, int writable)
+static int get_buffer(PyObject *object, Py_buffer *buffer, const char *name, Py_ssize_t size, Py_ssize_t count,
+                      int writable)
 {
     if (PyObject_GetBuffer(object, buffer, PyBUF_ND | (writable ? PyBUF_WRITABLE : 0)) < 0)
         return -1;
     if (buffer->itemsize == size && (uintptr_t)buffer->buf % (uintptr_t)size == 0 && buffer->len / size >= count)
         return 0;
-    PyErr_Format(PyExc_ValueError, "%s: expected at least %zd aligned items of %zd bytes, found %zd bytes in items of %zd", name, count, size,
-                 buffer->len, buffer->itemsize);
+    PyErr_Format(PyExc_ValueError,
+                 "%s: expected at least %zd aligned items of %zd bytes, found %zd bytes in items of %zd", name, count,
+                 size, buffer->len, buffer->itemsize);
     PyBuffer_Release(buffer);
     return -1;
 }
@@ -35,7 +37,9 @@ struct wanted {
 static int get_buffers(const struct wanted *wanted, Py_buffer *buffers, int count)
 {
     for (int i = 0; i < count; i++)
-        if (get_buffer(wanted[i].object, &buffers[i], wanted[i].name, wanted[i].size, wanted[i].count, wanted[i].writable) < 0) {
+        if (get_buffer(wanted[i].object, &buffers[i], wanted[i].name, wanted[i].size, wanted[i].count,
+                       wanted[i].writable)
+            < 0) {
             while (i--)
                 PyBuffer_Release(&buffers[i]);
             return -1;
@@ -90,17 +94,20 @@ static PyObject *build_decode_table(PyObject *module, PyObject *arguments)
     return capsule;
 }
 
-/* Whether the sections of a segment, and 16 bytes more, lie inside; `end` is its size, or the size that it must stay below. */
+/* Whether the sections of a segment, and 16 bytes more, lie inside; `end` is its size, or the size that it must stay
+ * below. */
 static int check_sections(const struct df11_segment *segment, uint64_t end)
 {
     uint64_t tiles = ((uint64_t)segment->elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS;
 
     return require(segment->elements >= 1 && segment->elements <= MAX_SEGMENT_WEIGHTS, "elements")
            && require(segment->lane_bytes == 1 || segment->lane_bytes == 2, "lane_bytes")
-           && require(end >= STREAM_END && end <= UINT32_MAX && segment->tiles_offset <= end && segment->lanes_offset <= end
-                          && segment->sign_mantissa_offset <= end && segment->stream_offset <= end - STREAM_END,
+           && require(end >= STREAM_END && end <= UINT32_MAX && segment->tiles_offset <= end
+                          && segment->lanes_offset <= end && segment->sign_mantissa_offset <= end
+                          && segment->stream_offset <= end - STREAM_END,
                       "an offset lies outside the segment")
-           && require(segment->tiles_offset + 8 * tiles <= end && segment->lanes_offset + LANES * segment->lane_bytes * tiles <= end
+           && require(segment->tiles_offset + 8 * tiles <= end
+                          && segment->lanes_offset + LANES * segment->lane_bytes * tiles <= end
                           && segment->sign_mantissa_offset + segment->elements <= end,
                       "a section does not fit the segment");
 }
@@ -112,8 +119,8 @@ static PyObject *each_tile(PyObject *arguments, int compare)
     unsigned long long elements, lane_bytes, tiles, lanes, sign_mantissa, stream, first, last;
     Py_buffer buffers[2];
 
-    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKKO", &bytes, &capsule, &elements, &lane_bytes, &tiles, &lanes, &sign_mantissa, &stream, &first, &last,
-                          &weights)
+    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKKO", &bytes, &capsule, &elements, &lane_bytes, &tiles, &lanes,
+                          &sign_mantissa, &stream, &first, &last, &weights)
         || !require(elements <= MAX_SEGMENT_WEIGHTS && lane_bytes <= 2, "elements or lane_bytes")
         || !require(first <= last && last <= (elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS, "tiles"))
         return NULL;
@@ -123,15 +130,21 @@ static PyObject *each_tile(PyObject *arguments, int compare)
     const uint32_t *table = PyCapsule_GetPointer(capsule, TABLE);
     if (!table || get_buffers(wanted, buffers, 2) < 0)
         return NULL;
-    struct df11_segment segment = {
-        buffers[0].buf, (uint64_t)buffers[0].len, (uint32_t)elements, (uint32_t)lane_bytes, tiles, lanes, sign_mantissa, stream, table};
+    struct df11_segment segment = {buffers[0].buf,
+                                   (uint64_t)buffers[0].len,
+                                   (uint32_t)elements,
+                                   (uint32_t)lane_bytes,
+                                   tiles,
+                                   lanes,
+                                   sign_mantissa,
+                                   stream,
+                                   table};
     enum df11_status status = OK;
     uint64_t tile = 0;
     int valid = check_sections(&segment, segment.size);
     if (valid) {
-        Py_BEGIN_ALLOW_THREADS
-        status = compare ? df11_compare_tiles(&segment, first, last, buffers[1].buf, &tile)
-                         : df11_decode_tiles(&segment, first, last, buffers[1].buf, &tile);
+        Py_BEGIN_ALLOW_THREADS status = compare ? df11_compare_tiles(&segment, first, last, buffers[1].buf, &tile)
+                                                : df11_decode_tiles(&segment, first, last, buffers[1].buf, &tile);
         Py_END_ALLOW_THREADS
     }
     release_buffers(buffers, 2);
@@ -154,7 +167,8 @@ static PyObject *compare_tiles(PyObject *module, PyObject *arguments)
 
 static const char ENCODER[] = "df11.encoder";
 
-/* An encoder, and whether a thread is at work with it: others are told, as the interpreter lock does not keep them away meanwhile. */
+/* An encoder, and whether a thread is at work with it: others are told, as the interpreter lock does not keep them away
+ * meanwhile. */
 struct owned_encoder {
     struct df11_encoder *encoder;
     int busy;
@@ -183,7 +197,8 @@ static PyObject *new_encoder(PyObject *module, PyObject *arguments)
     return capsule;
 }
 
-/* The encoder of a capsule, until it is let go; null, and an exception is set, if that is none or another thread has it. */
+/* The encoder of a capsule, until it is let go; null, and an exception is set, if that is none or another thread has
+ * it. */
 static struct owned_encoder *take_encoder(PyObject *capsule)
 {
     struct owned_encoder *owned = PyCapsule_GetPointer(capsule, ENCODER);
@@ -214,15 +229,14 @@ static PyObject *build_code(PyObject *module, PyObject *arguments)
             memset(counts, 0, sizeof *counts);
     }
     if (valid) {
-        Py_BEGIN_ALLOW_THREADS
-        df11_build_code(owned->encoder, buffer.buf, count, &code);
+        Py_BEGIN_ALLOW_THREADS df11_build_code(owned->encoder, buffer.buf, count, &code);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&buffer);
     PyObject *result = NULL;
     if (valid)
-        result = Py_BuildValue("Iy#LI", code.alphabet_size, (const char *)df11_code_section(owned->encoder), (Py_ssize_t)code.section_size,
-                               (long long)code.bits, code.filler);
+        result = Py_BuildValue("Iy#LI", code.alphabet_size, (const char *)df11_code_section(owned->encoder),
+                               (Py_ssize_t)code.section_size, (long long)code.bits, code.filler);
     if (owned)
         owned->busy = 0;
     return result;
@@ -246,7 +260,8 @@ static PyObject *encode_tiles(PyObject *module, PyObject *arguments)
     Py_buffer buffers[2];
     (void)module;
 
-    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKO", &capsule, &weights, &filler, &lane_bytes, &tiles, &lanes, &sign_mantissa, &stream, &end, &out)
+    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKO", &capsule, &weights, &filler, &lane_bytes, &tiles, &lanes,
+                          &sign_mantissa, &stream, &end, &out)
         || !require(filler < SYMBOLS && lane_bytes <= 2 && end <= UINT32_MAX, "filler, lane_bytes or end"))
         return NULL;
     struct wanted wanted[] = {{weights, "weights", 2, 1, 0}, {out, "out", 1, (Py_ssize_t)end + ENCODE_SLACK, 1}};
@@ -257,11 +272,12 @@ static PyObject *encode_tiles(PyObject *module, PyObject *arguments)
     int64_t size = 0;
     int valid = owned && require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment");
     if (valid) {
-        struct df11_segment layout = {NULL, 0, (uint32_t)count, (uint32_t)lane_bytes, tiles, lanes, sign_mantissa, stream, NULL};
+        struct df11_segment layout = {NULL,   0,   (uint32_t)count, (uint32_t)lane_bytes, tiles, lanes, sign_mantissa,
+                                      stream, NULL};
         valid = check_sections(&layout, end);
         if (valid) {
-            Py_BEGIN_ALLOW_THREADS
-            size = df11_encode_tiles(owned->encoder, buffers[0].buf, &layout, (unsigned)filler, buffers[1].buf, end, &found);
+            Py_BEGIN_ALLOW_THREADS size = df11_encode_tiles(owned->encoder, buffers[0].buf, &layout, (unsigned)filler,
+                                                            buffers[1].buf, end, &found);
             Py_END_ALLOW_THREADS
         }
     }
@@ -282,10 +298,8 @@ static PyObject *count_exponents(PyObject *module, PyObject *arguments)
     struct wanted wanted[] = {{weights, "weights", 2, 0, 0}, {out, "counts", 8, 256, 1}};
     if (get_buffers(wanted, buffers, 2) < 0)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    df11_count_exponents(buffers[0].buf, (uint64_t)buffers[0].len / 2, buffers[1].buf);
-    Py_END_ALLOW_THREADS
-    release_buffers(buffers, 2);
+    Py_BEGIN_ALLOW_THREADS df11_count_exponents(buffers[0].buf, (uint64_t)buffers[0].len / 2, buffers[1].buf);
+    Py_END_ALLOW_THREADS release_buffers(buffers, 2);
     Py_RETURN_NONE;
 }
 
@@ -302,10 +316,8 @@ static PyObject *cast_f32(PyObject *module, PyObject *arguments)
         PyBuffer_Release(&buffers[0]);
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS
-    exact = df11_cast_f32(buffers[0].buf, (uint64_t)buffers[0].len / 4, buffers[1].buf);
-    Py_END_ALLOW_THREADS
-    release_buffers(buffers, 2);
+    Py_BEGIN_ALLOW_THREADS exact = df11_cast_f32(buffers[0].buf, (uint64_t)buffers[0].len / 4, buffers[1].buf);
+    Py_END_ALLOW_THREADS release_buffers(buffers, 2);
     return PyBool_FromLong(exact);
 }
 
@@ -334,7 +346,8 @@ static PyObject *new_sha256(PyObject *module, PyObject *arguments)
     return capsule;
 }
 
-/* (hash, data, encoder or None): with an encoder, count the pairs of data for its next code, instead of any that have been counted. */
+/* (hash, data, encoder or None): with an encoder, count the pairs of data for its next code, instead of any that have
+ * been counted. */
 static PyObject *update_sha256(PyObject *module, PyObject *arguments)
 {
     PyObject *hash_capsule, *data, *encoder_capsule;
@@ -349,15 +362,15 @@ static PyObject *update_sha256(PyObject *module, PyObject *arguments)
     if (!hash || PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
         return NULL;
     int valid = encoder_capsule == Py_None
-                || (require(buffer.len / 2 <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment") && (owned = take_encoder(encoder_capsule)));
+                || (require(buffer.len / 2 <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment")
+                    && (owned = take_encoder(encoder_capsule)));
     if (owned) {
         counts = df11_encoder_counts(owned->encoder);
         if (counts->weights)
             memset(counts, 0, sizeof *counts);
     }
     if (valid) {
-        Py_BEGIN_ALLOW_THREADS
-        df11_sha256_update(hash, buffer.buf, (uint64_t)buffer.len, counts);
+        Py_BEGIN_ALLOW_THREADS df11_sha256_update(hash, buffer.buf, (uint64_t)buffer.len, counts);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&buffer);
@@ -425,10 +438,14 @@ static int initialise(PyObject *module)
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
         if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)
             return -1;
-    /* For tests, and to find out whether a fault is one of these instructions: the portable code gives the same bytes. */
+    /* For tests, and to find out whether a fault is one of these instructions: the portable code gives the same bytes.
+     */
     if (!getenv("DF11_PORTABLE"))
         df11_choose_instructions();
-    return PyModule_AddStringConstant(module, "INSTRUCTIONS", df11_use_sha ? "avx2, sha" : df11_use_avx2 ? "avx2" : "portable");
+    return PyModule_AddStringConstant(module, "INSTRUCTIONS",
+                                      df11_use_sha    ? "avx2, sha"
+                                      : df11_use_avx2 ? "avx2"
+                                                      : "portable");
 }
 
 static PyModuleDef_Slot slots[] = {
@@ -436,8 +453,8 @@ static PyModuleDef_Slot slots[] = {
     {0, NULL},
 };
 
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "df11._kernels", .m_doc = "The CPU kernels.", .m_methods = methods, .m_slots = slots};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "df11._kernels", .m_doc = "The CPU kernels.",
+                                        .m_methods = methods, .m_slots = slots};
 
 PyMODINIT_FUNC PyInit__kernels(void)
 {

@@ -1,8 +1,9 @@
-/* A program around the CPU kernels, for tests without Python: under sanitizers, and for other kinds of CPU under an emulator.
+/* A program around the CPU kernels, for tests without Python: under sanitizers, and for other kinds of CPU under an
+ * emulator.
  *
- * Commands come on standard input and results go to standard output, in little-endian u64s and bytes; cpu_kernels.py is the other side. Every buffer
- * ends at a page that may not be touched, so that a byte too far ends the program on any CPU. The argument "portable" leaves the CPU's own
- * instructions alone.
+ * Commands come on standard input and results go to standard output, in little-endian u64s and bytes; cpu_kernels.py is
+ * the other side. Every buffer ends at a page that may not be touched, so that a byte too far ends the program on any
+ * CPU. The argument "portable" leaves the CPU's own instructions alone.
  */
 
 #define _GNU_SOURCE
@@ -57,8 +58,8 @@ static void answer(uint64_t value)
     fwrite(&value, sizeof value, 1, stdout);
 }
 
-/* weights -> alphabet size, bits, filler, section; size and exceptions for lanes of one and of two bytes, and after each the bytes from the tile
- * descriptors on, if there are any; exponents. */
+/* weights -> alphabet size, bits, filler, section; size and exceptions for lanes of one and of two bytes, and after
+ * each the bytes from the tile descriptors on, if there are any; exponents. */
 static void encode(struct df11_encoder *encoder)
 {
     uint64_t count = number(), raw = (32 + 2 * count + 15) / 16 * 16, end = raw - 16;
@@ -92,15 +93,16 @@ static void encode(struct df11_encoder *encoder)
     discard(weights, 2 * count);
 }
 
-/* A segment's fields and bytes -> the status of its table; if that is OK, status and tile of decoding, the weights, status and tile of comparing with
- * them, and again with one of them changed. */
+/* A segment's fields and bytes -> the status of its table; if that is OK, status and tile of decoding, the weights,
+ * status and tile of comparing with them, and again with one of them changed. */
 static void decode(void)
 {
     uint64_t size = number(), alphabet_size = number();
     struct df11_segment segment = {.size = size, .elements = (uint32_t)number(), .lane_bytes = (uint32_t)number()};
     segment.tiles_offset = number(), segment.lanes_offset = number();
     segment.sign_mantissa_offset = number(), segment.stream_offset = number();
-    uint64_t first = number(), last = number(), section_size = alphabet_size + (alphabet_size * alphabet_size + 1) / 2, tile;
+    uint64_t first = number(), last = number(), section_size = alphabet_size + (alphabet_size * alphabet_size + 1) / 2,
+             tile;
     uint8_t *stored = bytes(size), *section = guarded(section_size);
     uint32_t *table = guarded(TABLE_SIZE * sizeof *table);
     memset(table, 0, TABLE_SIZE * sizeof *table);
@@ -110,7 +112,8 @@ static void decode(void)
     enum df11_status status = df11_build_decode_table(section, (unsigned)alphabet_size, table);
     answer(status);
     if (status == OK) {
-        uint64_t end = last * TILE_WEIGHTS < segment.elements ? last * TILE_WEIGHTS : segment.elements, count = end - first * TILE_WEIGHTS;
+        uint64_t end = last * TILE_WEIGHTS < segment.elements ? last * TILE_WEIGHTS : segment.elements,
+                 count = end - first * TILE_WEIGHTS;
         uint16_t *weights = guarded(2 * count);
         memset(weights, 0, 2 * count);
         status = df11_decode_tiles(&segment, first, last, weights, &tile);
@@ -149,7 +152,8 @@ static void count(void)
 }
 
 #ifdef HAVE_AVX2
-/* Bytes before and after the weights of a segment -> SHA-256 of all, and the answer to encoding these weights, counted while they were hashed. */
+/* Bytes before and after the weights of a segment -> SHA-256 of all, and the answer to encoding these weights, counted
+ * while they were hashed. */
 static void hash(struct df11_encoder *encoder)
 {
     uint64_t before = number(), count = number(), after = number();
