@@ -312,7 +312,7 @@ def test_a_transformers_that_is_too_old(folders: tuple[Path, Path]) -> None:
             return pretrained_model_name_or_path + subfolder
 
     for_transformers.install(Library)
-    with pytest.raises(errors.UsageError, match=r"needs transformers 5\.1"):
+    with pytest.raises(errors.UsageError, match=r"needs transformers 5\.20"):
         Library._get_resolved_checkpoint_files(pretrained_model_name_or_path=str(folders[1]))
     assert Library._get_resolved_checkpoint_files(pretrained_model_name_or_path=str(folders[0])) == str(folders[0])
 
