@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from df11 import _kernels
-from tests.support import commands, cpu_kernels, strategies
+from tests.support import commands, cpu_kernels, sources, strategies
 
 HOSTILE = 1500
 """Damaged segments that each build is given."""
@@ -189,3 +189,15 @@ def test_encoding_refuses_what_does_not_fit():
         _kernels.cast_f32(words(3, np.uint32), words(2, np.uint16))
     with pytest.raises(ValueError, match="counts"):
         _kernels.count_exponents(weights, words(255, np.int64))
+
+
+def test_a_container_is_the_same_with_portable_code(tmp_path):
+    """The whole of a conversion, hashing included, on a CPU without any of the instructions."""
+    rng = np.random.default_rng(5)
+    tensors = [sources.Tensor(flavour, "BF16", (70_001,), strategies.make(flavour, 70_001, 7).tobytes()) for flavour in strategies.FLAVOURS]
+    tensors.append(sources.Tensor("wide", "F32", (5000,), rng.integers(1 << 32, size=5000, dtype=np.uint32).tobytes()))
+    source = sources.write(tmp_path / "x.safetensors", tensors)
+    for name, portable in (("own", {}), ("portable", {"DF11_PORTABLE": "1"})):
+        target = tmp_path / f"{name}.df11"
+        commands.run_process("convert", source, target, "--cast", "bf16", env=commands.environment(**portable)).fine()
+    assert (tmp_path / "own.df11").read_bytes() == (tmp_path / "portable.df11").read_bytes()
