@@ -124,8 +124,6 @@ SEGMENT_HEADER: Final = Structure(
 )
 TILE_DESCRIPTOR: Final = Structure("Tile descriptor", {"stream_position": "I", "shortest_lane": "H", "exception_count": "H"})
 EXCEPTION: Final = Structure("Exception", {"position": "H", "weight": "H"})
-SECTION_OFFSETS: Final = ("tiles_offset", "lanes_offset", "sign_mantissa_offset", "stream_offset")
-"""The fields of a segment header that say where its sections start."""
 STRUCTURES: Final = (RECORD_HEADER, DIRECTORY_ENTRY, SEGMENT_HEADER, TILE_DESCRIPTOR, EXCEPTION)
 
 

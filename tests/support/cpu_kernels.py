@@ -25,6 +25,7 @@ SOURCES = [
     *(ROOT / "formats" / name for name in ("cpu.c", "decode.c")),
     *(ROOT / "converter" / name for name in ("encode.c", "sha256.c")),
 ]
+SECTION_OFFSETS = ("tiles_offset", "lanes_offset", "sign_mantissa_offset", "stream_offset")
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
@@ -98,7 +99,7 @@ def ask_to_decode(segment: Segment) -> tuple[bytes, bytes]:
     """A question, and the answer that this process gives."""
     sections = segment.sections
     question = numbers(len(segment.data), segment.alphabet_size, segment.elements, segment.lane_bytes)
-    question += numbers(*(sections[name] for name in layout.SECTION_OFFSETS), segment.first, segment.last)
+    question += numbers(*(sections[name] for name in SECTION_OFFSETS), segment.first, segment.last)
     table = kernels.build_decode_table(segment.data[layout.SEGMENT_HEADER.size :], segment.alphabet_size)
     answer = numbers(table if isinstance(table, int) else kernels.OK)
     if not isinstance(table, int):
@@ -162,7 +163,7 @@ def damaged_segment(seed: int) -> Segment | None:
         return None
     rng = np.random.default_rng(seed + 1)
     data, sections = segment.data, segment.sections
-    bounds = [layout.SEGMENT_HEADER.size, *(sections[name] for name in layout.SECTION_OFFSETS), len(data)]
+    bounds = [layout.SEGMENT_HEADER.size, *(sections[name] for name in SECTION_OFFSETS), len(data)]
     descriptors = data[sections["tiles_offset"] :][: 8 * layout.tile_count(segment.elements)].view("<u4").reshape(-1, 2)
     listing = np.flatnonzero(descriptors[:, 1] >> 16)
     if len(listing) and rng.random() < 0.5:  # A position that is beyond the tile, or out of order.
