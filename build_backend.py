@@ -20,7 +20,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from setuptools import build_meta, find_packages
-from setuptools.build_meta import build_sdist, get_requires_for_build_sdist, prepare_metadata_for_build_editable, prepare_metadata_for_build_wheel
+from setuptools.build_meta import (
+    build_sdist,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError
 from setuptools.extension import Extension
@@ -90,7 +95,10 @@ def build_editable(wheel_directory: str, config_settings: Any = None, metadata_d
             _link(room)
         _linked = True
     except OSError as error:
-        print(f"df11: no links to the rooms in src/df11, so that type checkers and editors may not find them: {error}", file=sys.stderr)
+        print(
+            f"df11: no links to the rooms in src/df11, so that type checkers and editors may not find them: {error}",
+            file=sys.stderr,
+        )
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
@@ -119,7 +127,9 @@ def _find_compiler() -> bool:
     built_with = shlex.split(sysconfig.get_config_var("CC") or "cc")[0]
     for name in (built_with, "cc", "gcc", "clang"):
         # macOS has a cc that only says how to get one.
-        if (path := shutil.which(name)) and subprocess.run([path, "--version"], capture_output=True, check=False).returncode == 0:
+        if (path := shutil.which(name)) and subprocess.run(
+            [path, "--version"], capture_output=True, check=False
+        ).returncode == 0:
             if name != built_with:
                 os.environ["CC"] = name
             return True
@@ -143,7 +153,9 @@ class BuildExtension(build_ext):
             try:
                 super().build_extension(ext)
             except (CCompilerError, BaseError, OSError) as error:
-                raise CompileError(f"df11: the C compiler failed, see above: {error}; CC can name another one") from error
+                raise CompileError(
+                    f"df11: the C compiler failed, see above: {error}; CC can name another one"
+                ) from error
         elif util.find_spec("ziglang"):
             self._build_with_zig(ext)
         else:
@@ -159,7 +171,20 @@ class BuildExtension(build_ext):
         linked = folder / output.name  # On Windows, with a .lib and a .pdb beside it, which the package does not want.
         macros = [f"-D{name}={value}" for name, value in ext.define_macros]
         include = [f"-I{path}" for path in {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}]
-        command = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-mcpu=baseline", "-shared", "-fPIC", *_FLAGS, *macros, *include]
+        command = [
+            sys.executable,
+            "-m",
+            "ziglang",
+            "cc",
+            "-target",
+            target,
+            "-mcpu=baseline",
+            "-shared",
+            "-fPIC",
+            *_FLAGS,
+            *macros,
+            *include,
+        ]
         command += [*ext.sources, "-o", str(linked), *options]
         print(shlex.join(command), flush=True)
         # The cache for all of Zig's users would be 50 MB in the home folder, which a build need not have.
@@ -177,11 +202,19 @@ def _zig_target() -> tuple[str, list[str]]:
     processor = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
     if sys.platform == "win32":
         return f"{processor}-windows-gnu", [
-            str(Path(sys.base_prefix, "libs", "python3.lib" if LIMITED else f"python{sysconfig.get_config_var('py_version_nodot')}t.lib"))
+            str(
+                Path(
+                    sys.base_prefix,
+                    "libs",
+                    "python3.lib" if LIMITED else f"python{sysconfig.get_config_var('py_version_nodot')}t.lib",
+                )
+            )
         ]
     if sys.platform == "darwin":
         return f"{processor}-macos.11.0", ["-Wl,-undefined,dynamic_lookup"]
     if processor not in ("x86_64", "aarch64"):
-        raise CompileError(f"df11 has not been tried with Zig on {machine}: install a C compiler (apt install gcc, or the like)")
+        raise CompileError(
+            f"df11 has not been tried with Zig on {machine}: install a C compiler (apt install gcc, or the like)"
+        )
     musl = "musl" in str(sysconfig.get_config_var("HOST_GNU_TYPE"))
     return f"{processor}-linux-{'musl' if musl else 'gnu.2.17'}", []

@@ -10,7 +10,13 @@ setup(
     ext_modules=[
         Extension(
             "df11._kernels",
-            sources=["src/df11/_kernels.c", "formats/cpu.c", "formats/decode.c", "converter/encode.c", "converter/sha256.c"],
+            sources=[
+                "src/df11/_kernels.c",
+                "formats/cpu.c",
+                "formats/decode.c",
+                "converter/encode.c",
+                "converter/sha256.c",
+            ],
             depends=["formats/kernels.h"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if build_backend.LIMITED else [],
             py_limited_api=build_backend.LIMITED,

@@ -23,9 +23,12 @@ FOLDER: Final = Path(__file__).parents[1] / "docs" / "demo"
 def main(arguments: list[str] | None = None) -> int:
     """Write report.html, card.md and the pictures, and print their sizes. The same scale gives the same bytes on one machine."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo_report", description="Make the report and the card of an OmniGen2-shaped folder."
+        prog="python -m benchmarks.demo_report",
+        description="Make the report and the card of an OmniGen2-shaped folder.",
     )
-    parser.add_argument("--scale", type=float, default=SCALE, help="size of the folder, 1 being the real one (default: %(default)s)")
+    parser.add_argument(
+        "--scale", type=float, default=SCALE, help="size of the folder, 1 being the real one (default: %(default)s)"
+    )
     parser.add_argument("--dir", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="default: docs/demo")
     options = parser.parse_args(arguments)
@@ -33,7 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
         source, tree = Path(work) / "OmniGen2", Path(work) / "OmniGen2-df11"
         synthetic.write_omnigen2(source, options.scale)
         df11.convert(source, tree, cast="bf16")
-        written = [*report.write_report(tree, options.out, title=f"Synthetic stand-in of the shape of OmniGen2, scale {options.scale:g}")]
+        written = [
+            *report.write_report(
+                tree, options.out, title=f"Synthetic stand-in of the shape of OmniGen2, scale {options.scale:g}"
+            )
+        ]
         written.append(options.out / "card.md")
         written[-1].write_text(make_card(tree, options.scale), encoding="utf-8")
     for path in written:

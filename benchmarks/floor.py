@@ -29,7 +29,9 @@ class Floor:
     floor_bytes: float
 
     def __add__(self, other: Floor) -> Floor:
-        return Floor(self.weights + other.weights, self.bf16_bytes + other.bf16_bytes, self.floor_bytes + other.floor_bytes)
+        return Floor(
+            self.weights + other.weights, self.bf16_bytes + other.bf16_bytes, self.floor_bytes + other.floor_bytes
+        )
 
     @property
     def ratio(self) -> float:
@@ -64,6 +66,10 @@ def _count_exponents(path: Path, tensor: Tensor, every: int) -> npt.NDArray[np.i
     counts = np.zeros(512, np.int64)
     with path.open("rb") as file:
         for data in safetensors_file.read_pieces(file, tensor, _PIECE, every):
-            weights = data.view(np.uint16) if tensor.dtype == "BF16" else synthetic.round_to_bf16(data.view(np.float32).copy())
+            weights = (
+                data.view(np.uint16)
+                if tensor.dtype == "BF16"
+                else synthetic.round_to_bf16(data.view(np.float32).copy())
+            )
             counts += np.bincount(weights >> np.uint16(7), minlength=512)
     return counts[:256] + counts[256:]

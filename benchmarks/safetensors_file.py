@@ -58,7 +58,11 @@ def header(tensors: Sequence[Tensor], metadata: Mapping[str, str] | None) -> byt
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in tensors:
-        table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size]}
+        table[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
+        }
         offset += tensor.size
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -95,7 +99,10 @@ def read_header(path: Path) -> list[Tensor]:
             raise ValueError(f"{path}: not a safetensors file")
         table = json.loads(file.read(size))
     table.pop("__metadata__", None)
-    tensors = [Tensor(name, row["dtype"], tuple(row["shape"]), 8 + size + row["data_offsets"][0]) for name, row in table.items()]
+    tensors = [
+        Tensor(name, row["dtype"], tuple(row["shape"]), 8 + size + row["data_offsets"][0])
+        for name, row in table.items()
+    ]
     return sorted(tensors, key=lambda tensor: tensor.start)
 
 

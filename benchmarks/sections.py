@@ -111,7 +111,9 @@ def convert(bench: Bench) -> None:
         bench.board.turns(f"verify {case}", verifiers, _pairs(verifiers), bench.rounds)
         restored = bench.folder / ("restored" if shards > 1 else "restored.safetensors")
         command = (restored, *options)
-        restorers = [checkout.program("", "restore", container, *command, output=restored) for checkout, container in ours]
+        restorers = [
+            checkout.program("", "restore", container, *command, output=restored) for checkout, container in ours
+        ]
         archive = _packed(bench, source, "lmzip")
         restorers += bench.peers.lmzip("decompress", "-q", "-f", "-j", bench.jobs, archive, restored, output=restored)
         # This checkout's comes last, and is looked at.

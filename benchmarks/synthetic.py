@@ -69,8 +69,13 @@ def write_gaussian(path: Path, total_bytes: int, prefix: str = "model") -> int:
     block_bytes = 2 * sum(math.prod(shape) for shape in block.values())
     blocks = int(total_bytes * 0.9 // block_bytes)
     rows = max(1, (total_bytes - blocks * block_bytes) // (2 * hidden))
-    tensors = [Tensor(f"{prefix}.layers.{i}.{name}", "BF16", shape) for i in range(blocks) for name, shape in block.items()]
-    tensors += [Tensor(f"{prefix}.embed_tokens.weight", "BF16", (rows, hidden)), Tensor(f"{prefix}.norm.weight", "BF16", (hidden,))]
+    tensors = [
+        Tensor(f"{prefix}.layers.{i}.{name}", "BF16", shape) for i in range(blocks) for name, shape in block.items()
+    ]
+    tensors += [
+        Tensor(f"{prefix}.embed_tokens.weight", "BF16", (rows, hidden)),
+        Tensor(f"{prefix}.norm.weight", "BF16", (hidden,)),
+    ]
     return safetensors_file.write(path, tensors, gaussian)
 
 
@@ -113,7 +118,10 @@ def write_minilm_bf16(path: Path) -> int:
     """The real weights of all-MiniLM-L6-v2, F32 in their package, rounded to BF16. Returns the size of the file."""
     source = minilm_path()
     stored = {tensor.name: tensor for tensor in safetensors_file.read_header(source)}
-    tensors = [Tensor(tensor.name, "BF16" if tensor.dtype == "F32" else tensor.dtype, tensor.shape) for tensor in stored.values()]
+    tensors = [
+        Tensor(tensor.name, "BF16" if tensor.dtype == "F32" else tensor.dtype, tensor.shape)
+        for tensor in stored.values()
+    ]
     with source.open("rb") as file:
 
         def fill(tensor: Tensor) -> Iterator[memoryview]:
@@ -153,7 +161,11 @@ def omnigen2_tensors(file: str, scale: float = 1) -> list[Tensor]:
     factor = math.sqrt(scale)
 
     def shrink(dimension: int) -> int:
-        return dimension if dimension <= _SMALL_DIMENSION or scale == 1 else max(_SMALL_DIMENSION, round(dimension * factor))
+        return (
+            dimension
+            if dimension <= _SMALL_DIMENSION or scale == 1
+            else max(_SMALL_DIMENSION, round(dimension * factor))
+        )
 
     return [Tensor(name, "F32", tuple(shrink(d) for d in shape)) for name, shape in omnigen2()["files"][file].items()]
 
@@ -218,14 +230,18 @@ def _weights(tensor: Tensor) -> Iterator[Floats]:
     # Norms near 1; biases small; matrices and convolutions Gaussian with a scale a row and, in outlier layers, a scale a column.
     numbers = generator(tensor.name)
     pool = _pool()
-    rows, columns = (tensor.shape[0], tensor.elements // tensor.shape[0]) if len(tensor.shape) > 1 else (1, tensor.elements)
+    rows, columns = (
+        (tensor.shape[0], tensor.elements // tensor.shape[0]) if len(tensor.shape) > 1 else (1, tensor.elements)
+    )
     offset = np.float32(1 if len(tensor.shape) == 1 and not tensor.name.endswith("bias") else 0)
     sigma = 0.1 if offset else math.exp(numbers.uniform(math.log(0.01), math.log(0.05)))
     outlier = _OUTLIER.match(tensor.name) if len(tensor.shape) > 1 else None
     row_scales = np.exp(ROW_SPREAD * numbers.standard_normal((rows, 1), dtype=np.float32)) * np.float32(sigma)
     column_scales = np.ones(columns, np.float32)
     if outlier:
-        column_scales = np.exp(np.float32(OUTLIER_COLUMN_SPREADS[int(outlier[1])]) * numbers.standard_normal(columns, dtype=np.float32))
+        column_scales = np.exp(
+            np.float32(OUTLIER_COLUMN_SPREADS[int(outlier[1])]) * numbers.standard_normal(columns, dtype=np.float32)
+        )
     step = max(1, CHUNK // columns)
     buffer = np.empty(step * columns, np.float32)
     for first in range(0, rows, step):

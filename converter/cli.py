@@ -21,10 +21,15 @@ ContainerPath = Annotated[Path, Argument(metavar="PATH", help="A .df11 file or a
 
 
 def convert_command(
-    src: Annotated[str, Argument(metavar="SRC", help="A .safetensors file or a folder, or hf://owner/name@revision/path on the Hub.")],
+    src: Annotated[
+        str,
+        Argument(metavar="SRC", help="A .safetensors file or a folder, or hf://owner/name@revision/path on the Hub."),
+    ],
     dst: Annotated[str, Argument(metavar="DST", help="A .df11 file for a file, a folder for a folder.")],
     threads: Threads = None,
-    max_memory: Annotated[str, Option("--max-memory", metavar="SIZE", help="Memory of the whole process.")] = DEFAULT_MEMORY,
+    max_memory: Annotated[
+        str, Option("--max-memory", metavar="SIZE", help="Memory of the whole process.")
+    ] = DEFAULT_MEMORY,
     max_disk: Annotated[
         str | None,
         Option(
@@ -34,8 +39,12 @@ def convert_command(
             show_default=False,
         ),
     ] = None,
-    cast: Annotated[str | None, Option("--cast", metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)] = None,
-    verify: Annotated[bool, Option("--verify/--no-verify", help="Decode and compare everything before it is written.")] = True,
+    cast: Annotated[
+        str | None, Option("--cast", metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)
+    ] = None,
+    verify: Annotated[
+        bool, Option("--verify/--no-verify", help="Decode and compare everything before it is written.")
+    ] = True,
     resume: Annotated[bool, Option("--resume/--no-resume", help="Keep finished outputs of the same source.")] = True,
     force: Force = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would be done.")] = False,
@@ -80,7 +89,9 @@ def convert_command(
             copied=report.copied,
         )
     elif dry_run:
-        say(f"{len(report.files)} files would be converted and {report.copied} copied; nothing was written", quiet=quiet)
+        say(
+            f"{len(report.files)} files would be converted and {report.copied} copied; nothing was written", quiet=quiet
+        )
     else:
         say(_summary(report), quiet=quiet)
 
@@ -136,7 +147,9 @@ def verify_command(
 def restore_command(
     path: ContainerPath,
     dst: Annotated[Path, Argument(metavar="DST", help="A file for a file, a folder for a folder.")],
-    bf16: Annotated[bool, Option("--bf16", help="Where a cast has changed values, write a BF16 safetensors file.")] = False,
+    bf16: Annotated[
+        bool, Option("--bf16", help="Where a cast has changed values, write a BF16 safetensors file.")
+    ] = False,
     threads: Threads = None,
     force: Force = False,
     json_lines: Json = False,

@@ -110,7 +110,11 @@ def convert(
     """
     started = time.monotonic()
     if is_address(dst):
-        raise errors.UsageError("the target must be on this machine", file=str(dst), hint="for one on the Hub: df11 job run, or df11 hub push")
+        raise errors.UsageError(
+            "the target must be on this machine",
+            file=str(dst),
+            hint="for one on the Hub: df11 job run, or df11 hub push",
+        )
     if cast not in (None, "bf16"):
         raise errors.UsageError("cast", expected="bf16", found=cast)
     if max_disk is not None and not is_address(src):
@@ -120,13 +124,20 @@ def convert(
     tree = open_tree(src)
     plan = plan_tree(tree, Path(dst), SAFETENSORS, DF11)
     shards = [job for job in plan if job.kind == "convert"]
-    kept = {} if dry_run or force or not resume else {job: report for job in shards if (report := _kept(job, cast)) is not None}
+    kept = (
+        {}
+        if dry_run or force or not resume
+        else {job: report for job in shards if (report := _kept(job, cast)) is not None}
+    )
     tensors = {}
     for job in shards:
         if job not in kept:
             if disk is not None and job.source.sha256 is not None and job.source.size > disk:
                 raise errors.BudgetError(
-                    "--max-disk is too small for this file", file=job.source.label, expected=f"at least {job.source.size} bytes", found=disk
+                    "--max-disk is too small for this file",
+                    file=job.source.label,
+                    expected=f"at least {job.source.size} bytes",
+                    found=disk,
                 )
             with job.source.open() as source:  # Every header is checked before the first byte is written.
                 tensors[job] = len(source.header.entries)
@@ -140,9 +151,19 @@ def convert(
             report = kept[job]
             on_progress(job.source.size)
         elif dry_run:
-            report = FileReport(job.source.label, str(job.target), job.source.size, None, None, tensors[job], "planned", 0, 0)
+            report = FileReport(
+                job.source.label, str(job.target), job.source.size, None, None, tensors[job], "planned", 0, 0
+            )
         else:
-            report = convert_shard(job.source, job.target, settings, resume=resume, force=force, download=disk is not None, on_progress=on_progress)
+            report = convert_shard(
+                job.source,
+                job.target,
+                settings,
+                resume=resume,
+                force=force,
+                download=disk is not None,
+                on_progress=on_progress,
+            )
         on_file(report)
         reports.append(report)
     others = [job for job in plan if job.kind != "convert"]
@@ -158,12 +179,16 @@ def convert(
     return ConversionReport(tuple(reports), len(others), time.monotonic() - started)
 
 
-def _write_manifest(tree: Tree, folder: Path, shards: Sequence[FileJob], reports: Sequence[FileReport], settings: Settings) -> None:
+def _write_manifest(
+    tree: Tree, folder: Path, shards: Sequence[FileJob], reports: Sequence[FileReport], settings: Settings
+) -> None:
     files = []
     for job, report in zip(shards, reports, strict=True):
         assert report.output_bytes is not None and report.source_sha256 is not None  # As this is no dry run.
         name = job.target.relative_to(folder).as_posix()
-        row = FileRow(name, report.output_bytes, None, job.source.name.as_posix(), report.source_bytes, report.source_sha256)
+        row = FileRow(
+            name, report.output_bytes, None, job.source.name.as_posix(), report.source_bytes, report.source_sha256
+        )
         files.append((row, report.rows if report.status == "converted" else None))
     manifest.collect(folder, tree.origin, settings.cast, files, jobs=settings.jobs)
 
@@ -194,7 +219,9 @@ def convert_shard(
         if listed is not None and listed.sha256 != result.source_sha256:
             raise listed.differs(result.source_sha256)
         if target.exists() and not force:
-            raise errors.ConflictError("this file has appeared meanwhile", file=target, hint="run the same command again")
+            raise errors.ConflictError(
+                "this file has appeared meanwhile", file=target, hint="run the same command again"
+            )
         writer.commit()
         casts = sum(settings.cast is not None and entry.dtype == "F32" for entry in source.header.entries)
     return FileReport(
@@ -231,7 +258,11 @@ def _listed(file: SourceFile) -> HubFile | None:
 
 def _kept(job: FileJob, cast: Cast) -> FileReport | None:
     # The report of a finished output of a shard whose SHA-256 the Hub lists: nothing is fetched.
-    return _finished(job.source, job.target, cast, ignore) if job.source.sha256 is not None and job.target.exists() else None
+    return (
+        _finished(job.source, job.target, cast, ignore)
+        if job.source.sha256 is not None and job.target.exists()
+        else None
+    )
 
 
 def _finished(file: SourceFile, target: Path, cast: Cast, progress: Progress) -> FileReport | None:
@@ -256,7 +287,9 @@ def _finished(file: SourceFile, target: Path, cast: Cast, progress: Progress) ->
         return None
     casts = sum(info.exact is not None for info in infos)
     exact = sum(info.exact is True for info in infos)
-    return FileReport(file.label, str(target), file.size, output_bytes, stored.sha256, len(infos), "skipped", casts, exact)
+    return FileReport(
+        file.label, str(target), file.size, output_bytes, stored.sha256, len(infos), "skipped", casts, exact
+    )
 
 
 def thread_count(jobs: int | None) -> int:

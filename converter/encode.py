@@ -86,7 +86,9 @@ class SegmentEncoder:
         table_end = _HEADER_SIZE + len(code.section)
         out[_HEADER_SIZE:table_end] = code.section
         out[table_end : sections["tiles_offset"]] = 0
-        out[sections["tiles_offset"] + layout.TILE_DESCRIPTOR.size * layout.tile_count(n) : sections["lanes_offset"]] = 0
+        out[
+            sections["tiles_offset"] + layout.TILE_DESCRIPTOR.size * layout.tile_count(n) : sections["lanes_offset"]
+        ] = 0
         out[sections["sign_mantissa_offset"] + n : sections["stream_offset"]] = 0
         return int(size)
 

@@ -161,7 +161,10 @@ class LocalTree(Tree):
         self.origin = Origin()
         self.is_file = path.is_file()
         found = [path] if self.is_file else walk(path)
-        self.files = [LocalFile(PurePosixPath(file.relative_to(path.parent if self.is_file else path)), file, file.stat().st_size) for file in found]
+        self.files = [
+            LocalFile(PurePosixPath(file.relative_to(path.parent if self.is_file else path)), file, file.stat().st_size)
+            for file in found
+        ]
 
 
 def walk(folder: Path) -> list[Path]:

@@ -61,7 +61,12 @@ class HubFile:
     def read_bytes(self) -> bytes:
         """All of a small file. Raises a DifferenceError if it is not what the Hub lists."""
         if self.size > MAX_WHOLE_BYTES:
-            raise errors.UsageError("too large to be read as a whole", file=self.label, expected=f"at most {MAX_WHOLE_BYTES} bytes", found=self.size)
+            raise errors.UsageError(
+                "too large to be read as a whole",
+                file=self.label,
+                expected=f"at most {MAX_WHOLE_BYTES} bytes",
+                found=self.size,
+            )
         out = np.empty(self.size, np.uint8)
         self.remote().fetch(0, out)
         digest = self._start_digest()
@@ -133,7 +138,10 @@ def find_commit(address: hub.Address) -> Any:
     info = hub.retrying(lambda: hub.api().repo_info(address.repository, revision=address.revision), str(address))
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):  # What is none may be a branch, which moves.
         raise errors.RetryLaterError(
-            "the Hub's answer names no commit", file=str(address), found=errors.shortened(str(info.sha)), hint="run the same command again"
+            "the Hub's answer names no commit",
+            file=str(address),
+            found=errors.shortened(str(info.sha)),
+            hint="run the same command again",
         )
     return info
 
@@ -142,7 +150,10 @@ def list_files(root: hub.Address) -> list[HubFile]:
     """All files of a repository, or of a folder in it, at a commit."""
     # As a list in one go: tried again as a whole, so that no page is missing.
     entries = hub.retrying(
-        lambda: list(hub.api().list_repo_tree(root.repository, root.path or None, recursive=True, revision=root.revision)), str(root)
+        lambda: list(
+            hub.api().list_repo_tree(root.repository, root.path or None, recursive=True, revision=root.revision)
+        ),
+        str(root),
     )
     return [_hub_file(entry, root, False) for entry in entries if _is_file(entry)]
 
@@ -158,9 +169,13 @@ class HubTree(Tree):
         self.origin = Origin(address.repository, commit, address.path)
         self.is_file = False
         if address.path:
-            entries = hub.retrying(lambda: hub.api().get_paths_info(address.repository, [address.path], revision=commit), self.label)
+            entries = hub.retrying(
+                lambda: hub.api().get_paths_info(address.repository, [address.path], revision=commit), self.label
+            )
             if not entries:
-                raise errors.MissingError("no such file or folder in this repository", file=self.label, hint="check the address")
+                raise errors.MissingError(
+                    "no such file or folder in this repository", file=self.label, hint="check the address"
+                )
             self.is_file = _is_file(entries[0])
         files = [_hub_file(entries[0], root, True)] if self.is_file else list_files(root)
         self.files = sorted((file for file in files if not is_left_out(file.name)), key=lambda file: file.name)
@@ -174,10 +189,14 @@ def _hub_file(entry: Any, root: hub.Address, is_file: bool) -> HubFile:
     path = str(entry.path)
     inside = path == root.path if is_file else not root.path or path.startswith(root.path + "/")
     if not inside or not hub.is_safe_path(path) or not isinstance(entry.size, int) or entry.size < 0:
-        raise errors.UsageError("the Hub lists a file that no repository can have", file=str(root), found=errors.shortened(path))
+        raise errors.UsageError(
+            "the Hub lists a file that no repository can have", file=str(root), found=errors.shortened(path)
+        )
     relative = PurePosixPath(path).name if is_file else path[len(root.path) :].lstrip("/")
     sha256 = None if entry.lfs is None else str(entry.lfs.sha256)
-    return HubFile(PurePosixPath(relative), hub.Address(root.repository, root.revision, path), entry.size, sha256, entry.blob_id)
+    return HubFile(
+        PurePosixPath(relative), hub.Address(root.repository, root.revision, path), entry.size, sha256, entry.blob_id
+    )
 
 
 class HubSource(Source):
@@ -205,7 +224,10 @@ class HubSource(Source):
     def changed(self, tensor: str | None = None) -> errors.Df11Error:
         """The error for data that are read twice and differ: a commit does not change, so it is damage."""
         return errors.DifferenceError(
-            "what came the second time is not what came before", file=self.path, tensor=tensor, hint="run the same command again"
+            "what came the second time is not what came before",
+            file=self.path,
+            tensor=tensor,
+            hint="run the same command again",
         )
 
     def stop(self) -> None:
@@ -232,7 +254,9 @@ def downloaded(file: HubFile, target: Path) -> Iterator[Source]:
         try:
             lock(partial)
         except BlockingIOError:
-            raise errors.ConflictError("another process is downloading this file", file=path, hint="wait for it to end") from None
+            raise errors.ConflictError(
+                "another process is downloading this file", file=path, hint="wait for it to end"
+            ) from None
         try:
             _download(file, partial, path)
         except OSError as error:

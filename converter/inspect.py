@@ -43,16 +43,28 @@ def as_text(description: dict[str, Any]) -> str:
         shape = "x".join(map(str, tensor["shape"])) or "scalar"
         note = "" if tensor.get("exact", True) else " (rounded)"
         rows.append(
-            (tensor["name"], tensor["dtype"] + note, shape, tensor["encoding"], f"{tensor['stored_bytes']:,}", "-" if bits is None else f"{bits:.2f}")
+            (
+                tensor["name"],
+                tensor["dtype"] + note,
+                shape,
+                tensor["encoding"],
+                f"{tensor['stored_bytes']:,}",
+                "-" if bits is None else f"{bits:.2f}",
+            )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) if column < 4 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if column < 4 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     source = description["source"]
     ratio = description["bytes"] / source["bytes"]
     cast = " cast to BF16" if source["cast"] else ""
-    lines.append(f"{description['path']}: {description['bytes']:,} bytes, {ratio:.4f} of {source['bytes']:,} bytes of source{cast}")
+    lines.append(
+        f"{description['path']}: {description['bytes']:,} bytes, {ratio:.4f} of {source['bytes']:,} bytes of source{cast}"
+    )
     lines.append(f"source SHA-256 {source['sha256']}")
     return "\n".join(lines)

@@ -47,7 +47,9 @@ class Encoder:
         """How often each exponent occurs in the weights that :meth:`build_code` saw last: i64 [256]."""
         return np.frombuffer(_kernels.exponents(self.handle), np.int64)
 
-    def encode_tiles(self, weights: Weights, code: Code, lane_bytes: int, sections: dict[str, int], end: int, out: Bytes) -> tuple[int, int]:
+    def encode_tiles(
+        self, weights: Weights, code: Code, lane_bytes: int, sections: dict[str, int], end: int, out: Bytes
+    ) -> tuple[int, int]:
         """Encode all tiles of a segment into ``out``, from the tile descriptors on: (size of the segment, exceptions).
 
         ``end``: the size that the segment must stay below; ``out``: u8, at least ``end`` + ``ENCODE_SLACK``. The size is

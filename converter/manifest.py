@@ -186,14 +186,18 @@ class Manifest:
 
     def _of(self, files: Iterable[FileRow], rows: dict[str, tuple[TensorRow, ...]]) -> Manifest:
         files = tuple(files)
-        return dataclasses.replace(self, files=files, tensors=tuple(row for file in files for row in rows.get(file.file, ())))
+        return dataclasses.replace(
+            self, files=files, tensors=tuple(row for file in files for row in rows.get(file.file, ()))
+        )
 
 
 def _placed(rows: Iterable[TensorRow], file: str) -> tuple[TensorRow, ...]:
     return tuple(row if row.file == file else dataclasses.replace(row, file=file) for row in rows)
 
 
-def scan(path: str | os.PathLike[str], file: str, *, jobs: int = 1, progress: Progress = ignore) -> tuple[TensorRow, ...]:
+def scan(
+    path: str | os.PathLike[str], file: str, *, jobs: int = 1, progress: Progress = ignore
+) -> tuple[TensorRow, ...]:
     """The rows of the container at ``path``, called ``file`` in its tree: decodes everything, checks every checksum, counts exponents.
 
     ``jobs``: threads; ``progress`` gets stored bytes. Raises a Df11Error if the container is damaged.
@@ -215,7 +219,9 @@ def up_to_date(rows: Sequence[TensorRow], container: Container) -> bool:
     return True
 
 
-def row_of(file: str, info: TensorInfo, stored_xxh3: tuple[int, ...], decoded_xxh3: tuple[int, ...], exponents: Exponents) -> TensorRow:
+def row_of(
+    file: str, info: TensorInfo, stored_xxh3: tuple[int, ...], decoded_xxh3: tuple[int, ...], exponents: Exponents
+) -> TensorRow:
     """The row of a tensor."""
     counts = exponents if isinstance(exponents, ExponentCounts) else None
     return TensorRow(
@@ -345,13 +351,20 @@ def collect(
     file_rows: list[FileRow] = []
     for file, fresh in files:
         file_rows.append(file)
-        rows += _placed(_finished(folder / file.file, file.file, known_rows.get(file.file), jobs, progress) if fresh is None else fresh, file.file)
+        rows += _placed(
+            _finished(folder / file.file, file.file, known_rows.get(file.file), jobs, progress)
+            if fresh is None
+            else fresh,
+            file.file,
+        )
     manifest = Manifest(origin, cast, TOOL, tuple(file_rows), tuple(rows))
     write(folder, manifest)
     return manifest
 
 
-def _finished(path: Path, file: str, rows: Sequence[TensorRow] | None, jobs: int, progress: Progress) -> Sequence[TensorRow]:
+def _finished(
+    path: Path, file: str, rows: Sequence[TensorRow] | None, jobs: int, progress: Progress
+) -> Sequence[TensorRow]:
     if rows:
         with Container(path) as container:
             if up_to_date(rows, container):

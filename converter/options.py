@@ -143,7 +143,9 @@ def typer_app(commands: Group, version: str, start: Start) -> typer.Typer:
             typer.echo(f"df11 {version}")
             raise typer.Exit
 
-    def options(version: bool = typer.Option(False, "--version", callback=show, is_eager=True, help="Print the version.")) -> None:
+    def options(
+        version: bool = typer.Option(False, "--version", callback=show, is_eager=True, help="Print the version."),
+    ) -> None:
         pass
 
     def fill(app: typer.Typer, group: Group) -> typer.Typer:
@@ -170,11 +172,15 @@ def _for_typer(function: Command, start: Start) -> Command:
         if isinstance(declared, Argument):
             parameters.append(parameter.replace(annotation=Annotated[kind, typer.Argument(**declared.settings)]))
             continue
-        parameters.append(parameter.replace(annotation=Annotated[kind, typer.Option(*declared.names, **declared.settings)]))
+        parameters.append(
+            parameter.replace(annotation=Annotated[kind, typer.Option(*declared.names, **declared.settings)])
+        )
         if declared.former is not None:
             old = f"former_{name}"
             former[old] = name
-            parameters.append(parameter.replace(name=old, annotation=Annotated[kind, typer.Option(declared.former, hidden=True)]))
+            parameters.append(
+                parameter.replace(name=old, annotation=Annotated[kind, typer.Option(declared.former, hidden=True)])
+            )
 
     def command(**values: Any) -> int | None:
         for old, name in former.items():

@@ -13,7 +13,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ordered(function: Callable[[Item, tuple[Scratch, ...]], Result], items: Iterable[Item], jobs: int) -> Iterator[tuple[Item, Result]]:
+def ordered(
+    function: Callable[[Item, tuple[Scratch, ...]], Result], items: Iterable[Item], jobs: int
+) -> Iterator[tuple[Item, Result]]:
     """Yield (item, function(item, scratch)) in order, from ``jobs`` threads.
 
     ``scratch`` is some memory that the result may live in: it is used again when the next result is asked for.

@@ -37,7 +37,9 @@ class ContainerOutput:
         self.rows: list[TensorRow] = []
         """Of the tensors that are finished, in their order."""
         self._checksum = xxhash.xxh3_64()
-        self._source_header = base64.b64encode(zstandard.ZstdCompressor(level=SOURCE_HEADER_LEVEL).compress(source.header.raw)).decode()
+        self._source_header = base64.b64encode(
+            zstandard.ZstdCompressor(level=SOURCE_HEADER_LEVEL).compress(source.header.raw)
+        ).decode()
         self._data_start = layout.align(8 + self._header_room(plans), layout.DATA_ALIGNMENT)
         if self._data_start - 8 > layout.MAX_JSON_HEADER:
             raise errors.LimitError(
@@ -56,7 +58,11 @@ class ContainerOutput:
             segments = -(-plan.entry.elements // SEGMENT_WEIGHTS)
             self._writer.position += layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size * segments
         offset = self._writer.position - self._start
-        self._directory.append(SegmentPlace(offset, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0))
+        self._directory.append(
+            SegmentPlace(
+                offset, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0
+            )
+        )
         self._writer.write(segment.data)
 
     def end_record(self, plan: TensorPlan, exponents: Exponents, *, exact: bool) -> bool:
@@ -73,7 +79,9 @@ class ContainerOutput:
         self._add(entry, _record_object(plan, exact), plan.entry.shape, stored, decoded, exponents)
         return True
 
-    def write_verbatim(self, plan: TensorPlan, data: Bytes, exponents: Exponents = None, *, last: bool, exact: bool = True) -> None:
+    def write_verbatim(
+        self, plan: TensorPlan, data: Bytes, exponents: Exponents = None, *, last: bool, exact: bool = True
+    ) -> None:
         """Append bytes of a verbatim tensor; with ``last`` the tensor ends."""
         self._writer.write(data)
         self._checksum.update(data)
@@ -81,7 +89,14 @@ class ContainerOutput:
             end = self._writer.position - self._data_start
             entry = framing.Entry(plan.entry.name, plan.target_dtype, plan.entry.shape, end - plan.target_size, end)
             checksum = (self._checksum.intdigest(),)
-            self._add(entry, _verbatim_object(plan, exact, self._checksum.hexdigest()), entry.shape, checksum, checksum, exponents)
+            self._add(
+                entry,
+                _verbatim_object(plan, exact, self._checksum.hexdigest()),
+                entry.shape,
+                checksum,
+                checksum,
+                exponents,
+            )
             self._checksum = xxhash.xxh3_64()
 
     def _add(
@@ -133,7 +148,9 @@ class ContainerOutput:
                 framing.Entry(plan.entry.name, plan.target_dtype, plan.entry.shape, end, end),
                 _verbatim_object(plan, False, "f" * 16),
             )
-            entry, objects[plan.entry.name] = max(record, verbatim, key=lambda form: len(_entry_json(form[0])) + len(_object_json(form[1])))
+            entry, objects[plan.entry.name] = max(
+                record, verbatim, key=lambda form: len(_entry_json(form[0])) + len(_object_json(form[1]))
+            )
             entries.append(entry)
         return len(self._header(entries, objects, "f" * 64))
 

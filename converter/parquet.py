@@ -11,7 +11,16 @@ from typing import Any, Final, NoReturn
 
 import numpy as np
 
-from df11.converter.manifest import COUNTED_WEIGHTS, MAX_BYTES, ExponentCounts, FileRow, Manifest, Origin, TensorRow, has_exponents
+from df11.converter.manifest import (
+    COUNTED_WEIGHTS,
+    MAX_BYTES,
+    ExponentCounts,
+    FileRow,
+    Manifest,
+    Origin,
+    TensorRow,
+    has_exponents,
+)
 from df11.formats import errors, framing, layout
 
 try:
@@ -54,17 +63,26 @@ _TEXTS: Final = [field.name for field in COLUMNS if field.type == pa.string()]
 def to_bytes(manifest: Manifest) -> bytes:
     """The file. See :meth:`Manifest.to_bytes`."""
     if len(manifest.tensors) > MAX_ROWS:
-        raise errors.LimitError("too many tensors for a manifest", expected=f"at most {MAX_ROWS}", found=len(manifest.tensors))
+        raise errors.LimitError(
+            "too many tensors for a manifest", expected=f"at most {MAX_ROWS}", found=len(manifest.tensors)
+        )
     schema = pa.schema(COLUMNS)
     # Arrow's own pools keep what they have freed, which counts against the memory of a conversion.
     pool = pa.system_memory_pool()
     sink = pa.BufferOutputStream(pool)
     with pq.ParquetWriter(
-        sink, schema, compression="zstd", use_dictionary=["file", "dtype", "encoding"], store_schema=False, write_page_checksum=True
+        sink,
+        schema,
+        compression="zstd",
+        use_dictionary=["file", "dtype", "encoding"],
+        store_schema=False,
+        write_page_checksum=True,
     ) as writer:
         for start in range(0, len(manifest.tensors), ROW_GROUP):
             rows = manifest.tensors[start : start + ROW_GROUP]
-            arrays = [pa.array([_cell(row, field.name) for row in rows], field.type, memory_pool=pool) for field in COLUMNS]
+            arrays = [
+                pa.array([_cell(row, field.name) for row in rows], field.type, memory_pool=pool) for field in COLUMNS
+            ]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=ROW_GROUP)
         writer.add_key_value_metadata({METADATA_KEY: framing.compact_json(_document(manifest))})
     return bytes(sink.getvalue())
@@ -108,9 +126,20 @@ def from_bytes(data: bytes, where: str | os.PathLike[str]) -> Manifest:
     try:
         return _Reader(data, where).manifest()
     # Everything that Arrow is known to say of damage; its exceptions derive from these.
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         reason = str(error).splitlines()
-        raise errors.ManifestError(f"not a manifest, or a damaged one ({reason[0][:200] if reason else type(error).__name__})", file=where) from None
+        raise errors.ManifestError(
+            f"not a manifest, or a damaged one ({reason[0][:200] if reason else type(error).__name__})", file=where
+        ) from None
 
 
 class _Reader:
@@ -132,7 +161,9 @@ class _Reader:
             **options,
         )
 
-    def _refuse(self, what: str, *, tensor: str | None = None, expected: object = None, found: object = None) -> NoReturn:
+    def _refuse(
+        self, what: str, *, tensor: str | None = None, expected: object = None, found: object = None
+    ) -> NoReturn:
         raise errors.ManifestError(f"manifest: {what}", file=self._where, tensor=tensor, expected=expected, found=found)
 
     def manifest(self) -> Manifest:
@@ -156,7 +187,12 @@ class _Reader:
             self._refuse("version", expected=VERSION, found=repr(version)[:80])
         tool, source, cast = document.get("tool"), document.get("source"), _member(document.get("options"), "cast")
         repository, commit, path = (_member(source, key) for key in ("repository", "commit", "path"))
-        if not (isinstance(tool, str) and isinstance(repository, str | None) and isinstance(commit, str | None) and isinstance(path, str)):
+        if not (
+            isinstance(tool, str)
+            and isinstance(repository, str | None)
+            and isinstance(commit, str | None)
+            and isinstance(path, str)
+        ):
             self._refuse("tool or source is not as specified")
         if cast not in (None, "bf16"):
             self._refuse("options.cast", expected="bf16 or null", found=repr(cast)[:80])
@@ -179,7 +215,9 @@ class _Reader:
             _member(source, "sha256"),
         )
         if not (_is_relative(row.file) and _is_relative(row.source_file)):
-            self._refuse("the name of a file must be relative to its tree", found=repr((row.file, row.source_file))[:200])
+            self._refuse(
+                "the name of a file must be relative to its tree", found=repr((row.file, row.source_file))[:200]
+            )
         if not (_is_size(row.bytes) and _is_size(row.source_bytes)):
             self._refuse("the size of a file", found=repr((row.bytes, row.source_bytes))[:80])
         if not (row.sha256 is None or _is_sha256(row.sha256)) or not _is_sha256(row.source_sha256):
@@ -207,7 +245,9 @@ class _Reader:
         place = length = 0
         for row in self._rows(cast):
             if order.get(row.file, -1) < place:
-                self._refuse("a row's file is unknown, or not in the order of the files", tensor=row.name, found=row.file[:200])
+                self._refuse(
+                    "a row's file is unknown, or not in the order of the files", tensor=row.name, found=row.file[:200]
+                )
             place = order[row.file]
             length += len(row.name)
             if length > MAX_BYTES:  # A few bytes can repeat a long name as often as there may be rows.
@@ -240,7 +280,12 @@ class _Reader:
 
     def _check_row(self, value: dict[str, Any], cast: str | None) -> TensorRow:
         name, dtype, shape = value["name"], value["dtype"], tuple(value["shape"])
-        if dtype not in framing.DTYPE_BITS or len(shape) > layout.MAX_DIMENSIONS or not all(map(_is_size, shape)) or not _is_size(math.prod(shape)):
+        if (
+            dtype not in framing.DTYPE_BITS
+            or len(shape) > layout.MAX_DIMENSIONS
+            or not all(map(_is_size, shape))
+            or not _is_size(math.prod(shape))
+        ):
             self._refuse("dtype or shape", tensor=name, found=f"{dtype} {shape}"[:200])
         counts = None if value["exponent_counts"] is None else self._check_counts(name, value["exponent_counts"])
         row = TensorRow(
@@ -257,9 +302,18 @@ class _Reader:
             tuple(value["decoded_xxh3"]),
         )
         if row.encoding == "df11":
-            right = dtype == "BF16" and row.elements > 0 and 0 < len(row.stored_xxh3) == len(row.decoded_xxh3) and row.stored_bytes > 0
+            right = (
+                dtype == "BF16"
+                and row.elements > 0
+                and 0 < len(row.stored_xxh3) == len(row.decoded_xxh3)
+                and row.stored_bytes > 0
+            )
         else:
-            right = row.encoding == "verbatim" and row.stored_bytes == row.decoded_bytes and row.stored_xxh3 == row.decoded_xxh3
+            right = (
+                row.encoding == "verbatim"
+                and row.stored_bytes == row.decoded_bytes
+                and row.stored_xxh3 == row.decoded_xxh3
+            )
             right = right and len(row.stored_xxh3) == 1
         if not right or None in row.stored_xxh3 or None in row.decoded_xxh3:
             self._refuse("encoding, size or checksums do not fit the tensor", tensor=name)
@@ -288,7 +342,12 @@ class _Reader:
         if counts is not None and entropy is not None:
             total = sum(np.frombuffer(counts.counts, "<u8").tolist())
             if total != row.elements or abs(counts.entropy() - entropy) > _ENTROPY_SLACK:
-                self._refuse("exponent_counts do not fit elements or entropy", tensor=row.name, expected=row.elements, found=total)
+                self._refuse(
+                    "exponent_counts do not fit elements or entropy",
+                    tensor=row.name,
+                    expected=row.elements,
+                    found=total,
+                )
 
 
 def _member(value: Any, key: str) -> Any:
@@ -304,4 +363,6 @@ def _is_sha256(value: object) -> bool:
 
 
 def _is_relative(value: object) -> bool:
-    return isinstance(value, str) and "\0" not in value and all(part not in ("", ".", "..") for part in value.split("/"))
+    return (
+        isinstance(value, str) and "\0" not in value and all(part not in ("", ".", "..") for part in value.split("/"))
+    )

@@ -131,7 +131,9 @@ def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progr
     deferred.sort(key=lambda plan: (-framing.DTYPE_BITS[plan.target_dtype], plan.entry.start))
     for plan in deferred:
         name = plan.entry.name
-        _copy_deferred(plan, source, slots[0], output, checksums.get(name, []), exponents.get(name), exact=name not in inexact)
+        _copy_deferred(
+            plan, source, slots[0], output, checksums.get(name, []), exponents.get(name), exact=name not in inexact
+        )
     source.check_unchanged()
     sha256 = digest.hexdigest()
     output.finish(sha256)
@@ -166,7 +168,10 @@ def _needs(batches: list[Batch], source: Source) -> _Needs:
     read = max((batch.size for batch in batches), default=0)
     write = max((batch.output_size for batch in batches), default=0)
     # A cast needs a place to put its weights; so does a tensor that does not start where its weights can be read.
-    weights = max((p.weights for p, b in pieces if p.tensor.fate is Fate.CODE and (p.tensor.cast or (p.start - b.start) % 2)), default=0)
+    weights = max(
+        (p.weights for p, b in pieces if p.tensor.fate is Fate.CODE and (p.tensor.cast or (p.start - b.start) % 2)),
+        default=0,
+    )
     each = read + write + 2 * weights + ENCODER_MEMORY
     entries = source.header.entries
     base = BASE_MEMORY + HEADER_MEMORY * len(source.header.raw) + TENSOR_MEMORY * len(entries)
@@ -185,7 +190,12 @@ def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> lis
         )
     count = max(min((settings.max_memory - needs.base) // needs.each, settings.jobs + 2, len(batches)), 1)
     return [
-        _Slot(np.empty(needs.read, np.uint8), np.empty(needs.write, np.uint8), np.empty(needs.weights, np.uint16), SegmentEncoder())
+        _Slot(
+            np.empty(needs.read, np.uint8),
+            np.empty(needs.write, np.uint8),
+            np.empty(needs.weights, np.uint16),
+            SegmentEncoder(),
+        )
         for _ in range(count)
     ]
 
@@ -237,7 +247,9 @@ def _process_batches(
                 break
             batch, slot, outcomes = waiting.popleft()
             while not wait([outcomes], HEARTBEAT).done:
-                progress(0)  # A server can be silent for minutes; meanwhile a caller can say, by an error, that nobody wants the outcome any more.
+                progress(
+                    0
+                )  # A server can be silent for minutes; meanwhile a caller can say, by an error, that nobody wants the outcome any more.
             yield batch, outcomes.result()
             free.append(slot)
 
@@ -301,7 +313,14 @@ def _weights(source: Bytes, scratch: Weights, *, cast: bool) -> tuple[Weights, b
 
 
 def _copy_deferred(
-    plan: TensorPlan, source: Source, slot: _Slot, output: ContainerOutput, checksums: list[int], exponents: Exponents, *, exact: bool
+    plan: TensorPlan,
+    source: Source,
+    slot: _Slot,
+    output: ContainerOutput,
+    checksums: list[int],
+    exponents: Exponents,
+    *,
+    exact: bool,
 ) -> None:
     # Read a tensor once more; its bytes must be those that were hashed.
     if not plan.entry.size:

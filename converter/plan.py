@@ -107,7 +107,10 @@ def split_tensor(plan: TensorPlan) -> list[Piece]:
     if plan.fate is Fate.CODE:
         step = SEGMENT_WEIGHTS * (4 if plan.cast else 2)
     entry = plan.entry
-    return [Piece(plan, start, min(step, entry.end - start), start + step >= entry.end) for start in range(entry.start, entry.end, step)]
+    return [
+        Piece(plan, start, min(step, entry.end - start), start + step >= entry.end)
+        for start in range(entry.start, entry.end, step)
+    ]
 
 
 def plan_batches(plans: Sequence[TensorPlan]) -> list[Batch]:

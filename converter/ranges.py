@@ -57,7 +57,9 @@ class RemoteFile:
                         view[: len(chunk)] = chunk
                         view, start = view[len(chunk) :], start + len(chunk)
                     if view:
-                        raise hub.LaterError("the Hub's answer ends too early", file=self.where, hint="run the same command again")
+                        raise hub.LaterError(
+                            "the Hub's answer ends too early", file=self.where, hint="run the same command again"
+                        )
             except errors.RetryLaterError as error:
                 if len(view) < before:
                     waits = iter(hub.WAITS)
@@ -110,7 +112,9 @@ class RemoteFile:
         else:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("content-range", ""))
             if not match or int(match[1]) != start:
-                raise hub.LaterError("the Hub sends other bytes than were asked for", file=self.where, hint="run the same command again")
+                raise hub.LaterError(
+                    "the Hub sends other bytes than were asked for", file=self.where, hint="run the same command again"
+                )
             length = match[2]
             skip = 0
         if length not in (str(self.size), "*"):
@@ -121,7 +125,10 @@ class RemoteFile:
 
     def _other_size(self, found: str) -> errors.DifferenceError:
         return errors.DifferenceError(
-            "the Hub sends a file of another size than it lists", file=self.where, expected=f"{self.size} bytes", found=found or "another"
+            "the Hub sends a file of another size than it lists",
+            file=self.where,
+            expected=f"{self.size} bytes",
+            found=found or "another",
         )
 
 
@@ -194,7 +201,9 @@ class RangeReader:
                     buffer = self._free.get(block=wanted == index)
                 except Empty:
                     break
-                piece = _Piece(self._start + wanted * PIECE_BYTES, buffer, min(PIECE_BYTES, size - wanted * PIECE_BYTES))
+                piece = _Piece(
+                    self._start + wanted * PIECE_BYTES, buffer, min(PIECE_BYTES, size - wanted * PIECE_BYTES)
+                )
                 with self._state:
                     self._held[wanted] = piece
                     if self._stopped.is_set():

@@ -107,7 +107,11 @@ def _layout(container: Container, *, bf16: bool) -> _Layout:
         size = entry.size if info.exact is None else entry.size // 2
         entries.append(framing.Entry(entry.name, info.dtype, entry.shape, position, position + size))
         position += size
-    header = framing.encode_header(entries, source.metadata) if source.metadata else framing.compact_json(_without_metadata(entries))
+    header = (
+        framing.encode_header(entries, source.metadata)
+        if source.metadata
+        else framing.compact_json(_without_metadata(entries))
+    )
     header += b" " * (-len(header) % 8)
     return _Layout(header, tuple(entries), 8 + len(header) + position, None)
 
@@ -133,7 +137,10 @@ def _restore_shard(job: FileJob, bf16: bool, force: bool, jobs: int, progress: P
             sha256 = _write(container, target, writer, jobs, progress)
             if target.sha256 is not None and sha256 != target.sha256:
                 raise errors.DifferenceError(
-                    "what was restored is not the source", file=job.source.label, expected=f"SHA-256 {target.sha256}", found=sha256
+                    "what was restored is not the source",
+                    file=job.source.label,
+                    expected=f"SHA-256 {target.sha256}",
+                    found=sha256,
                 )
             if existing is None:
                 writer.commit()

@@ -57,7 +57,9 @@ class Source(ABC):
 
     def changed(self, tensor: str | None = None) -> errors.Df11Error:
         """The error for a source that is not what it was."""
-        return errors.ConflictError("the source has changed while it was read", file=self.path, tensor=tensor, hint="run the same command again")
+        return errors.ConflictError(
+            "the source has changed while it was read", file=self.path, tensor=tensor, hint="run the same command again"
+        )
 
     def sha256(self, progress: Progress) -> str:
         """SHA-256 of the whole file, in hexadecimal."""

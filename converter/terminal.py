@@ -84,7 +84,9 @@ def run(commands: options.Group, arguments: list[str]) -> int:
         signals.append(number)
         if len(signals) == 1:
             raise KeyboardInterrupt
-        if len(signals) > 2:  # The second must not disturb what the first one has made it clean up; the third one means it.
+        if (
+            len(signals) > 2
+        ):  # The second must not disturb what the first one has made it clean up; the third one means it.
             os._exit(INTERRUPTED)
 
     signal.signal(signal.SIGTERM, interrupt)  # A cancelled CI job cleans up like an interrupted one.

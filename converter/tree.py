@@ -75,7 +75,9 @@ def plan_names(files: Iterable[SourceFile], old: str, new: str) -> list[tuple[Ki
             continue
         target = file.name.with_name(name)
         if target in plan:
-            raise errors.UsageError(f"{plan[target][1].label} and {file.label} would both be written as this file", file=target)
+            raise errors.UsageError(
+                f"{plan[target][1].label} and {file.label} would both be written as this file", file=target
+            )
         plan[target] = (kind, file, target)
     order = ("convert", "copy", "index")
     return sorted(plan.values(), key=lambda item: order.index(item[0]))

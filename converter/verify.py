@@ -61,7 +61,11 @@ def verify(
     for file in files:
         with ExitStack() as stack:
             container = stack.enter_context(Container(file))
-            source = None if against is None else stack.enter_context(LocalSource(_source_path(file, Path(path), Path(against))))
+            source = (
+                None
+                if against is None
+                else stack.enter_context(LocalSource(_source_path(file, Path(path), Path(against))))
+            )
             _verify(container, source, threads, on_progress)
             tensors += len(container)
             size += sum(_decoded_size(container.info(name)) for name in container.keys())
@@ -88,7 +92,10 @@ def _verify(container: Container, source: Source | None, jobs: int, progress: Pr
         sha256 = source.sha256(ignore)
         if sha256 != container.source.sha256:
             raise errors.DifferenceError(
-                "this is not the file that was converted", file=source.path, expected=f"SHA-256 {container.source.sha256}", found=sha256
+                "this is not the file that was converted",
+                file=source.path,
+                expected=f"SHA-256 {container.source.sha256}",
+                found=sha256,
             )
 
     def tasks() -> Iterator[_Task]:
@@ -132,7 +139,9 @@ def _verify_verbatim(container: Container, source: Source | None, name: str, sta
             data = np.empty(len(chunk) * (2 if cast else 1), np.uint8)
             source.read(start, data)
             start += len(data)
-            if not np.array_equal(_cast(data, np.empty(len(chunk) // 2, np.uint16)).view(np.uint8) if cast else data, chunk):
+            if not np.array_equal(
+                _cast(data, np.empty(len(chunk) // 2, np.uint16)).view(np.uint8) if cast else data, chunk
+            ):
                 raise errors.DifferenceError("the bytes differ from the source's", file=container.path, tensor=name)
 
 

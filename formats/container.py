@@ -116,7 +116,9 @@ class Container:
             raise errors.NotDf11Error("not a df11 container: it has no df11 metadata", file=self.path)
         version = metadata[layout.METADATA_VERSION]
         if version != str(layout.VERSION):
-            raise errors.VersionError("container version", file=self.path, expected=layout.VERSION, found=version, hint="install a newer df11")
+            raise errors.VersionError(
+                "container version", file=self.path, expected=layout.VERSION, found=version, hint="install a newer df11"
+            )
         for key in layout.METADATA_KEYS:
             if key not in metadata:
                 raise errors.MetadataError(f"the metadata lack {key}", file=self.path)
@@ -126,10 +128,16 @@ class Container:
         unknown = sorted(set(requires) - layout.KNOWN_FEATURES)
         if unknown:
             raise errors.FeatureError(
-                f"the file requires features that this df11 does not know: {', '.join(unknown)}", file=self.path, hint="install a newer df11"
+                f"the file requires features that this df11 does not know: {', '.join(unknown)}",
+                file=self.path,
+                hint="install a newer df11",
             )
         if self._header.data_start % layout.DATA_ALIGNMENT:
-            raise errors.EntryError(f"the data must start at a multiple of {layout.DATA_ALIGNMENT}", file=self.path, found=self._header.data_start)
+            raise errors.EntryError(
+                f"the data must start at a multiple of {layout.DATA_ALIGNMENT}",
+                file=self.path,
+                found=self._header.data_start,
+            )
         self.writer = metadata[layout.METADATA_WRITER]
         self.source = self._parse_source(self._json(layout.METADATA_SOURCE))
         self._entries = {entry.name: entry for entry in self._header.entries}
@@ -167,10 +175,20 @@ class Container:
         where: dict[str, Any] = {"file": self.path, "tensor": entry.name}
         if not isinstance(value, dict):
             raise errors.MetadataError("df11.tensors must hold objects", **where)
-        encoding, dtype, shape, exact = value.get("encoding"), value.get("dtype"), value.get("shape"), value.get("exact")
+        encoding, dtype, shape, exact = (
+            value.get("encoding"),
+            value.get("dtype"),
+            value.get("shape"),
+            value.get("exact"),
+        )
         if encoding not in ("df11", "verbatim"):
             raise errors.MetadataError("unknown encoding", **where, found=repr(encoding)[:80])
-        if not isinstance(dtype, str) or dtype not in framing.DTYPE_BITS or not isinstance(shape, list) or len(shape) > layout.MAX_DIMENSIONS:
+        if (
+            not isinstance(dtype, str)
+            or dtype not in framing.DTYPE_BITS
+            or not isinstance(shape, list)
+            or len(shape) > layout.MAX_DIMENSIONS
+        ):
             raise errors.MetadataError("dtype or shape is not as specified", **where)
         if (
             not all(type(size) is int and 0 <= size < 1 << 63 for size in shape)
@@ -184,16 +202,28 @@ class Container:
         if encoding == "df11":
             if entry.dtype != "U8" or entry.shape != (entry.size,) or dtype != "BF16":
                 raise errors.EntryError(
-                    "a record must be a one-dimensional U8 tensor that decodes to BF16", **where, found=f"{entry.dtype} {entry.shape}, {dtype}"
+                    "a record must be a one-dimensional U8 tensor that decodes to BF16",
+                    **where,
+                    found=f"{entry.dtype} {entry.shape}, {dtype}",
                 )
-            if info.elements > entry.size:  # A weight takes a byte at least; so nobody need allocate what a forged shape claims.
-                raise errors.EntryError("the record is too small for its shape", **where, expected=f"{info.elements} bytes or more", found=entry.size)
+            if (
+                info.elements > entry.size
+            ):  # A weight takes a byte at least; so nobody need allocate what a forged shape claims.
+                raise errors.EntryError(
+                    "the record is too small for its shape",
+                    **where,
+                    expected=f"{info.elements} bytes or more",
+                    found=entry.size,
+                )
             if entry.start % layout.RECORD_ALIGNMENT:
                 raise errors.EntryError("a record must start at a multiple of 16", **where, offset=entry.start)
         else:
             if (entry.dtype, entry.shape) != (dtype, tuple(shape)):
                 raise errors.EntryError(
-                    "a verbatim entry must have the dtype and shape of its tensor", **where, expected=(dtype, shape), found=(entry.dtype, entry.shape)
+                    "a verbatim entry must have the dtype and shape of its tensor",
+                    **where,
+                    expected=(dtype, shape),
+                    found=(entry.dtype, entry.shape),
                 )
             if not _is_hexadecimal(value.get("xxh3"), 16):
                 raise errors.MetadataError("xxh3 of a verbatim tensor", **where, found=repr(value.get("xxh3"))[:80])
@@ -203,7 +233,9 @@ class Container:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -285,7 +317,11 @@ class Container:
         expected = self._checksums[name]
         if found != expected:
             raise errors.ChecksumError(
-                "the stored bytes are damaged", file=self.path, tensor=name, expected=f"{expected:016x}", found=f"{found:016x}"
+                "the stored bytes are damaged",
+                file=self.path,
+                tensor=name,
+                expected=f"{expected:016x}",
+                found=f"{found:016x}",
             )
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
@@ -304,9 +340,13 @@ class Container:
         """
         info = self.info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
-            raise errors.UsageError("no such rows", file=self.path, tensor=name, expected=f"within {info.shape}", found=(start, stop))
+            raise errors.UsageError(
+                "no such rows", file=self.path, tensor=name, expected=f"within {info.shape}", found=(start, stop)
+            )
         if info.dtype not in NUMPY_DTYPES:
-            raise errors.UsageError("rows of a tensor of this dtype cannot be addressed", file=self.path, tensor=name, found=info.dtype)
+            raise errors.UsageError(
+                "rows of a tensor of this dtype cannot be addressed", file=self.path, tensor=name, found=info.dtype
+            )
         row = math.prod(info.shape[1:])
         shape = (stop - start, *info.shape[1:])
         if info.encoding == "df11":
@@ -323,16 +363,24 @@ class Container:
         try:
             frame = base64.b64decode(self._header.metadata[layout.METADATA_SOURCE_HEADER], validate=True)
             if zstandard.frame_content_size(frame) not in (self.source.header_bytes, -1):
-                raise errors.SourceHeaderError("the stored source header has another size", **where, expected=self.source.header_bytes)
-            raw = zstandard.ZstdDecompressor().decompress(frame, max_output_size=self.source.header_bytes, allow_extra_data=False)
+                raise errors.SourceHeaderError(
+                    "the stored source header has another size", **where, expected=self.source.header_bytes
+                )
+            raw = zstandard.ZstdDecompressor().decompress(
+                frame, max_output_size=self.source.header_bytes, allow_extra_data=False
+            )
         except (binascii.Error, ValueError, zstandard.ZstdError) as error:
             raise errors.SourceHeaderError(f"the stored source header cannot be read ({error})", **where) from None
         if len(raw) != self.source.header_bytes:
-            raise errors.SourceHeaderError("the stored source header has another size", **where, expected=self.source.header_bytes, found=len(raw))
+            raise errors.SourceHeaderError(
+                "the stored source header has another size", **where, expected=self.source.header_bytes, found=len(raw)
+            )
         try:
             header = framing.parse_header(raw, self.source.bytes - 8 - len(raw), self.path)
         except (errors.SafetensorsError, errors.LimitError) as error:
-            raise errors.SourceHeaderError(f"the stored source header is not one of safetensors: {error.what}", **where) from None
+            raise errors.SourceHeaderError(
+                f"the stored source header is not one of safetensors: {error.what}", **where
+            ) from None
         if {entry.name for entry in header.entries} != self._infos.keys():
             raise errors.SourceHeaderError("the source header names other tensors", **where)
         for entry in header.entries:

@@ -44,7 +44,11 @@ class Df11Error(Exception):
         if self.offset is not None:
             where.append(f"offset {self.offset}")
         text = f"{', '.join(where)}: {self.what}" if where else self.what
-        details = [f"{word} {value}" for word, value in (("expected", self.expected), ("found", self.found)) if value is not None]
+        details = [
+            f"{word} {value}"
+            for word, value in (("expected", self.expected), ("found", self.found))
+            if value is not None
+        ]
         if details:
             text += f" ({', '.join(details)})"
         if self.hint is not None:

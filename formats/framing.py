@@ -86,7 +86,9 @@ def read_header(file: IO[bytes], path: str | os.PathLike[str]) -> Header:
     length = header_length(file.read(8), size, path)
     raw = file.read(length)
     if len(raw) != length:
-        raise errors.TruncatedFileError("the file ends inside its header", file=path, expected=f"{length} bytes", found=len(raw))
+        raise errors.TruncatedFileError(
+            "the file ends inside its header", file=path, expected=f"{length} bytes", found=len(raw)
+        )
     return parse_header(raw, size - 8 - length, path)
 
 
@@ -94,7 +96,10 @@ def header_length(prefix: bytes, size: int, path: str | os.PathLike[str]) -> int
     """Bytes of the JSON header, from the first 8 bytes of a file of ``size`` bytes; checked against the limit and the file."""
     if len(prefix) < 8:
         raise errors.TruncatedFileError(
-            "not a safetensors file: it is too short to hold a header", file=path, expected="at least 8 bytes", found=f"{size} bytes"
+            "not a safetensors file: it is too short to hold a header",
+            file=path,
+            expected="at least 8 bytes",
+            found=f"{size} bytes",
         )
     length = int.from_bytes(prefix, "little")
     if length > layout.MAX_JSON_HEADER:
@@ -107,7 +112,12 @@ def header_length(prefix: bytes, size: int, path: str | os.PathLike[str]) -> int
         )
     if length > size - 8:
         raise errors.TruncatedFileError(
-            "the file ends inside its header", file=path, offset=0, expected=f"{length + 8} bytes", found=f"{size} bytes", hint="download it again"
+            "the file ends inside its header",
+            file=path,
+            offset=0,
+            expected=f"{length + 8} bytes",
+            found=f"{size} bytes",
+            hint="download it again",
         )
     return length
 
@@ -135,8 +145,12 @@ def parse_header(raw: bytes, data_size: int, path: str | os.PathLike[str]) -> He
         raise errors.HeaderJsonError("__metadata__ must map strings to strings", file=path)
     _check_unicode(itertools.chain(document, metadata, metadata.values()), path)
     if len(document) > layout.MAX_TENSORS:
-        raise errors.LimitError("too many tensors", file=path, expected=f"at most {layout.MAX_TENSORS}", found=len(document))
-    entries = sorted((_parse_entry(name, value, path) for name, value in document.items()), key=lambda e: (e.start, e.end))
+        raise errors.LimitError(
+            "too many tensors", file=path, expected=f"at most {layout.MAX_TENSORS}", found=len(document)
+        )
+    entries = sorted(
+        (_parse_entry(name, value, path) for name, value in document.items()), key=lambda e: (e.start, e.end)
+    )
     _check_ranges(entries, data_size, path)
     return Header(tuple(entries), metadata, raw)
 
@@ -152,11 +166,15 @@ def _parse_json(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{constant} is no JSON")
 
     if not raw.startswith(b"{"):
-        raise errors.HeaderJsonError("not a safetensors file: its header does not start with '{'", file=path, offset=8, found=repr(raw[:1]))
+        raise errors.HeaderJsonError(
+            "not a safetensors file: its header does not start with '{'", file=path, offset=8, found=repr(raw[:1])
+        )
     try:
         document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise errors.HeaderJsonError(f"not a safetensors file: its header is not JSON ({error})", file=path, offset=8) from None
+        raise errors.HeaderJsonError(
+            f"not a safetensors file: its header is not JSON ({error})", file=path, offset=8
+        ) from None
     if not isinstance(document, dict):
         raise errors.HeaderJsonError("the header is not a JSON object", file=path, offset=8)
     return document
@@ -184,14 +202,21 @@ def _parse_entry(name: str, value: object, path: str | os.PathLike[str]) -> Entr
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise errors.HeaderJsonError("shape must be a list of sizes", file=path, tensor=name, found=repr(shape)[:80])
     if len(shape) > layout.MAX_DIMENSIONS:
-        raise errors.LimitError("too many dimensions", file=path, tensor=name, expected=f"at most {layout.MAX_DIMENSIONS}", found=len(shape))
+        raise errors.LimitError(
+            "too many dimensions", file=path, tensor=name, expected=f"at most {layout.MAX_DIMENSIONS}", found=len(shape)
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise errors.HeaderJsonError("data_offsets must be two sizes", file=path, tensor=name, found=repr(offsets)[:80])
     entry = Entry(name, dtype, tuple(shape), *offsets)
     bits = entry.elements * DTYPE_BITS[dtype]
     if bits % 8 or entry.size != bits // 8:
         raise errors.TensorSizeError(
-            "data_offsets do not fit dtype and shape", file=path, tensor=name, offset=entry.start, expected=f"{-(-bits // 8)} bytes", found=entry.size
+            "data_offsets do not fit dtype and shape",
+            file=path,
+            tensor=name,
+            offset=entry.start,
+            expected=f"{-(-bits // 8)} bytes",
+            found=entry.size,
         )
     return entry
 
@@ -201,7 +226,9 @@ def _check_ranges(entries: Sequence[Entry], data_size: int, path: str | os.PathL
     for entry in entries:
         if entry.start != position:
             what = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
-            raise errors.TensorRangeError(what, file=path, tensor=entry.name, offset=entry.start, expected=position, found=entry.start)
+            raise errors.TensorRangeError(
+                what, file=path, tensor=entry.name, offset=entry.start, expected=position, found=entry.start
+            )
         position = entry.end
     if position > data_size:
         name = entries[-1].name
@@ -214,14 +241,20 @@ def _check_ranges(entries: Sequence[Entry], data_size: int, path: str | os.PathL
             hint="download it again",
         )
     if position < data_size:
-        raise errors.TensorRangeError("bytes after the last tensor", file=path, offset=position, expected=position, found=data_size)
+        raise errors.TensorRangeError(
+            "bytes after the last tensor", file=path, offset=position, expected=position, found=data_size
+        )
 
 
 def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     """The JSON of a container's header, without the 8 bytes of its size and without padding."""
     document: dict[str, Any] = {"__metadata__": dict(metadata)}
     for entry in entries:
-        document[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.end]}
+        document[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.start, entry.end],
+        }
     return compact_json(document)
 
 

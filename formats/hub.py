@@ -61,10 +61,16 @@ class Address:
             raise errors.UsageError(f"{owner}/ is no owner of models", file=self._text(), hint=f"write {_EXAMPLE}")
         if not is_repository(self.repository):
             raise errors.UsageError("not the address of a model on the Hub", file=self._text(), expected=_EXAMPLE)
-        if self.revision is not None and (not self.revision or ".." in self.revision or re.search(r"[\x00-\x20\x7f\ud800-\udfff]", self.revision)):
-            raise errors.UsageError("no revision can have this name", file=self._text(), found=errors.shortened(self.revision))
+        if self.revision is not None and (
+            not self.revision or ".." in self.revision or re.search(r"[\x00-\x20\x7f\ud800-\udfff]", self.revision)
+        ):
+            raise errors.UsageError(
+                "no revision can have this name", file=self._text(), found=errors.shortened(self.revision)
+            )
         if self.path and not is_safe_path(self.path):
-            raise errors.UsageError("no path in a repository can have this name", file=self._text(), found=errors.shortened(self.path))
+            raise errors.UsageError(
+                "no path in a repository can have this name", file=self._text(), found=errors.shortened(self.path)
+            )
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -81,7 +87,9 @@ class Address:
     def _text(self) -> str:
         revision = ""
         if self.revision is not None:
-            revision = "@" + quote(self.revision, safe="/" if _SPECIAL.fullmatch(self.revision) else "", errors="replace")
+            revision = "@" + quote(
+                self.revision, safe="/" if _SPECIAL.fullmatch(self.revision) else "", errors="replace"
+            )
             if self.revision == "refs":
                 revision = "@%72efs"  # Else a path pr/1 after it would make another revision of it.
         return _printable(SCHEME + self.repository + revision + (f"/{self.path}" if self.path else ""))
@@ -103,7 +111,9 @@ def is_repository(name: str) -> bool:
 
 def is_safe_path(path: str) -> bool:
     """Whether a path from a repository stays in a folder that it is joined to, and can be the name of a file."""
-    return all(part not in ("", ".", "..") for part in path.split("/")) and not re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", path)
+    return all(part not in ("", ".", "..") for part in path.split("/")) and not re.search(
+        r"[\x00-\x1f\x7f\\\ud800-\udfff]", path
+    )
 
 
 def endpoint() -> str:
@@ -155,7 +165,9 @@ def _limit(request: Any) -> None:
 class LaterError(errors.RetryLaterError):
     """A RetryLaterError that knows how long to wait: ``wait`` in seconds, infinite where another try is useless; None if nobody said."""
 
-    def __init__(self, what: str, *, wait: float | None = None, file: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, what: str, *, wait: float | None = None, file: str | None = None, hint: str | None = None
+    ) -> None:
         super().__init__(what, file=file, hint=hint)
         self.wait = wait
 
@@ -183,10 +195,17 @@ def _explain(error: BaseException, where: str, missing_hint: str) -> errors.Df11
     http = importlib.import_module(client.HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
     match error:
         case client.OfflineModeIsEnabled():
-            return LaterError("the Hub is switched off by HF_HUB_OFFLINE", wait=math.inf, file=where, hint="unset it and run the same command again")
+            return LaterError(
+                "the Hub is switched off by HF_HUB_OFFLINE",
+                wait=math.inf,
+                file=where,
+                hint="unset it and run the same command again",
+            )
         case client.GatedRepoError():
             page = f"{endpoint()}/{_repository(where)}, then {_LOG_IN}"
-            return errors.NotAllowedError("access to this repository must be asked for", file=where, hint=f"ask on {page}")
+            return errors.NotAllowedError(
+                "access to this repository must be asked for", file=where, hint=f"ask on {page}"
+            )
         case client.DisabledRepoError():
             return errors.NotAllowedError("this repository has been disabled", file=where)
         case client.RepositoryNotFoundError():
@@ -211,7 +230,9 @@ def _explain(error: BaseException, where: str, missing_hint: str) -> errors.Df11
             # The last two: characters that no header may have. Their texts quote the header.
             return errors.NotAllowedError("the Hub's token cannot be used", file=where, hint=_login_hint())
         case http.UnsupportedProtocol() | http.InvalidURL():
-            return errors.UsageError("the address of the Hub is none", file=where, found=endpoint(), hint="check HF_ENDPOINT")
+            return errors.UsageError(
+                "the address of the Hub is none", file=where, found=endpoint(), hint="check HF_ENDPOINT"
+            )
         case client.HFValidationError():
             return errors.UsageError("no repository can have this name", file=where, hint=missing_hint)
         case http.TimeoutException():
@@ -249,22 +270,32 @@ def explain_status(status: int, headers: Mapping[str, str], where: str) -> error
     """The error for an HTTP status that is not the one that was hoped for."""
     match status:
         case 401:
-            return errors.NotAllowedError("the Hub does not accept this token, or wants one (401)", file=where, hint=_login_hint())
+            return errors.NotAllowedError(
+                "the Hub does not accept this token, or wants one (401)", file=where, hint=_login_hint()
+            )
         case 403:
-            return errors.NotAllowedError("the Hub does not allow this (403)", file=where, hint=f"{_LOG_IN}, with a token that may do this")
+            return errors.NotAllowedError(
+                "the Hub does not allow this (403)", file=where, hint=f"{_LOG_IN}, with a token that may do this"
+            )
         case 404 | 410:
             return errors.MissingError(f"the Hub does not have this ({status})", file=where, hint="check the address")
         case 409 | 412:
-            return errors.ConflictError(f"somebody else has changed this on the Hub meanwhile ({status})", file=where, hint=_AGAIN)
+            return errors.ConflictError(
+                f"somebody else has changed this on the Hub meanwhile ({status})", file=where, hint=_AGAIN
+            )
         case 429:
             wait = _wait_asked(headers)
             told = "a while" if wait is None else f"{wait:.0f} s"
-            return LaterError(f"the Hub has had too many requests and asks to wait {told} (429)", wait=wait, file=where, hint=_AGAIN)
+            return LaterError(
+                f"the Hub has had too many requests and asks to wait {told} (429)", wait=wait, file=where, hint=_AGAIN
+            )
         case _ if status == 408 or status >= 500:
             return LaterError(f"the Hub has trouble ({status})", wait=_wait_asked(headers), file=where, hint=_AGAIN)
         case _:
             told = errors.shortened(headers.get("x-error-message", ""))
-            return errors.UsageError(f"the Hub refuses this request ({status})", file=where, found=None if told == "''" else told)
+            return errors.UsageError(
+                f"the Hub refuses this request ({status})", file=where, found=None if told == "''" else told
+            )
 
 
 def _wait_asked(headers: Mapping[str, str]) -> float | None:
@@ -272,7 +303,9 @@ def _wait_asked(headers: Mapping[str, str]) -> float | None:
     text = headers.get("retry-after", "").strip()
     if text.isdecimal():
         return float(text)
-    from email.utils import parsedate_to_datetime  # It brings sockets, which nobody needs who does not speak to the Hub.
+    from email.utils import (
+        parsedate_to_datetime,
+    )  # It brings sockets, which nobody needs who does not speak to the Hub.
 
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())

@@ -84,7 +84,8 @@ class Structure:
         """Field values of the structure that starts at ``offset``; a bytes field is returned as a little-endian integer."""
         values = self._struct.unpack_from(data, offset)
         return {
-            field: int.from_bytes(value, "little") if isinstance(value, bytes) else value for field, value in zip(self.fields, values, strict=True)
+            field: int.from_bytes(value, "little") if isinstance(value, bytes) else value
+            for field, value in zip(self.fields, values, strict=True)
         }
 
 
@@ -122,7 +123,9 @@ SEGMENT_HEADER: Final = Structure(
         "exception_count": "I",
     },
 )
-TILE_DESCRIPTOR: Final = Structure("Tile descriptor", {"stream_position": "I", "shortest_lane": "H", "exception_count": "H"})
+TILE_DESCRIPTOR: Final = Structure(
+    "Tile descriptor", {"stream_position": "I", "shortest_lane": "H", "exception_count": "H"}
+)
 EXCEPTION: Final = Structure("Exception", {"position": "H", "weight": "H"})
 STRUCTURES: Final = (RECORD_HEADER, DIRECTORY_ENTRY, SEGMENT_HEADER, TILE_DESCRIPTOR, EXCEPTION)
 

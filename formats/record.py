@@ -62,7 +62,10 @@ class SegmentPlace:
         found = xxhash.xxh3_64_intdigest(data)
         if found != self.stored_checksum:
             raise errors.ChecksumError(
-                "the stored bytes are damaged", **place.at(self.offset), expected=f"{self.stored_checksum:016x}", found=f"{found:016x}"
+                "the stored bytes are damaged",
+                **place.at(self.offset),
+                expected=f"{self.stored_checksum:016x}",
+                found=f"{found:016x}",
             )
 
 
@@ -99,7 +102,9 @@ class Record:
         """
         last = self.element_count if last is None else last
         if not 0 <= first <= last <= self.element_count:
-            raise errors.UsageError("range of weights", file=self.place.file, tensor=self.place.tensor, found=(first, last))
+            raise errors.UsageError(
+                "range of weights", file=self.place.file, tensor=self.place.tensor, found=(first, last)
+            )
         out = np.empty(last - first, np.uint16)
         if first == last:
             return out
@@ -126,7 +131,9 @@ def open_record(read: Callable[[int, Bytes], None], size: int, place: Place) -> 
     header_bytes = _read_bytes(read, 0, _HEADER.size)
     header = _HEADER.unpack(header_bytes)
 
-    def require(field: str, expected: object, correct: bool, error: type[errors.Df11Error] = errors.RecordHeaderError) -> None:
+    def require(
+        field: str, expected: object, correct: bool, error: type[errors.Df11Error] = errors.RecordHeaderError
+    ) -> None:
         if not correct:
             offset = next(row[0] for row in _HEADER.table() if row[2] == field)
             raise error(f"record header: {field}", **place.at(offset), expected=expected, found=header[field])
@@ -138,7 +145,12 @@ def open_record(read: Callable[[int, Bytes], None], size: int, place: Place) -> 
     require("reserved_0", 0, header["reserved_0"] == 0)
     require("reserved_1", 0, header["reserved_1"] == 0)
     elements, per_segment, count = header["element_count"], header["segment_elements"], header["segment_count"]
-    require("element_count", f"1 to {layout.MAX_RECORD_WEIGHTS}", 1 <= elements <= layout.MAX_RECORD_WEIGHTS, errors.LimitError)
+    require(
+        "element_count",
+        f"1 to {layout.MAX_RECORD_WEIGHTS}",
+        1 <= elements <= layout.MAX_RECORD_WEIGHTS,
+        errors.LimitError,
+    )
     require("record_size", size, header["record_size"] == size)
     require(
         "segment_elements",
@@ -209,18 +221,29 @@ def _check_directory(header: dict[str, int], directory: bytes, place: Place) -> 
         elements = min(header["segment_elements"], header["element_count"] - first)
         size = entry["segment_size"]
         if entry["segment_offset"] != position:
-            raise errors.DirectoryError(f"segment {index}: offset", **at, expected=position, found=entry["segment_offset"])
+            raise errors.DirectoryError(
+                f"segment {index}: offset", **at, expected=position, found=entry["segment_offset"]
+            )
         if entry["element_count"] != elements:
-            raise errors.DirectoryError(f"segment {index}: element_count", **at, expected=elements, found=entry["element_count"])
+            raise errors.DirectoryError(
+                f"segment {index}: element_count", **at, expected=elements, found=entry["element_count"]
+            )
         smallest, largest = layout.segment_size_range(elements)
         if not smallest <= size <= largest or size % layout.RECORD_ALIGNMENT:
-            raise errors.DirectoryError(f"segment {index}: size", **at, expected=f"a multiple of 16 from {smallest} to {largest}", found=size)
-        segments.append(SegmentPlace(position, size, elements, entry["stored_checksum"], entry["decoded_checksum"], first))
+            raise errors.DirectoryError(
+                f"segment {index}: size", **at, expected=f"a multiple of 16 from {smallest} to {largest}", found=size
+            )
+        segments.append(
+            SegmentPlace(position, size, elements, entry["stored_checksum"], entry["decoded_checksum"], first)
+        )
         position += size
         first += elements
     if position != header["record_size"]:
         raise errors.DirectoryError(
-            "the segments do not end with the record", **place.at(_HEADER.size), expected=header["record_size"], found=position
+            "the segments do not end with the record",
+            **place.at(_HEADER.size),
+            expected=header["record_size"],
+            found=position,
         )
     return segments
 
@@ -248,23 +271,43 @@ class Segment:
         expected = {"element_count": entry.elements, "segment_size": entry.size}
         if header["encoding"] == layout.ENCODING_CODED:
             if not 1 <= header["alphabet_size"] <= 256:
-                raise errors.SegmentHeaderError("segment header: alphabet_size", **self._at(2), expected="1 to 256", found=header["alphabet_size"])
+                raise errors.SegmentHeaderError(
+                    "segment header: alphabet_size", **self._at(2), expected="1 to 256", found=header["alphabet_size"]
+                )
             if header["lane_bytes"] not in (1, 2):
-                raise errors.SegmentHeaderError("segment header: lane_bytes", **self._at(1), expected="1 or 2", found=header["lane_bytes"])
+                raise errors.SegmentHeaderError(
+                    "segment header: lane_bytes", **self._at(1), expected="1 or 2", found=header["lane_bytes"]
+                )
             expected |= layout.segment_sections(entry.elements, header["alphabet_size"], header["lane_bytes"])
         elif header["encoding"] == layout.ENCODING_RAW:
-            names = ("lane_bytes", "alphabet_size", "tiles_offset", "lanes_offset", "sign_mantissa_offset", "exception_count")
+            names = (
+                "lane_bytes",
+                "alphabet_size",
+                "tiles_offset",
+                "lanes_offset",
+                "sign_mantissa_offset",
+                "exception_count",
+            )
             expected |= dict.fromkeys(names, 0) | {
                 "stream_offset": layout.SEGMENT_HEADER.size,
                 "segment_size": layout.raw_segment_size(entry.elements),
             }
         else:
-            raise errors.SegmentHeaderError("segment header: encoding", **self._at(0), expected="0 or 1", found=header["encoding"])
+            raise errors.SegmentHeaderError(
+                "segment header: encoding", **self._at(0), expected="0 or 1", found=header["encoding"]
+            )
         for offset, _, field in layout.SEGMENT_HEADER.table():
             if field in expected and header[field] != expected[field]:
-                raise errors.SegmentHeaderError(f"segment header: {field}", **self._at(offset), expected=expected[field], found=header[field])
+                raise errors.SegmentHeaderError(
+                    f"segment header: {field}", **self._at(offset), expected=expected[field], found=header[field]
+                )
         if header["encoding"] == layout.ENCODING_CODED and header["stream_offset"] + layout.STREAM_END > entry.size:
-            raise errors.SegmentHeaderError("the sections do not fit the segment", **self._at(20), expected=entry.size, found=header["stream_offset"])
+            raise errors.SegmentHeaderError(
+                "the sections do not fit the segment",
+                **self._at(20),
+                expected=entry.size,
+                found=header["stream_offset"],
+            )
 
     def _check_tiles(self) -> None:
         header = self.header
@@ -290,10 +333,17 @@ class Segment:
             )
         end = header["stream_offset"] + layout.STREAM_UNIT * int(ends[-1]) + layout.STREAM_END
         if end != self.entry.size:
-            raise errors.TileError("the tiles do not fill the stream", **self._at(header["tiles_offset"]), expected=self.entry.size, found=end)
+            raise errors.TileError(
+                "the tiles do not fill the stream",
+                **self._at(header["tiles_offset"]),
+                expected=self.entry.size,
+                found=end,
+            )
         total = int(exceptions.sum())
         if total != header["exception_count"]:
-            raise errors.TileError("exceptions of the tiles", **self._at(28), expected=header["exception_count"], found=total)
+            raise errors.TileError(
+                "exceptions of the tiles", **self._at(28), expected=header["exception_count"], found=total
+            )
 
     def _build_table(self) -> kernels.Table:
         section = self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]]
@@ -348,10 +398,14 @@ class Segment:
                 out[:] = weights
                 return
             for start in range(0, len(out), layout.TILE_WEIGHTS):  # A little at a time, as a comparison takes memory.
-                if not np.array_equal(out[start : start + layout.TILE_WEIGHTS], weights[start : start + layout.TILE_WEIGHTS]):
+                if not np.array_equal(
+                    out[start : start + layout.TILE_WEIGHTS], weights[start : start + layout.TILE_WEIGHTS]
+                ):
                     raise errors.DifferenceError("decoded weights differ", **self._at(begin + 2 * start))
             return
-        status, tile = kernels.decode_tiles(self.data, self.table, self.entry.elements, header, first, last, out, compare=compare)
+        status, tile = kernels.decode_tiles(
+            self.data, self.table, self.entry.elements, header, first, last, out, compare=compare
+        )
         if status == kernels.OK:
             return
         at = self._at(header["tiles_offset"] + 8 * tile)
@@ -359,5 +413,9 @@ class Segment:
             raise errors.DifferenceError(f"tile {tile}: decoded weights differ", **at)
         if status == kernels.BAD_LANE:
             raise errors.LaneError(f"tile {tile}: a lane does not end where its length says", **at)
-        what = "lane lengths or exceptions do not fit" if status == kernels.BAD_TILE else "an exception lies outside the tile or out of order"
+        what = (
+            "lane lengths or exceptions do not fit"
+            if status == kernels.BAD_TILE
+            else "an exception lies outside the tile or out of order"
+        )
         raise errors.TileError(f"tile {tile}: {what}", **at)

@@ -59,9 +59,18 @@ def decode_file(data: bytes) -> dict[str, bytes]:
 def decode_record(record: bytes) -> bytes:
     """The weights of a record, u16 little-endian."""
     require(len(record) >= 80, "a record holds a header and a directory entry")
-    magic, version, dtype, reserved_0, element_count, record_size, segment_count, segment_elements, header_checksum, reserved_1 = struct.unpack_from(
-        "<4sBBHQQIIQQ", record
-    )
+    (
+        magic,
+        version,
+        dtype,
+        reserved_0,
+        element_count,
+        record_size,
+        segment_count,
+        segment_elements,
+        header_checksum,
+        reserved_1,
+    ) = struct.unpack_from("<4sBBHQQIIQQ", record)
     require(magic == b"DF11" and version == 1 and dtype == 1, "magic, version, dtype")
     require(reserved_0 == 0 and reserved_1 == 0, "reserved bytes are zero")
     require(record_size == len(record) and record_size % 16 == 0, "record_size")
@@ -77,7 +86,9 @@ def decode_record(record: bytes) -> bytes:
     for index in range(segment_count):
         offset, size, count, stored_checksum, decoded_checksum = struct.unpack_from("<QIIQQ", record, 48 + 32 * index)
         require(offset == position and offset + size <= len(record), "segments without gaps")
-        require(count == min(segment_elements, element_count - index * segment_elements), "element_count of the segment")
+        require(
+            count == min(segment_elements, element_count - index * segment_elements), "element_count of the segment"
+        )
         segment = record[offset : offset + size]
         require(xxhash.xxh3_64_intdigest(segment) == stored_checksum, "stored_checksum")
         decoded = decode_segment(segment, count)
@@ -94,12 +105,24 @@ def decode_record(record: bytes) -> bytes:
 def decode_segment(segment: bytes, count: int) -> bytes:
     """The weights of a segment, u16 little-endian."""
     require(align16(32 + count) <= len(segment) <= align16(32 + 2 * count) and len(segment) % 16 == 0, "segment_size")
-    encoding, lane_bytes, k, n, tiles_offset, lanes_offset, sign_mantissa_offset, stream_offset, size, exception_count = struct.unpack_from(
-        "<BBHIIIIIII", segment
-    )
+    (
+        encoding,
+        lane_bytes,
+        k,
+        n,
+        tiles_offset,
+        lanes_offset,
+        sign_mantissa_offset,
+        stream_offset,
+        size,
+        exception_count,
+    ) = struct.unpack_from("<BBHIIIIIII", segment)
     require(n == count and size == len(segment), "element_count and segment_size")
     if encoding == 0:
-        require((lane_bytes, k, tiles_offset, lanes_offset, sign_mantissa_offset, exception_count) == (0,) * 6, "a raw header")
+        require(
+            (lane_bytes, k, tiles_offset, lanes_offset, sign_mantissa_offset, exception_count) == (0,) * 6,
+            "a raw header",
+        )
         require(stream_offset == 32 and size == align16(32 + 2 * n), "a raw segment")
         return segment[32 : 32 + 2 * n]
     require(encoding == 1 and lane_bytes in (1, 2) and 1 <= k <= 256, "a coded header")
@@ -116,7 +139,11 @@ def decode_segment(segment: bytes, count: int) -> bytes:
         stream_position, shortest_lane, exceptions = struct.unpack_from("<IHH", segment, tiles_offset + 8 * tile)
         require(stream_position == position, "tiles without gaps")
         start = lanes_offset + 32 * lane_bytes * tile
-        lanes = [shortest_lane + int.from_bytes(segment[start + lane_bytes * lane : start + lane_bytes * (lane + 1)], "little") for lane in range(32)]
+        lanes = [
+            shortest_lane
+            + int.from_bytes(segment[start + lane_bytes * lane : start + lane_bytes * (lane + 1)], "little")
+            for lane in range(32)
+        ]
         m = min(8192, n - 8192 * tile)
         require(exceptions <= m, "exception_count of the tile")
         tile_size = -(-sum(lanes) // 32) * 4 + 4 * exceptions

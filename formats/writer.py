@@ -56,7 +56,9 @@ class AtomicWriter:
                 lock(file)
             except BlockingIOError:
                 file.close()
-                raise errors.ConflictError("another process is writing this file", file=self.path, hint="wait for it to end") from None
+                raise errors.ConflictError(
+                    "another process is writing this file", file=self.path, hint="wait for it to end"
+                ) from None
             except errors.UsageError:
                 file.close()
                 self.partial.unlink()
@@ -121,7 +123,9 @@ class AtomicWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._flusher.shutdown(wait=True)
         if not self._committed:
             self.partial.unlink(missing_ok=True)

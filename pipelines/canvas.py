@@ -20,14 +20,40 @@ ROLES: Final = ("ink", "muted", "grid", "surface", "c1", "c2", "c3", "c4", "c5",
 LIGHT: Final = dict(
     zip(
         ROLES,
-        ("#1b1f24", "#57606a", "#d8dee4", "#ffffff", "#0072b2", "#d55e00", "#00795a", "#a0458a", "#946200", "#3b8ec2", "#57606a", "#1b1f24"),
+        (
+            "#1b1f24",
+            "#57606a",
+            "#d8dee4",
+            "#ffffff",
+            "#0072b2",
+            "#d55e00",
+            "#00795a",
+            "#a0458a",
+            "#946200",
+            "#3b8ec2",
+            "#57606a",
+            "#1b1f24",
+        ),
         strict=True,
     )
 )
 DARK: Final = dict(
     zip(
         ROLES,
-        ("#e6edf3", "#9da7b3", "#30363d", "#0d1117", "#56b4e9", "#ff9a52", "#3ecf9e", "#e59ac5", "#e6b84c", "#a9d8f5", "#9da7b3", "#e6edf3"),
+        (
+            "#e6edf3",
+            "#9da7b3",
+            "#30363d",
+            "#0d1117",
+            "#56b4e9",
+            "#ff9a52",
+            "#3ecf9e",
+            "#e59ac5",
+            "#e6b84c",
+            "#a9d8f5",
+            "#9da7b3",
+            "#e6edf3",
+        ),
         strict=True,
     )
 )
@@ -68,7 +94,9 @@ def new_figure(height: float, colours: Palette) -> Figure:
 def new_axes(figure: Figure, colours: Palette, left: float, top: float, right: float, height: float) -> Axes:
     """Axes at so many points from the left, upper and right edge, so many points high."""
     whole = figure.get_figheight() * 72
-    axes = figure.add_axes((left / WIDTH, 1 - (top + height) / whole, (WIDTH - left - right) / WIDTH, height / whole), facecolor="none")
+    axes = figure.add_axes(
+        (left / WIDTH, 1 - (top + height) / whole, (WIDTH - left - right) / WIDTH, height / whole), facecolor="none"
+    )
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(colours["muted"])
@@ -106,7 +134,9 @@ def _characters() -> frozenset[int]:
 
 def legend(axes: Axes, colours: Palette, **options: Any) -> None:
     """A legend without a frame."""
-    made = axes.legend(frameon=False, fontsize=9.5, handlelength=2.2, columnspacing=1.2, labelcolor=colours["ink"], **options)
+    made = axes.legend(
+        frameon=False, fontsize=9.5, handlelength=2.2, columnspacing=1.2, labelcolor=colours["ink"], **options
+    )
     made.set_in_layout(False)
 
 

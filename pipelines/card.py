@@ -25,7 +25,9 @@ CONFIGS: Final = ("model_index.json", "config.json")
 """Files of a tree that tell how it is loaded."""
 TAGS: Final = ("df11", "lossless", "compression", "bfloat16")
 """Not ``dfloat11``: those who look for that tag want files that the dfloat11 package loads, and these it does not."""
-_NOT_CARRIED: Final = frozenset({"safetensors", "gguf", "onnx", "endpoints_compatible", "text-generation-inference", "dfloat11"})
+_NOT_CARRIED: Final = frozenset(
+    {"safetensors", "gguf", "onnx", "endpoints_compatible", "text-generation-inference", "dfloat11"}
+)
 """Tags of a source that are about its files, and are not true of these."""
 _LONGEST_FRONT_MATTER: Final = 64 << 10
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,80}")
@@ -78,7 +80,9 @@ def render_card(
     carried = _front_matter(source_card)
     base = fields.base_model or manifest.origin.repository
     if fields.base_model is not None and not is_repository(fields.base_model):
-        raise errors.UsageError("base_model of the card", expected="owner/name", found=errors.shortened(fields.base_model))
+        raise errors.UsageError(
+            "base_model of the card", expected="owner/name", found=errors.shortened(fields.base_model)
+        )
     if base is not None and not is_repository(base):
         base = None
     data: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized" if base else None}
@@ -88,9 +92,15 @@ def render_card(
         data |= {"license_name": _line(fields.license_name), "license_link": _line(fields.license_link)}
     data["license"] = data["license"] or _lines(carried.get("license")) or None  # Some have several.
     if data["license"] == "other" and data["license_name"] is None:
-        raise errors.UsageError("the card's license is other, and it has no license_name", hint="the Hub wants one: add it to [model.card]")
+        raise errors.UsageError(
+            "the card's license is other, and it has no license_name", hint="the Hub wants one: add it to [model.card]"
+        )
     data["language"] = _lines(fields.language) or _lines(carried.get("language")) or None
-    data["tags"] = list(dict.fromkeys([*TAGS, *(_lines(fields.tags) or [tag for tag in _lines(carried.get("tags")) if tag not in _NOT_CARRIED])]))
+    data["tags"] = list(
+        dict.fromkeys(
+            [*TAGS, *(_lines(fields.tags) or [tag for tag in _lines(carried.get("tags")) if tag not in _NOT_CARRIED])]
+        )
+    )
     front_matter = ModelCardData(**{key: value for key, value in data.items() if value is not None}).to_yaml()
     name = base or manifest.origin.repository or "model"
     title = _line(fields.title) or (repository.split("/")[-1] if repository else f"{name.split('/')[-1]} in df11")
@@ -133,8 +143,18 @@ def _front_matter(card: str | None) -> dict[str, Any]:
         return {}
     try:
         # Without merges (<<), of which a few lines can make more entries than there is memory.
-        found = yaml.load(match[2], type("Loader", (yaml.SafeLoader,), {"flatten_mapping": lambda _loader, _node: None}))
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError, AttributeError, KeyError):  # Of dates and numbers, too.
+        found = yaml.load(
+            match[2], type("Loader", (yaml.SafeLoader,), {"flatten_mapping": lambda _loader, _node: None})
+        )
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ):  # Of dates and numbers, too.
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -162,7 +182,9 @@ _PLAIN: Final = frozenset(" ,;-/()%+.")
 def _escaped(text: str) -> str:
     """Text that Markdown takes as it is, in a table, too: no marks, no links, no line ends."""
     marked = "".join(
-        f"&#{ord(character)};" if character.isascii() and not character.isalnum() and character not in _PLAIN else character
+        f"&#{ord(character)};"
+        if character.isascii() and not character.isalnum() and character not in _PLAIN
+        else character
         for character in wording.visible(text)
     )
     return re.sub(r"(?i)(www)\.", r"\1&#46;", marked)
@@ -170,7 +192,11 @@ def _escaped(text: str) -> str:
 
 def _code(name: str) -> str:
     """A name as code; in HTML if it holds what would end the code or the cell."""
-    return f"`{name}`" if re.fullmatch(r"[A-Za-z0-9_./+-]{1,200}", name) else f"<code>{_escaped(wording.fitted(name, 200))}</code>"
+    return (
+        f"`{name}`"
+        if re.fullmatch(r"[A-Za-z0-9_./+-]{1,200}", name)
+        else f"<code>{_escaped(wording.fitted(name, 200))}</code>"
+    )
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -207,7 +233,9 @@ def _introduction(manifest: Manifest) -> str:
     )
     if total.cast:
         effect = (
-            f"In {total.changed:,} of them this **has changed values**." if total.changed else "No value has changed: all were BF16 numbers already."
+            f"In {total.changed:,} of them this **has changed values**."
+            if total.changed
+            else "No value has changed: all were BF16 numbers already."
         )
         text += f"\n\nThe source has {wording.count(total.cast, 'tensor')} in F32, rounded to BF16 for this as torch rounds. {effect}"
     return text
@@ -239,7 +267,9 @@ def _sizes(manifest: Manifest) -> str:
 
 def _speed(path: str) -> str:
     found = read_results(path)
-    rows = [["-" if cell is None else _escaped(cell) for cell in (*row, found.device, found.date)] for row in found.rows]
+    rows = [
+        ["-" if cell is None else _escaped(cell) for cell in (*row, found.device, found.date)] for row in found.rows
+    ]
     heads = ["what", "by", *(f"#{column}" for column in found.columns[2:]), "device", "date"]
     return "## Speed\n\n" + _table(heads, rows)
 
@@ -253,7 +283,10 @@ def _loading(manifest: Manifest, repository: str | None, library: str | None, co
     if pipeline == "OmniGen2Pipeline":
         parts = [
             "OmniGen2's classes come from a checkout of [its repository](https://github.com/VectorSpaceLab/OmniGen2), here in the folder `OmniGen2`.",
-            _block("console", "$ pip install 'df11[hub,cuda12]' transformers diffusers accelerate peft einops torchvision pillow python-dotenv"),
+            _block(
+                "console",
+                "$ pip install 'df11[hub,cuda12]' transformers diffusers accelerate peft einops torchvision pillow python-dotenv",
+            ),
             _block(
                 "python",
                 "from df11.runtime import omnigen2",
@@ -342,11 +375,19 @@ def _restoring(manifest: Manifest, repository: str | None) -> str:
             _code(proof.file.source_file),
             f"{proof.file.source_bytes:,}",
             _code(proof.file.source_sha256),
-            "byte for byte" if proof.exact else f"as BF16; {proof.changed:,} of {wording.count(proof.cast, 'tensor')} changed",
+            "byte for byte"
+            if proof.exact
+            else f"as BF16; {proof.changed:,} of {wording.count(proof.cast, 'tensor')} changed",
         ]
         for proof in proofs
     ]
-    return "\n\n".join([words, _block("console", *commands), _table(["source file", "#bytes", "SHA-256 of the source", "restored"], rows)])
+    return "\n\n".join(
+        [
+            words,
+            _block("console", *commands),
+            _table(["source file", "#bytes", "SHA-256 of the source", "restored"], rows),
+        ]
+    )
 
 
 def _licence(manifest: Manifest, data: Mapping[str, Any]) -> str:

@@ -88,7 +88,10 @@ def job_run(
             seconds=round(time.monotonic() - started, 3),
         )
     elif report.models:
-        terminal.say(f"{len(report.models)} models done: {source:,} -> {output:,} bytes in {time.monotonic() - started:.1f} s", quiet=quiet)
+        terminal.say(
+            f"{len(report.models)} models done: {source:,} -> {output:,} bytes in {time.monotonic() - started:.1f} s",
+            quiet=quiet,
+        )
     return report.failures[0][1].exit_code if report.failures else 0
 
 
@@ -114,7 +117,11 @@ def _plan_in_words(plan: dict[str, Any], memory: int) -> str:
 
     rows = []
     for file in plan["files"]:
-        what = "kept" if file["status"] == "kept" else f"{file['kind']}, {size(file['source_bytes'])} -> about {size(file['expected_bytes'])}"
+        what = (
+            "kept"
+            if file["status"] == "kept"
+            else f"{file['kind']}, {size(file['source_bytes'])} -> about {size(file['expected_bytes'])}"
+        )
         rows.append(f"  {file['file']}: {what}")
     rows += [f"  {name}: removed, as the source no longer has it" for name in plan["removed"]]
     commit = f" at commit {plan['commit']}" if plan["commit"] else ""
@@ -124,7 +131,9 @@ def _plan_in_words(plan: dict[str, Any], memory: int) -> str:
 
 def hub_push(
     tree: Annotated[Path, Argument(metavar="TREE", help="A converted folder.")],
-    target: Annotated[str, Argument(metavar="TARGET", help="hf://owner/name or hf://owner/name@branch; created if it is not there.")],
+    target: Annotated[
+        str, Argument(metavar="TARGET", help="hf://owner/name or hf://owner/name@branch; created if it is not there.")
+    ],
     private: Annotated[bool, Option("--private", help="Create the repository private; refuse a public one.")] = False,
     threads: Threads = None,
     json_lines: Json = False,
@@ -141,7 +150,10 @@ def hub_push(
     if json_lines:
         log("done", **dataclasses.asdict(report))
     else:
-        terminal.say(f"{report.target}: {report.delivered} files sent, {report.kept} there already, commit {report.commit}", quiet=quiet)
+        terminal.say(
+            f"{report.target}: {report.delivered} files sent, {report.kept} there already, commit {report.commit}",
+            quiet=quiet,
+        )
 
 
 def hub_pull(
@@ -170,7 +182,9 @@ def hub_pull(
 
 def report_command(
     tree: Annotated[str, Argument(metavar="TREE", help="A converted folder, or hf://owner/name.")],
-    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder for report.html and its pictures.")] = Path("df11-report"),
+    output: Annotated[
+        Path, Option("--output", "-o", metavar="DIR", help="Folder for report.html and its pictures.")
+    ] = Path("df11-report"),
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:

@@ -108,9 +108,16 @@ class OnRay:
             raise errors.missing_extra("ray", "ray") from None
         with _connection(ray):
             remote = ray.remote(num_cpus=1, max_retries=TRIES - 1, retry_exceptions=[errors.RetryLaterError])(_work)
-            tasks = [replace(task, settings=replace(task.settings, jobs=min(task.settings.jobs, self._processors(ray)))) for task in tasks]
-            options = [{"num_cpus": task.settings.jobs, "memory": self._memory, "name": f"df11 {task.name}"} for task in tasks]
-            waiting = deque((task, remote.options(**option).remote(task)) for task, option in zip(tasks, options, strict=True))
+            tasks = [
+                replace(task, settings=replace(task.settings, jobs=min(task.settings.jobs, self._processors(ray))))
+                for task in tasks
+            ]
+            options = [
+                {"num_cpus": task.settings.jobs, "memory": self._memory, "name": f"df11 {task.name}"} for task in tasks
+            ]
+            waiting = deque(
+                (task, remote.options(**option).remote(task)) for task, option in zip(tasks, options, strict=True)
+            )
             try:
                 while waiting:
                     task, reference = waiting[0]
@@ -127,11 +134,15 @@ class OnRay:
     def _processors(self, ray: Any) -> int:
         # Of the largest node that has the memory: Ray would wait for ever for one that is larger than all.
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        processors = int(max((node.get("CPU", 0) for node in nodes if node.get("memory", 0) >= self._memory), default=0))
+        processors = int(
+            max((node.get("CPU", 0) for node in nodes if node.get("memory", 0) >= self._memory), default=0)
+        )
         if not processors:
             most = int(max((node.get("memory", 0) for node in nodes), default=0))
             raise errors.BudgetError(
-                "no node of the Ray cluster has processors and the memory of [limits]", expected=mebibytes(self._memory), found=mebibytes(most)
+                "no node of the Ray cluster has processors and the memory of [limits]",
+                expected=mebibytes(self._memory),
+                found=mebibytes(most),
             )
         return processors
 
@@ -148,7 +159,12 @@ def _connection(ray: Any) -> Iterator[None]:
         try:
             _knock(os.environ.get("RAY_ADDRESS", ""))
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-        except (OSError, RuntimeError, ValueError, SystemExit) as error:  # The last is Ray's word for a cluster that does not answer.
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            SystemExit,
+        ) as error:  # The last is Ray's word for a cluster that does not answer.
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             hint = "start one with 'ray start --head', or set RAY_ADDRESS"
             raise errors.RetryLaterError(f"no Ray cluster answers ({reason})", hint=hint) from None
@@ -176,7 +192,9 @@ def _result(ray: Any, reference: Any, task: Task) -> Done:
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[0]
         raise errors.RetryLaterError(
-            f"the cluster gave up after {TRIES} tries ({reason})", file=task.file.label, hint="run the same command again"
+            f"the cluster gave up after {TRIES} tries ({reason})",
+            file=task.file.label,
+            hint="run the same command again",
         ) from None
     assert isinstance(done, Done)
     return done

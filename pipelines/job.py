@@ -67,19 +67,30 @@ class _Table:
 
     def error(self, key: str, expected: str, found: Any) -> errors.UsageError:
         return errors.UsageError(
-            f"{self.where} {key}".strip() if key != self.where else self.where, file=self.file, expected=expected, found=repr(found)
+            f"{self.where} {key}".strip() if key != self.where else self.where,
+            file=self.file,
+            expected=expected,
+            found=repr(found),
         )
 
     def take(self, key: str, kind: type, default: Any = None, *, needed: bool = False) -> Any:
         if key not in self._left:
             if needed:
-                raise errors.UsageError(f"{self.where} has no {key!r}", file=self.file, hint="docs/jobs.md lists the keys")
+                raise errors.UsageError(
+                    f"{self.where} has no {key!r}", file=self.file, hint="docs/jobs.md lists the keys"
+                )
             return default
         value = self._left.pop(key)
         if kind is list and isinstance(value, dict):
-            raise errors.UsageError(f"{self.where} {key} is a single table", file=self.file, hint=f"write [[{key}]], with two brackets")
+            raise errors.UsageError(
+                f"{self.where} {key} is a single table", file=self.file, hint=f"write [[{key}]], with two brackets"
+            )
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, {str: "a string", bool: "true or false", int: "a whole number", list: "a list", dict: "a table"}[kind], value)
+            raise self.error(
+                key,
+                {str: "a string", bool: "true or false", int: "a whole number", list: "a list", dict: "a table"}[kind],
+                value,
+            )
         return value
 
     def place(self, key: str) -> str:
@@ -97,7 +108,12 @@ class _Table:
 
     def end(self, known: str) -> None:
         if self._left:
-            raise errors.UsageError(f"{self.where} has unknown keys", file=self.file, expected=known, found=", ".join(map(str, sorted(self._left))))
+            raise errors.UsageError(
+                f"{self.where} has unknown keys",
+                file=self.file,
+                expected=known,
+                found=", ".join(map(str, sorted(self._left))),
+            )
 
 
 def read_job(path: str | os.PathLike[str]) -> Job:
@@ -110,7 +126,9 @@ def read_job(path: str | os.PathLike[str]) -> Job:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise errors.UsageError(f"not a TOML file: {error}", file=file) from None
     top = _Table(content, file, "the job")
-    models = [_read_model(value, file, number) for number, value in enumerate(top.take("model", list, [], needed=True), 1)]
+    models = [
+        _read_model(value, file, number) for number, value in enumerate(top.take("model", list, [], needed=True), 1)
+    ]
     limits = _read_limits(top.take("limits", dict, {}), file)
     upload = _Table(top.take("upload", dict, {}), file, "[upload]")
     shards_per_commit = upload.take("shards_per_commit", int, 1)
@@ -124,7 +142,9 @@ def read_job(path: str | os.PathLike[str]) -> Job:
     for number, model in enumerate(models, 1):
         target = _identity(model.target)
         if target in seen:
-            raise errors.UsageError(f"[[model]] {seen[target]} and {number} have the same target", file=file, found=model.target)
+            raise errors.UsageError(
+                f"[[model]] {seen[target]} and {number} have the same target", file=file, found=model.target
+            )
         seen[target] = number
     return Job(tuple(models), limits, shards_per_commit)
 
@@ -151,7 +171,9 @@ def _read_model(value: Any, file: Path, number: int) -> Model:
         if goal.path:
             raise table.error("target", "a repository without a folder in it", target)
         if is_address(source) and Address.parse(source).repository.lower() == goal.repository.lower():
-            raise errors.UsageError(f"{table.where}: source and target are the same repository", file=file, found=target)
+            raise errors.UsageError(
+                f"{table.where}: source and target are the same repository", file=file, found=target
+            )
     elif private:
         raise table.error("private", "a target on the Hub", target)
     return Model(_located(source, file), _located(target, file), cast, private, exclude, card)
@@ -166,7 +188,9 @@ def _path(text: str, file: Path) -> Path:
     try:
         return file.parent / Path(text).expanduser()
     except RuntimeError:  # There is no such user, or none at all.
-        raise errors.UsageError("nobody knows where this home folder is", file=file, found=repr(text), hint="write the whole path") from None
+        raise errors.UsageError(
+            "nobody knows where this home folder is", file=file, found=repr(text), hint="write the whole path"
+        ) from None
 
 
 def _identity(target: str) -> str:

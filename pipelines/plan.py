@@ -95,7 +95,9 @@ def plan_model(model: Model, limits: Limits) -> ModelPlan:
     _check_installed()
     tree = open_tree(model.source)
     if tree.is_file:
-        raise errors.UsageError("a job converts folders and repositories", file=model.source, hint="for one file: df11-convert")
+        raise errors.UsageError(
+            "a job converts folders and repositories", file=model.source, hint="for one file: df11-convert"
+        )
     target = open_target(model.target, private=model.private)
     if target.folder is not None:
         check_apart(tree, target.folder)
@@ -111,13 +113,17 @@ def plan_model(model: Model, limits: Limits) -> ModelPlan:
     for kind, file, name in plan_names([file for file in files if file is not card], SAFETENSORS, DF11):
         items.append(_plan_item(kind, file, name.as_posix(), target, held, rows.get(file.name.as_posix()), model))
     if not any(item.kind == "convert" for item in items):
-        raise errors.SafetensorsError(f"no {SAFETENSORS} file", file=tree.label, hint="check the source, and what the job excludes")
+        raise errors.SafetensorsError(
+            f"no {SAFETENSORS} file", file=tree.label, hint="check the source, and what the job excludes"
+        )
     _check_names(items, target)
     if known is None and target.folder is not None:
         _check_in_the_way(items, card, held, target)
     stale = _stale(manifest, held, items)
     overhead = OVERHEAD + ROW_MEMORY * (len(manifest.tensors) + sum(item.tensors for item in items))
-    plan = ModelPlan(model, tree.origin, target, held, manifest, tuple(items), card, stale, *_disk_needs(target, items), overhead)
+    plan = ModelPlan(
+        model, tree.origin, target, held, manifest, tuple(items), card, stale, *_disk_needs(target, items), overhead
+    )
     _check_memory(plan, limits)
     _check_disk(plan, limits)
     render(plan, manifest)  # What is wrong with the card is better found now.
@@ -130,7 +136,9 @@ def plan_push(folder: Path, address: Address, *, private: bool) -> ModelPlan:
     tree = open_tree(folder)
     if tree.is_file or not any(file.name.name.endswith(DF11) for file in tree.files):
         raise errors.UsageError(
-            f"no {DF11} file in this folder" if not tree.is_file else "this is a file", file=folder, hint="name a converted folder"
+            f"no {DF11} file in this folder" if not tree.is_file else "this is a file",
+            file=folder,
+            hint="name a converted folder",
         )
     if address.path:
         raise errors.UsageError("the target is a repository without a folder in it", file=str(address))
@@ -179,25 +187,35 @@ def _check_names(items: Sequence[Item], target: Target) -> None:
     for item in items:
         if target.folder is None and not is_safe_path(item.name):
             hint = "rename it, or leave it out: exclude of the job"
-            raise errors.UsageError("no file on the Hub can have this name", file=errors.shortened(item.name), hint=hint)
+            raise errors.UsageError(
+                "no file on the Hub can have this name", file=errors.shortened(item.name), hint=hint
+            )
 
 
-def _check_in_the_way(items: Sequence[Item], card: SourceFile | None, held: Mapping[str, Digest], target: Target) -> None:
+def _check_in_the_way(
+    items: Sequence[Item], card: SourceFile | None, held: Mapping[str, Digest], target: Target
+) -> None:
     # In a folder that no job has filled, a file may be somebody's only copy. Containers are compared when their turn comes.
     wanted = {CARD: None if card is None else Digest.of_source(card)}
     for item in items:
         if item.kind != "convert":
-            wanted[item.name] = Digest.of(read_index(item.file, SAFETENSORS, DF11)) if item.kind == "index" else item.digest
+            wanted[item.name] = (
+                Digest.of(read_index(item.file, SAFETENSORS, DF11)) if item.kind == "index" else item.digest
+            )
     for name, digest in wanted.items():
         if name in held and (digest is None or not digest.agrees(held[name])):
             hint = "remove it, or name another folder"
-            raise errors.UsageError("this file is already there, and no job has written it", file=f"{target.label}/{name}", hint=hint)
+            raise errors.UsageError(
+                "this file is already there, and no job has written it", file=f"{target.label}/{name}", hint=hint
+            )
 
 
 def _stale(manifest: Manifest, held: Mapping[str, Digest], items: Sequence[Item]) -> tuple[str, ...]:
     # Containers only, whatever else the manifest may name: what a forged one says must not remove other files.
     names = {item.name for item in items}
-    return tuple(row.file for row in manifest.files if row.file in held and row.file not in names and row.file.endswith(DF11))
+    return tuple(
+        row.file for row in manifest.files if row.file in held and row.file not in names and row.file.endswith(DF11)
+    )
 
 
 def _describes(manifest: Manifest, tree: Tree) -> bool:
@@ -231,14 +249,22 @@ def _disk_needs(target: Target, items: Sequence[Item]) -> tuple[int, int]:
 def render(plan: ModelPlan, manifest: Manifest) -> str:
     """The card of the target, once it holds what the manifest says."""
     source = None if plan.source_card is None else plan.source_card.read_bytes().decode("utf-8", "replace")
-    configs = {item.name: item.file.read_bytes().decode("utf-8", "replace") for item in plan.items if item.name in CONFIGS}
+    configs = {
+        item.name: item.file.read_bytes().decode("utf-8", "replace") for item in plan.items if item.name in CONFIGS
+    }
     repository = Address.parse(plan.model.target).repository if plan.target.folder is None else None
-    return render_card(manifest, plan.model.card, source, repository=repository, plots=plot_paths(manifest), configs=configs)
+    return render_card(
+        manifest, plan.model.card, source, repository=repository, plots=plot_paths(manifest), configs=configs
+    )
 
 
 def _is_left_out(name: PurePosixPath, exclude: tuple[str, ...]) -> bool:
     # Plots of the source, if it has some, are of other files.
-    return name.as_posix() in _BOOKKEEPING or name.parts[0] == FOLDER or any(fnmatch.fnmatchcase(name.as_posix(), pattern) for pattern in exclude)
+    return (
+        name.as_posix() in _BOOKKEEPING
+        or name.parts[0] == FOLDER
+        or any(fnmatch.fnmatchcase(name.as_posix(), pattern) for pattern in exclude)
+    )
 
 
 def check_foreign(held: Mapping[str, Digest], target: Target) -> None:
@@ -247,11 +273,21 @@ def check_foreign(held: Mapping[str, Digest], target: Target) -> None:
         for name in held:
             if name.endswith((SAFETENSORS, DF11)):
                 raise errors.UsageError(
-                    "the target holds weights that no job has written", file=f"{target.label}/{name}", hint="name another repository"
+                    "the target holds weights that no job has written",
+                    file=f"{target.label}/{name}",
+                    hint="name another repository",
                 )
 
 
-def _plan_item(kind: str, file: SourceFile, name: str, target: Target, held: Mapping[str, Digest], row: FileRow | None, model: Model) -> Item:
+def _plan_item(
+    kind: str,
+    file: SourceFile,
+    name: str,
+    target: Target,
+    held: Mapping[str, Digest],
+    row: FileRow | None,
+    model: Model,
+) -> Item:
     there = held.get(name)
     if kind == "convert":
         kept = (
@@ -263,8 +299,18 @@ def _plan_item(kind: str, file: SourceFile, name: str, target: Target, held: Map
         )
         return Item("convert", file, name, True, 0, 0) if kept else _plan_shard(file, name, model)
     if kind == "index":
-        digest = Digest.of(read_index(file, SAFETENSORS, DF11))  # One that is none is better found now than after the shards.
-        return Item("index", file, name, there is not None and _is_same(digest, there, target, name), digest.size, digest.size, digest)
+        digest = Digest.of(
+            read_index(file, SAFETENSORS, DF11)
+        )  # One that is none is better found now than after the shards.
+        return Item(
+            "index",
+            file,
+            name,
+            there is not None and _is_same(digest, there, target, name),
+            digest.size,
+            digest.size,
+            digest,
+        )
     digest = Digest.of_source(file)
     kept = there is not None and _is_same(digest, there, target, name)
     return Item("copy", file, name, kept, file.size, file.size, digest)
@@ -294,7 +340,16 @@ def _plan_shard(file: SourceFile, name: str, model: Model) -> Item:
         coded = sum(plan.target_size for plan in plans if plan.target_dtype == "BF16")
         header = _HEADERS + 8 * len(source.header.raw)
         memory = least_memory(source, plans)
-    return Item("convert", file, name, False, most + header, int(most - coded * (1 - _EXPECTED_RATIO)), memory=memory, tensors=len(plans))
+    return Item(
+        "convert",
+        file,
+        name,
+        False,
+        most + header,
+        int(most - coded * (1 - _EXPECTED_RATIO)),
+        memory=memory,
+        tensors=len(plans),
+    )
 
 
 def _check_memory(plan: ModelPlan, limits: Limits) -> None:

@@ -63,7 +63,13 @@ class Plot:
         with canvas.settings():
             buffer = io.BytesIO()
             self.draw(canvas.SENTINELS).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        return svg.for_page(buffer.getvalue(), self.name, self.title, self.description, {colour: role for role, colour in canvas.SENTINELS.items()})
+        return svg.for_page(
+            buffer.getvalue(),
+            self.name,
+            self.title,
+            self.description,
+            {colour: role for role, colour in canvas.SENTINELS.items()},
+        )
 
 
 def plan(manifest: Manifest) -> list[Plot]:
@@ -125,15 +131,41 @@ def _sizes(manifest: Manifest) -> Plot | None:
             y = index * step + 22
             if cast:
                 if row.cast:
-                    bar(y, 0, row.source_bytes, "source, F32", facecolor="none", edgecolor=colours["muted"], linewidth=1, linestyle=(0, (2, 1.5)))
+                    bar(
+                        y,
+                        0,
+                        row.source_bytes,
+                        "source, F32",
+                        facecolor="none",
+                        edgecolor=colours["muted"],
+                        linewidth=1,
+                        linestyle=(0, (2, 1.5)),
+                    )
                 y += 9.5
             bar(y, 0, row.bf16_bytes, "in BF16", facecolor=colours["grid"], edgecolor=colours["muted"], linewidth=1)
             y += 9.5
             other = max(0, row.container_bytes - row.coded_bytes)
             bar(y, 0, row.coded_bytes, "df11, coded", facecolor=colours["c1"], edgecolor=colours["c1"], linewidth=1)
-            bar(y, row.coded_bytes, other, "df11, verbatim", facecolor=colours["surface"], edgecolor=colours["c2"], linewidth=1, hatch="/////")
+            bar(
+                y,
+                row.coded_bytes,
+                other,
+                "df11, verbatim",
+                facecolor=colours["surface"],
+                edgecolor=colours["c2"],
+                linewidth=1,
+                hatch="/////",
+            )
             top = 30 + index * step + 1
-            canvas.write(figure, 14, top, "all" if row is total else wording.fitted(row.name, 34), colours["ink"], fontsize=10.5, fontweight="bold")
+            canvas.write(
+                figure,
+                14,
+                top,
+                "all" if row is total else wording.fitted(row.name, 34),
+                colours["ink"],
+                fontsize=10.5,
+                fontweight="bold",
+            )
             text = f"{wording.size(row.container_bytes)}, {wording.percent(row.ratio)} of BF16"
             canvas.write(figure, canvas.WIDTH - 16, top, text, colours["ink"], ha="right", fontsize=10)
         axes.set_ylim(step * len(rows), 0)
@@ -142,7 +174,9 @@ def _sizes(manifest: Manifest) -> Plot | None:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(name, color=colours["ink"], labelpad=1)
         axes.spines["left"].set_visible(False)
-        canvas.legend(axes, colours, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4 if cast else 3, borderpad=0.2)
+        canvas.legend(
+            axes, colours, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4 if cast else 3, borderpad=0.2
+        )
         return figure
 
     return Plot("sizes", "Sizes against BF16", description, draw)
@@ -160,7 +194,9 @@ def _layers(manifest: Manifest) -> Plot | None:
     described = []
     for stack in stacks:
         values = stack.by_layer(summary.average_bits)
-        described.append(f"{wording.fitted(stack.name, 40)}, {len(values)} layers: {min(values.values()):.2f} to {max(values.values()):.2f}")
+        described.append(
+            f"{wording.fitted(stack.name, 40)}, {len(values)} layers: {min(values.values()):.2f} to {max(values.values()):.2f}"
+        )
     described += [f"{wording.fitted(name, 40)}: {wording.bits(summary.average_bits(rows))}" for name, rows in outside]
 
     def draw(colours: canvas.Palette) -> Figure:
@@ -173,8 +209,16 @@ def _layers(manifest: Manifest) -> Plot | None:
             _draw_stack(canvas.new_axes(figure, colours, 44, top + 24, 12, 150), stack, colours)
             top += 24 + 150 + 38 + height
         if outside:
-            canvas.heading(figure, top + 5, "Other matrices, bits a weight" if stacks else "Matrices, bits a weight", colours)
-            _draw_outside(figure, canvas.new_axes(figure, colours, 246, top + 24, 16, 19.0 * len(outside)), outside, top + 24, colours)
+            canvas.heading(
+                figure, top + 5, "Other matrices, bits a weight" if stacks else "Matrices, bits a weight", colours
+            )
+            _draw_outside(
+                figure,
+                canvas.new_axes(figure, colours, 246, top + 24, 16, 19.0 * len(outside)),
+                outside,
+                top + 24,
+                colours,
+            )
         return figure
 
     return Plot("layers", "Bits a weight by layer", "Bits a weight. " + "; ".join(described), draw)
@@ -214,18 +258,26 @@ def _draw_stack(axes: Axes, stack: summary.Stack, colours: canvas.Palette) -> No
     axes.set_ylim(low - margin, high + margin)
     canvas.few_numbers(axes, whole=True)
     axes.set_xlabel("layer", color=colours["ink"], labelpad=1)
-    canvas.legend(axes, colours, loc="upper left", bbox_to_anchor=(-0.11, -32 / 150), ncols=2, labelspacing=0.35, borderpad=0)
+    canvas.legend(
+        axes, colours, loc="upper left", bbox_to_anchor=(-0.11, -32 / 150), ncols=2, labelspacing=0.35, borderpad=0
+    )
 
 
-def _draw_outside(figure: Figure, axes: Axes, groups: Sequence[tuple[str, list[TensorRow]]], top: float, colours: canvas.Palette) -> None:
+def _draw_outside(
+    figure: Figure, axes: Axes, groups: Sequence[tuple[str, list[TensorRow]]], top: float, colours: canvas.Palette
+) -> None:
     values = [summary.average_bits(rows) or 0.0 for _, rows in groups]
     floors = [summary.floor_bits(rows) for _, rows in groups]
     axes.plot(values, range(len(groups)), linestyle="none", marker="o", markersize=6, color=colours["c1"])
     for y, floor in enumerate(floors):
         if floor is not None:
-            axes.plot([floor], [y], linestyle="none", marker="|", markersize=11, markeredgewidth=1.6, color=colours["muted"])
+            axes.plot(
+                [floor], [y], linestyle="none", marker="|", markersize=11, markeredgewidth=1.6, color=colours["muted"]
+            )
     for index, (name, _) in enumerate(groups):
-        canvas.write(figure, 8, top + 19.0 * (index + 0.5), wording.fitted(name, 42), colours["ink"], fontsize=9, va="center")
+        canvas.write(
+            figure, 8, top + 19.0 * (index + 0.5), wording.fitted(name, 42), colours["ink"], fontsize=9, va="center"
+        )
     known = values + [floor for floor in floors if floor is not None]
     margin = max(0.08 * (max(known) - min(known)), 0.1)
     axes.set_xlim(min(known) - margin, max(known) + margin)
@@ -256,7 +308,10 @@ def _exponents(manifest: Manifest) -> Plot | None:
     description = (
         f"Histogram of {len(present)} exponents from {present[0] - 127} to {present[-1] - 127}; the most frequent, {most - 127}, "
         f"has {100 * shares[most]:.1f} % of the weights. "
-        + "; ".join(f"{wording.fitted(name, 40)}: half of the weights from {values[1]} to {values[3]}" for name, values in spreads)
+        + "; ".join(
+            f"{wording.fitted(name, 40)}: half of the weights from {values[1]} to {values[3]}"
+            for name, values in spreads
+        )
     )
 
     def draw(colours: canvas.Palette) -> Figure:
@@ -279,12 +334,31 @@ def _exponents(manifest: Manifest) -> Plot | None:
             below = canvas.new_axes(figure, colours, 130, 268, 12, 19.0 * len(spreads))
             for index, (name, values) in enumerate(spreads):
                 canvas.write(
-                    figure, 8, 268 + 19.0 * (index + 0.5), wording.fitted(name.removesuffix(".df11"), 20), colours["ink"], fontsize=9.5, va="center"
+                    figure,
+                    8,
+                    268 + 19.0 * (index + 0.5),
+                    wording.fitted(name.removesuffix(".df11"), 20),
+                    colours["ink"],
+                    fontsize=9.5,
+                    va="center",
                 )
                 clipped = [min(max(value, limits[0]), limits[1]) for value in values]
                 below.plot([clipped[0], clipped[4]], [index, index], color=colours["muted"], linewidth=1.2)
-                below.plot([clipped[1] - 0.45, clipped[3] + 0.45], [index, index], color=colours["c1"], linewidth=7, solid_capstyle="butt")
-                below.plot([clipped[2]], [index], marker="o", markersize=5, color=colours["surface"], markeredgecolor=colours["ink"])
+                below.plot(
+                    [clipped[1] - 0.45, clipped[3] + 0.45],
+                    [index, index],
+                    color=colours["c1"],
+                    linewidth=7,
+                    solid_capstyle="butt",
+                )
+                below.plot(
+                    [clipped[2]],
+                    [index],
+                    marker="o",
+                    markersize=5,
+                    color=colours["surface"],
+                    markeredgecolor=colours["ink"],
+                )
             below.set_ylim(len(spreads) - 0.5, -0.5)
             below.set_yticks([])
             below.set_xlim(*limits)
@@ -315,14 +389,22 @@ def _outliers(manifest: Manifest) -> Plot | None:
         axes = canvas.new_axes(figure, colours, 36, 42, 14, 166)
         canvas.heading(figure, 5, "Bits a weight of each tensor", colours)
         if found.usual is not None:
-            axes.axhline(found.usual, color=colours["muted"], linewidth=1, linestyle=(0, (4, 2)), label=f"median {found.usual:.2f}")
+            axes.axhline(
+                found.usual,
+                color=colours["muted"],
+                linewidth=1,
+                linestyle=(0, (4, 2)),
+                label=f"median {found.usual:.2f}",
+            )
         groups = (
             ("coded", "o", "c1", [row for row in rows if row.encoding == "df11" and id(row) not in far]),
             ("verbatim", "s", "c2", [row for row in rows if row.encoding != "df11" and id(row) not in far]),
             ("outlier", "D", "c4", [outlier.row for outlier in found.tensors]),
         )
         for label, marker, colour, group in groups:
-            points = sorted({(round(math.log10(row.elements), 2), round(row.bits_per_weight or 0.0, 2)) for row in group})
+            points = sorted(
+                {(round(math.log10(row.elements), 2), round(row.bits_per_weight or 0.0, 2)) for row in group}
+            )
             if points:
                 axes.plot(
                     [10**x for x, _ in points],
@@ -342,7 +424,9 @@ def _outliers(manifest: Manifest) -> Plot | None:
         axes.set_ylim(low - 0.1, high + 0.08 * (high - low) + 0.1)
         _number(axes, named, colours)
         axes.set_xlabel("weights in the tensor", color=colours["ink"], labelpad=2)
-        canvas.legend(axes, colours, loc="lower left", bbox_to_anchor=(-0.09, 1.0), ncols=4, borderpad=0.2, handletextpad=0.4)
+        canvas.legend(
+            axes, colours, loc="lower left", bbox_to_anchor=(-0.09, 1.0), ncols=4, borderpad=0.2, handletextpad=0.4
+        )
         for number, outlier in enumerate(named, 1):
             text = f"{number}  {wording.fitted(outlier.row.name, 56)}  {outlier.bits:.2f}"
             canvas.write(figure, 10, 252 + 15.0 * (number - 1) + 4, text, colours["ink"], fontsize=9.5)
@@ -356,7 +440,9 @@ def _number(axes: Axes, named: Sequence[summary.Outlier], colours: canvas.Palett
     if not named:
         return
     axes.autoscale_view()
-    places = axes.transData.transform([(outlier.row.elements, outlier.bits) for outlier in named]) * 72 / axes.figure.dpi
+    places = (
+        axes.transData.transform([(outlier.row.elements, outlier.bits) for outlier in named]) * 72 / axes.figure.dpi
+    )
     together: list[list[int]] = []
     for index in sorted(range(len(named)), key=lambda index: (places[index][0], -places[index][1])):
         if together and max(abs(places[index] - places[together[-1][0]])) < 10:

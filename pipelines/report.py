@@ -33,7 +33,9 @@ LONGEST_NAME: Final = 200
 _FOLDER: Final = Path(__file__).parent
 
 
-def write_report(tree: str | os.PathLike[str], output: str | os.PathLike[str], *, title: str | None = None) -> list[Path]:
+def write_report(
+    tree: str | os.PathLike[str], output: str | os.PathLike[str], *, title: str | None = None
+) -> list[Path]:
     """Write ``report.html`` and the PNGs of its plots into the folder ``output``, and return their paths. By default the tree's name is the title.
 
     ``tree``: a converted folder, a `.df11` file, or an ``hf://`` address of either, of which only the manifest is downloaded. A local one without a
@@ -43,7 +45,10 @@ def write_report(tree: str | os.PathLike[str], output: str | os.PathLike[str], *
 
     manifest, name = read_tree(tree)
     drawn = plots.plots(manifest)
-    contents = {PAGE: _render(manifest, name if title is None else title, drawn).encode(), **{f"{plot.name}.png": plot.png() for plot in drawn}}
+    contents = {
+        PAGE: _render(manifest, name if title is None else title, drawn).encode(),
+        **{f"{plot.name}.png": plot.png() for plot in drawn},
+    }
     paths = []
     for name, content in contents.items():
         path = Path(output) / name
@@ -69,7 +74,9 @@ def read_tree(tree: str | os.PathLike[str]) -> tuple[Manifest, str]:
         for file in opened.files:
             if str(file.name) == manifests.FILE_NAME:
                 return manifests.Manifest.from_bytes(file.read_bytes(), file.label), address.repository
-        raise errors.MissingError(f"it has no {manifests.FILE_NAME}", file=opened.label, hint="download it, and make the report of the folder")
+        raise errors.MissingError(
+            f"it has no {manifests.FILE_NAME}", file=opened.label, hint="download it, and make the report of the folder"
+        )
     path = Path(tree)
     if (path / manifests.FILE_NAME).is_file():
         return manifests.read(path), path.resolve().name
@@ -83,7 +90,11 @@ def read_tree(tree: str | os.PathLike[str]) -> tuple[Manifest, str]:
             cast = "bf16" if source.cast == "bf16" else cast
             writer = container.writer
             size = container.size
-        files.append(manifests.FileRow(name, size, None, f"{name.removesuffix('.df11')}.safetensors", source.bytes, source.sha256))
+        files.append(
+            manifests.FileRow(
+                name, size, None, f"{name.removesuffix('.df11')}.safetensors", source.bytes, source.sha256
+            )
+        )
         rows += manifests.scan(container_path, name, jobs=thread_count(None))
     return manifests.Manifest(manifests.Origin(), cast, writer, tuple(files), tuple(rows)), path.resolve().name
 
@@ -144,7 +155,9 @@ def _style() -> str:
         return "\n".join([*(f"  --{role}: {colour};" for role, colour in palette.items()), f"  --shade: {shade};"])
 
     style = (_FOLDER / "report.css").read_text(encoding="utf-8")
-    return style.replace("@LIGHT@", variables(canvas.LIGHT, "#f3f5f7")).replace("@DARK@", variables(canvas.DARK, "#161b22"))
+    return style.replace("@LIGHT@", variables(canvas.LIGHT, "#f3f5f7")).replace(
+        "@DARK@", variables(canvas.DARK, "#161b22")
+    )
 
 
 def _digest(text: str) -> str:
@@ -162,13 +175,19 @@ def _name(name: str) -> str:
     return f"<code>{html.escape(wording.fitted(name, LONGEST_NAME))}</code>"
 
 
-def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, label: str, sortable: bool = False) -> str:
+def _table(
+    caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, label: str, sortable: bool = False
+) -> str:
     """A table that scrolls by itself where it is too wide; a head that begins with ``#`` is that of a column of numbers."""
     kinds = [' class="n"' if head.startswith("#") else "" for head in heads]
-    lines = ["".join(f'<th scope="col"{kind}>{head.removeprefix("#")}</th>' for head, kind in zip(heads, kinds, strict=True))]
+    lines = [
+        "".join(f'<th scope="col"{kind}>{head.removeprefix("#")}</th>' for head, kind in zip(heads, kinds, strict=True))
+    ]
     for row in rows:
         first, *others = zip(row, kinds, strict=True)
-        lines.append(f'<th scope="row"{first[1]}>{first[0]}</th>' + "".join(f"<td{kind}>{cell}</td>" for cell, kind in others))
+        lines.append(
+            f'<th scope="row"{first[1]}>{first[0]}</th>' + "".join(f"<td{kind}>{cell}</td>" for cell, kind in others)
+        )
     body = "\n".join(f"<tr>{line}</tr>" for line in lines[1:])
     mark = ' class="sortable"' if sortable else ""
     return (
@@ -198,9 +217,19 @@ def _key_figures(manifest: Manifest) -> str:
     if total.cast:
         figures.append(("source, F32" if total.cast == total.tensors else "source", wording.size(total.source_bytes)))
     if total.weights:
-        figures += [("the same in BF16", wording.size(total.bf16_bytes)), ("of BF16, all counted", wording.percent(total.ratio))]
-        figures += [("bits a weight", wording.bits(total.bits_per_weight)), ("floor: entropy + 8", wording.bits(total.floor_bits))]
-    return '<dl class="figures">' + "".join(f"<div><dt>{term}</dt><dd>{value}</dd></div>" for term, value in figures) + "</dl>"
+        figures += [
+            ("the same in BF16", wording.size(total.bf16_bytes)),
+            ("of BF16, all counted", wording.percent(total.ratio)),
+        ]
+        figures += [
+            ("bits a weight", wording.bits(total.bits_per_weight)),
+            ("floor: entropy + 8", wording.bits(total.floor_bits)),
+        ]
+    return (
+        '<dl class="figures">'
+        + "".join(f"<div><dt>{term}</dt><dd>{value}</dd></div>" for term, value in figures)
+        + "</dl>"
+    )
 
 
 def _converted(manifest: Manifest) -> str:
@@ -217,12 +246,18 @@ def _converted(manifest: Manifest) -> str:
     facts += [
         ("converted by", _text(manifest.tool)),
         ("options", "F32 tensors rounded to BF16" if manifest.cast else "none: every tensor keeps its dtype"),
-        ("holds", f"{wording.count(total.tensors, 'tensor')} in {wording.count(total.files, 'file')}, {wording.count(total.weights, 'BF16 weight')}"),
+        (
+            "holds",
+            f"{wording.count(total.tensors, 'tensor')} in {wording.count(total.files, 'file')}, {wording.count(total.weights, 'BF16 weight')}",
+        ),
     ]
     if total.cast:
         kept = total.cast - total.changed
         facts.append(
-            ("cast from F32", f"{wording.count(total.cast, 'tensor')}; {kept:,} of them without any change, {total.changed:,} with rounded values")
+            (
+                "cast from F32",
+                f"{wording.count(total.cast, 'tensor')}; {kept:,} of them without any change, {total.changed:,} with rounded values",
+            )
         )
     return _facts(facts)
 
@@ -232,7 +267,19 @@ def _sizes(manifest: Manifest, figure: str) -> str:
     if not parts:
         return "<p>There are no files.</p>"
     rows = [*parts, summary.total(manifest)] if len(parts) > 1 else parts
-    heads = ["part", "#tensors", "#source", "#in BF16", "#coded", "#verbatim", "#containers", "#of BF16", "#of source", "#bits a weight", "#floor"]
+    heads = [
+        "part",
+        "#tensors",
+        "#source",
+        "#in BF16",
+        "#coded",
+        "#verbatim",
+        "#containers",
+        "#of BF16",
+        "#of source",
+        "#bits a weight",
+        "#floor",
+    ]
     cells = [
         [
             _name(row.name) if index < len(parts) else "all",
@@ -270,20 +317,36 @@ def _layers(manifest: Manifest, figure: str) -> str:
     content = details = ""
     if stacks:
         rows = [[_name(stack.name), *_spread(stack.by_layer(summary.average_bits), stack.rows)] for stack in stacks]
-        content = _table("Bits a weight of all matrices of a layer.", ["layers", *bits_heads], rows, label="Bits a weight by stack of layers")
+        content = _table(
+            "Bits a weight of all matrices of a layer.",
+            ["layers", *bits_heads],
+            rows,
+            label="Bits a weight by stack of layers",
+        )
         rows = [
-            [_name(f"{stack.name}.{kind}"), *_spread({layer: summary.average_bits(found) or 0.0 for layer, found in layers.items()}, of_kind)]
+            [
+                _name(f"{stack.name}.{kind}"),
+                *_spread({layer: summary.average_bits(found) or 0.0 for layer, found in layers.items()}, of_kind),
+            ]
             for stack in stacks
             for kind, layers in stack.kinds.items()
             if (of_kind := [row for found in layers.values() for row in found])
         ]
         table = _table(
-            "Bits a weight of the matrices of each kind, by layer.", ["matrices", *bits_heads], rows, label="Bits a weight by kind of matrix"
+            "Bits a weight of the matrices of each kind, by layer.",
+            ["matrices", *bits_heads],
+            rows,
+            label="Bits a weight by kind of matrix",
         )
         details = f"<details><summary>{wording.count(len(rows), 'kind')} of matrices</summary>{table}</details>"
     if outside:
         rows = [
-            [_name(name), _bytes(len(found)), wording.bits(summary.average_bits(found)), wording.bits(summary.floor_bits(found))]
+            [
+                _name(name),
+                _bytes(len(found)),
+                wording.bits(summary.average_bits(found)),
+                wording.bits(summary.floor_bits(found)),
+            ]
             for name, found in summary.alike(outside)[:MOST_OUTSIDE]
         ]
         caption = f"Matrices{' outside these stacks' if stacks else ''}, the largest. A star stands for any number."
@@ -327,14 +390,22 @@ def _exponents(manifest: Manifest, figure: str) -> str:
     return _beside(
         figure,
         words
-        + _table("How many weights were counted, and how many of them are zero, infinite or not a number.", heads, rows, label="Exponents by part"),
+        + _table(
+            "How many weights were counted, and how many of them are zero, infinite or not a number.",
+            heads,
+            rows,
+            label="Exponents by part",
+        ),
     )
 
 
 def _outliers(manifest: Manifest, figure: str) -> str:
     found = summary.outliers(manifest)
     if found.usual is None:
-        return _beside(figure, f"<p>No tensor that decodes to BF16 has {summary.OUTLIER_WEIGHTS:,} weights or more: none can be an outlier.</p>")
+        return _beside(
+            figure,
+            f"<p>No tensor that decodes to BF16 has {summary.OUTLIER_WEIGHTS:,} weights or more: none can be an outlier.</p>",
+        )
     words = (
         f"<p>The median tensor of {summary.OUTLIER_WEIGHTS:,} weights or more takes {found.usual:.2f} bits a weight. "
         f"{wording.count(len(found.tensors), 'tensor is', 'tensors are')} more than {found.limit:.2f} bits away from it.</p>"
@@ -379,7 +450,11 @@ def _proof(manifest: Manifest) -> str:
             f"of {wording.count(sum(proof.changed for proof in changed), 'tensor')}: "
             "their F32 values are not in the containers. What can be restored, bit for bit, is a BF16 file."
         )
-    commands = [f"df11 verify {name}", f"df11 verify --against SOURCE {name}", f"df11 restore {'--bf16 ' if changed else ''}{name} restored"]
+    commands = [
+        f"df11 verify {name}",
+        f"df11 verify --against SOURCE {name}",
+        f"df11 restore {'--bf16 ' if changed else ''}{name} restored",
+    ]
     checksums = summary.checksum_list(manifest)
     check = f"cd restored && sha256sum --check <<'END'\n{checksums}END" if checksums else ""
     heads = ["source file, SHA-256", "#bytes", "container, SHA-256 if known", "#bytes", "#segments", "restores to"]
@@ -390,7 +465,9 @@ def _proof(manifest: Manifest) -> str:
             _name(proof.file.file) + _hash(proof.file.sha256),
             _bytes(proof.file.bytes),
             _bytes(proof.segments),
-            "the source, byte for byte" if proof.exact else f"BF16: {proof.changed:,} of {wording.count(proof.cast, 'tensor')} changed",
+            "the source, byte for byte"
+            if proof.exact
+            else f"BF16: {proof.changed:,} of {wording.count(proof.cast, 'tensor')} changed",
         ]
         for proof in proofs
     ]
@@ -399,7 +476,11 @@ def _proof(manifest: Manifest) -> str:
         + _table("Files and their hashes.", heads, rows, label="Files and their hashes")
         + "<h3>Check it</h3>"
         + f"<p>With the converted folder at hand, here called <code>{name}</code>:</p><pre>{html.escape(chr(10).join(commands))}</pre>"
-        + (f"<p>The restored files, by a program that knows nothing of df11:</p><pre>{html.escape(check)}</pre>" if check else "")
+        + (
+            f"<p>The restored files, by a program that knows nothing of df11:</p><pre>{html.escape(check)}</pre>"
+            if check
+            else ""
+        )
     )
 
 
@@ -430,7 +511,9 @@ def _tensors(manifest: Manifest) -> str:
         "#exponent entropy",
         "XXH3",
     ]
-    table = _table(caption, heads, (_tensor(row, several=several, cast=cast) for row in shown), label="All tensors", sortable=True)
+    table = _table(
+        caption, heads, (_tensor(row, several=several, cast=cast) for row in shown), label="All tensors", sortable=True
+    )
     return f"<details><summary>{wording.count(len(shown), 'row')}</summary>{table}</details>"
 
 

@@ -70,9 +70,18 @@ def read_results(path: str | os.PathLike[str]) -> Results:
 
 
 def _is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or not isinstance(row.get("what"), str) or not isinstance(row.get("name"), str) or "seconds" not in row:
+    if (
+        not isinstance(row, dict)
+        or not isinstance(row.get("what"), str)
+        or not isinstance(row.get("name"), str)
+        or "seconds" not in row
+    ):
         return False
-    return all(value is None or (type(value) in (int, float) and 0 <= value < math.inf) for key, value in row.items() if key in _COLUMNS)
+    return all(
+        value is None or (type(value) in (int, float) and 0 <= value < math.inf)
+        for key, value in row.items()
+        if key in _COLUMNS
+    )
 
 
 def _cell(key: str, value: float | None) -> str | None:

@@ -71,7 +71,12 @@ class JobReport:
 
 
 def run_job(
-    job: Job, *, on_ray: bool = False, log: Log = unheard, on_total: Callable[[int], None] = ignore, on_progress: Progress = ignore
+    job: Job,
+    *,
+    on_ray: bool = False,
+    log: Log = unheard,
+    on_total: Callable[[int], None] = ignore,
+    on_progress: Progress = ignore,
 ) -> JobReport:
     """Do all models of a job, one after the other; one that fails does not keep the others from being done.
 
@@ -88,7 +93,9 @@ def run_job(
         on_total(sum(item.file.size for plan in plans for item in plan.tasks))
         for plan in plans:
             with _failing(plan.model, failures, log):
-                reports.append(run_model(plan, job.limits, job.shards_per_commit, on_ray=on_ray, log=log, on_progress=on_progress))
+                reports.append(
+                    run_model(plan, job.limits, job.shards_per_commit, on_ray=on_ray, log=log, on_progress=on_progress)
+                )
                 log("model", **dataclasses.asdict(reports[-1]))
     return JobReport(tuple(reports), tuple(failures))
 
@@ -130,7 +137,9 @@ def describe(plan: ModelPlan) -> dict[str, Any]:
     }
 
 
-def run_model(plan: ModelPlan, limits: Limits, shards_per_commit: int, *, on_ray: bool, log: Log, on_progress: Progress) -> ModelReport:
+def run_model(
+    plan: ModelPlan, limits: Limits, shards_per_commit: int, *, on_ray: bool, log: Log, on_progress: Progress
+) -> ModelReport:
     """Do what a plan says, and prove it. Raises a Df11Error; what has been committed by then stays, and is kept by the next run."""
     started = time.monotonic()
     target = plan.target
@@ -158,7 +167,11 @@ def run_model(plan: ModelPlan, limits: Limits, shards_per_commit: int, *, on_ray
 
 
 def _short(plan: ModelPlan) -> str:
-    return f"{plan.origin.repository}@{plan.origin.commit[:8]}" if plan.origin.repository and plan.origin.commit else "a local source"
+    return (
+        f"{plan.origin.repository}@{plan.origin.commit[:8]}"
+        if plan.origin.repository and plan.origin.commit
+        else "a local source"
+    )
 
 
 @contextmanager
@@ -171,8 +184,12 @@ def _staging(plan: ModelPlan, limits: Limits) -> Iterator[Path]:
     folder = limits.work / f"df11-job-{safe_name(plan.target.label.removeprefix(hub.SCHEME))}-{digest}"
     try:
         folder.mkdir(0o700, parents=True, exist_ok=True)
-        if folder.is_symlink() or folder.stat().st_uid != os.geteuid():  # Anybody can make one like it where temporary files are.
-            raise errors.NotAllowedError("this folder is somebody else's", file=folder, hint="name another folder: [limits] work")
+        if (
+            folder.is_symlink() or folder.stat().st_uid != os.geteuid()
+        ):  # Anybody can make one like it where temporary files are.
+            raise errors.NotAllowedError(
+                "this folder is somebody else's", file=folder, hint="name another folder: [limits] work"
+            )
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise errors.from_os_error(error, file=folder) from None
@@ -180,7 +197,9 @@ def _staging(plan: ModelPlan, limits: Limits) -> Iterator[Path]:
         try:
             writer.lock(lock)
         except BlockingIOError:
-            raise errors.ConflictError("another job is filling this target", file=plan.target.label, hint="wait for it to end") from None
+            raise errors.ConflictError(
+                "another job is filling this target", file=plan.target.label, hint="wait for it to end"
+            ) from None
         _clear(folder)
         free = shutil.disk_usage(folder).free
         if plan.disk_for_one > free:
@@ -205,7 +224,15 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _bring_files(plan: ModelPlan, limits: Limits, staging: Path, shards_per_commit: int, on_ray: bool, log: Log, on_progress: Progress) -> Manifest:
+def _bring_files(
+    plan: ModelPlan,
+    limits: Limits,
+    staging: Path,
+    shards_per_commit: int,
+    on_ray: bool,
+    log: Log,
+    on_progress: Progress,
+) -> Manifest:
     # Bring each file to the target; after every few of them comes a commit, with the manifest of what is there.
     settings = Settings(thread_count(limits.threads), limits.memory - plan.overhead, plan.model.cast, verify=True)
     carrier = plan.target.carrier()
@@ -229,7 +256,9 @@ def _bring_files(plan: ModelPlan, limits: Limits, staging: Path, shards_per_comm
     engine: Engine = OnRay(limits.memory) if on_ray else InProcess(overlap=plan.disk <= room)
     order = [item.name for item in plan.items if item.kind in ("convert", "container")]
     kept = {item.name for item in plan.items if item.kept}
-    manifest = dataclasses.replace(plan.manifest.ordered([name for name in order if name in kept]), origin=plan.origin, cast=plan.model.cast)
+    manifest = dataclasses.replace(
+        plan.manifest.ordered([name for name in order if name in kept]), origin=plan.origin, cast=plan.model.cast
+    )
     # Those that the last commit will remove are named until then: a job that goes on would not know of them otherwise.
     stale = tuple(row for row in plan.manifest.files if row.file in plan.stale)
     waiting: list[Done] = []
@@ -279,11 +308,20 @@ def _describe_done(plan: ModelPlan, done: Done) -> dict[str, Any]:
     }
 
 
-def _commit(plan: ModelPlan, deliveries: list[Delivery], files: Mapping[str, bytes], removed: list[str], summary: str, log: Log) -> None:
+def _commit(
+    plan: ModelPlan, deliveries: list[Delivery], files: Mapping[str, bytes], removed: list[str], summary: str, log: Log
+) -> None:
     started = time.monotonic()
     commit = plan.target.commit(deliveries, files, removed, summary)
     names = [delivery.name for delivery in deliveries] + list(files)
-    log("commit", target=plan.target.label, commit=commit, files=names, removed=removed, seconds=round(time.monotonic() - started, 3))
+    log(
+        "commit",
+        target=plan.target.label,
+        commit=commit,
+        files=names,
+        removed=removed,
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 def _send_small_files(plan: ModelPlan, manifest: Manifest, log: Log) -> tuple[dict[str, Digest], int]:
@@ -314,7 +352,9 @@ def _send_small_files(plan: ModelPlan, manifest: Manifest, log: Log) -> tuple[di
     want(FILE_NAME, manifest.to_bytes())
     card = render(plan, manifest).encode()
     # Pictures come with the card, which names every hash: if it is the one that is there, so are they those of this manifest.
-    known = Digest.of(card).agrees(held.get(CARD, _NOTHING)) and wanted[FILE_NAME].agrees(plan.held.get(FILE_NAME, _NOTHING))
+    known = Digest.of(card).agrees(held.get(CARD, _NOTHING)) and wanted[FILE_NAME].agrees(
+        plan.held.get(FILE_NAME, _NOTHING)
+    )
     if not known or not set(plot_paths(manifest).values()) <= held.keys():
         for name, picture in draw_plots(manifest).items():
             want(name, picture)

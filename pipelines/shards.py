@@ -104,7 +104,9 @@ def produce(task: Task, progress: Progress) -> Staged:
         discard(task)
         raise
     assert report.output_bytes is not None and report.source_sha256 is not None  # As it was not a dry run.
-    row = FileRow(task.name, report.output_bytes, None, task.file.name.as_posix(), report.source_bytes, report.source_sha256)
+    row = FileRow(
+        task.name, report.output_bytes, None, task.file.name.as_posix(), report.source_bytes, report.source_sha256
+    )
     return Staged(task, path, row, tensors, seconds)
 
 
@@ -141,5 +143,7 @@ def _prove_container(task: Task, progress: Progress, seconds: dict[str, float]) 
 
 def _with_sha256(row: FileRow, delivery: Delivery) -> FileRow:
     if delivery.digest.size != row.bytes:
-        raise errors.ConflictError("the file has changed before it was uploaded", file=row.file, expected=row.bytes, found=delivery.digest.size)
+        raise errors.ConflictError(
+            "the file has changed before it was uploaded", file=row.file, expected=row.bytes, found=delivery.digest.size
+        )
     return replace(row, sha256=delivery.digest.sha256)

@@ -142,7 +142,9 @@ def parts(manifest: Manifest) -> list[tuple[Sizes, list[TensorRow]]]:
         rows.setdefault(part(row.file), []).append(row)
     names = list(dict.fromkeys([*files, *rows]))
     if len(names) > MOST_PARTS:
-        largest = set(sorted(names, key=lambda name: -sum(file.bytes for file in files.get(name, [])))[: MOST_PARTS - 1])
+        largest = set(
+            sorted(names, key=lambda name: -sum(file.bytes for file in files.get(name, [])))[: MOST_PARTS - 1]
+        )
         rest = [name for name in names if name not in largest]
         together = f"{len(rest)} others"
         for name in rest:
@@ -196,7 +198,10 @@ class Stack:
 
     def by_layer(self, value: Callable[[Sequence[TensorRow]], float | None]) -> dict[int, float]:
         """A value of all matrices of each layer."""
-        found = {layer: value([row for layers in self.kinds.values() for row in layers.get(layer, [])]) for layer in self.layers}
+        found = {
+            layer: value([row for layers in self.kinds.values() for row in layers.get(layer, [])])
+            for layer in self.layers
+        }
         return {layer: number for layer, number in found.items() if number is not None}
 
 
@@ -220,7 +225,12 @@ def stacks(manifest: Manifest) -> tuple[list[Stack], list[TensorRow]]:
         found.setdefault(of, {}).setdefault(place.kind, {}).setdefault(place.layer, []).append(row)
     made = []
     for name, kinds in found.items():
-        ordered = dict(sorted(kinds.items(), key=lambda item: (-sum(row.elements for rows in item[1].values() for row in rows), item[0])))
+        ordered = dict(
+            sorted(
+                kinds.items(),
+                key=lambda item: (-sum(row.elements for rows in item[1].values() for row in rows), item[0]),
+            )
+        )
         stack = Stack(name, ordered)
         if len(stack.layers) < STACK_LAYERS:
             outside += stack.rows
@@ -235,7 +245,9 @@ def alike(rows: Iterable[TensorRow]) -> list[tuple[str, list[TensorRow]]]:
     groups: dict[str, list[TensorRow]] = {}
     for row in rows:
         groups.setdefault(_NUMBER.sub("*", row.name), []).append(row)
-    named = [((name if len(group) > 1 else group[0].name).removesuffix(".weight"), group) for name, group in groups.items()]
+    named = [
+        ((name if len(group) > 1 else group[0].name).removesuffix(".weight"), group) for name, group in groups.items()
+    ]
     return sorted(named, key=lambda item: (-sum(row.elements for row in item[1]), item[0]))
 
 
@@ -281,14 +293,22 @@ class Outliers:
 
 def outliers(manifest: Manifest) -> Outliers:
     """The tensors of OUTLIER_WEIGHTS weights or more whose bits a weight are far from the median."""
-    large = [(row, 8 * row.stored_bytes / row.elements) for row in manifest.tensors if is_bf16(row) and row.elements >= OUTLIER_WEIGHTS]
+    large = [
+        (row, 8 * row.stored_bytes / row.elements)
+        for row in manifest.tensors
+        if is_bf16(row) and row.elements >= OUTLIER_WEIGHTS
+    ]
     if not large:
         return Outliers(None, OUTLIER_BITS, [])
     usual = median(bits for _, bits in large)
     deviation = median(abs(bits - usual) for _, bits in large)
     limit = max(OUTLIER_BITS, OUTLIER_DEVIATIONS * deviation)
     found = [Outlier(row, bits, (bits - usual) * row.elements / 8) for row, bits in large if abs(bits - usual) > limit]
-    return Outliers(usual, limit, sorted(found, key=lambda outlier: (-abs(outlier.excess_bytes), outlier.row.file, outlier.row.name)))
+    return Outliers(
+        usual,
+        limit,
+        sorted(found, key=lambda outlier: (-abs(outlier.excess_bytes), outlier.row.file, outlier.row.name)),
+    )
 
 
 # The way back
@@ -321,14 +341,24 @@ def proofs(manifest: Manifest) -> list[Proof]:
     for file in manifest.files:
         own = rows.get(file.file, [])
         segments = sum(len(row.decoded_xxh3) for row in own)
-        found.append(Proof(file, len(own), segments, sum(row.exact is not None for row in own), sum(row.exact is False for row in own)))
+        found.append(
+            Proof(
+                file,
+                len(own),
+                segments,
+                sum(row.exact is not None for row in own),
+                sum(row.exact is False for row in own),
+            )
+        )
     return found
 
 
 def checksum_list(manifest: Manifest) -> str:
     """Input of ``sha256sum --check`` for the source files that can be restored byte for byte, but those whose names it spells in another way."""
     files = [proof.file for proof in proofs(manifest) if proof.exact]
-    plain = [file for file in files if "\\" not in file.source_file and wording.visible(file.source_file) == file.source_file]
+    plain = [
+        file for file in files if "\\" not in file.source_file and wording.visible(file.source_file) == file.source_file
+    ]
     return "".join(f"{file.source_sha256}  {file.source_file}\n" for file in plain)
 
 

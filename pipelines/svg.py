@@ -22,7 +22,10 @@ def for_page(data: bytes, name: str, title: str, description: str, roles: Mappin
     root = ElementTree.fromstring(data)  # noqa: S314 - it was drawn here
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag not in {_SVG + tag for tag in ("svg", "g", "defs", "path", "use", "text", "tspan", "rect", "clipPath", "pattern")}:
+            if child.tag not in {
+                _SVG + tag
+                for tag in ("svg", "g", "defs", "path", "use", "text", "tspan", "rect", "clipPath", "pattern")
+            }:
                 parent.remove(child)  # Metadata, and a style that would be the whole page's.
     used: set[str] = set()
     for element in root.iter():
@@ -83,7 +86,9 @@ def _hoist(element: ElementTree.Element) -> None:
     children = list(element)
     if len(children) > 1 and all(child.tag.endswith("use") for child in children):
         for key, value in list(children[0].attrib.items()):
-            if key not in ("x", "y", "href", "id", "transform", "clip-path") and all(child.get(key) == value for child in children):
+            if key not in ("x", "y", "href", "id", "transform", "clip-path") and all(
+                child.get(key) == value for child in children
+            ):
                 element.set(key, value)
                 for child in children:
                     del child.attrib[key]

@@ -107,7 +107,9 @@ class Target(Protocol):
         """Who brings files here."""
         ...
 
-    def commit(self, deliveries: Sequence[Delivery], files: Mapping[str, bytes], removed: Iterable[str], summary: str) -> str | None:
+    def commit(
+        self, deliveries: Sequence[Delivery], files: Mapping[str, bytes], removed: Iterable[str], summary: str
+    ) -> str | None:
         """Make deliveries and some small files visible, at once; returns the new commit of a repository.
 
         Raises ConflictError if somebody else has changed the target.
@@ -138,7 +140,11 @@ class FolderTarget:
         """All files; each is read to the end."""
         if self.path.exists() and not self.path.is_dir():
             raise errors.UsageError("the target is a file", file=self.path, hint="name a folder")
-        return {path.relative_to(self.path).as_posix(): Digest.of_file(path) for path in walk(self.path)} if self.path.is_dir() else {}
+        return (
+            {path.relative_to(self.path).as_posix(): Digest.of_file(path) for path in walk(self.path)}
+            if self.path.is_dir()
+            else {}
+        )
 
     def read(self, name: str) -> bytes:
         """A small file's content."""
@@ -155,7 +161,9 @@ class FolderTarget:
         """Who brings files here."""
         return FolderCarrier()
 
-    def commit(self, deliveries: Sequence[Delivery], files: Mapping[str, bytes], removed: Iterable[str], summary: str) -> None:
+    def commit(
+        self, deliveries: Sequence[Delivery], files: Mapping[str, bytes], removed: Iterable[str], summary: str
+    ) -> None:
         """Remove files, and then write the small ones, each atomically, in their order: the manifest forgets only what is gone."""
         del deliveries, summary
         for name in removed:
@@ -200,7 +208,9 @@ class HubTarget:
             self.head = None
             return {}
         if self.private and not info.private:
-            raise errors.UsageError("the repository is public, but the job wants it private", file=self.label, hint="change one of them")
+            raise errors.UsageError(
+                "the repository is public, but the job wants it private", file=self.label, hint="change one of them"
+            )
         head = str(info.sha)
         if self.head is not None and head != self.head:
             raise self._changed(head)
@@ -215,16 +225,22 @@ class HubTarget:
     def create(self) -> None:
         """Create the repository, and its branch."""
         if self.head is None:
-            hub.retrying(lambda: hub.api().create_repo(self.address.repository, private=self.private, exist_ok=True), self.label)
+            hub.retrying(
+                lambda: hub.api().create_repo(self.address.repository, private=self.private, exist_ok=True), self.label
+            )
             if (branch := self.address.revision) is not None:
-                hub.retrying(lambda: hub.api().create_branch(self.address.repository, branch=branch, exist_ok=True), self.label)
+                hub.retrying(
+                    lambda: hub.api().create_branch(self.address.repository, branch=branch, exist_ok=True), self.label
+                )
             self.look()
 
     def carrier(self) -> Carrier:
         """Who brings files here."""
         return HubCarrier(self.address)
 
-    def commit(self, deliveries: Sequence[Delivery], files: Mapping[str, bytes], removed: Iterable[str], summary: str) -> str | None:
+    def commit(
+        self, deliveries: Sequence[Delivery], files: Mapping[str, bytes], removed: Iterable[str], summary: str
+    ) -> str | None:
         """One commit on top of the last one that was seen."""
         assert self.head is not None, "look before you commit"
         hub.api()
@@ -239,7 +255,9 @@ class HubTarget:
         while True:
             try:
                 with hub.explained(self.label), warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")  # The manifest is one.
+                    warnings.filterwarnings(
+                        "ignore", message="It seems that you are about to commit a data file"
+                    )  # The manifest is one.
                     info = hub.api().create_commit(
                         self.address.repository,
                         operations,
@@ -297,9 +315,15 @@ class HubCarrier:
         except OSError as error:
             raise errors.from_os_error(error, file=path) from None
         addition = CommitOperationAdd(path_in_repo=name, path_or_fileobj=path if data is None else data)
-        digest = Digest(addition.upload_info.size, addition.upload_info.sha256.hex(), None if data is None else Digest.of(data).blob_id)
+        digest = Digest(
+            addition.upload_info.size,
+            addition.upload_info.sha256.hex(),
+            None if data is None else Digest.of(data).blob_id,
+        )
         hub.retrying(
-            lambda: api.preupload_lfs_files(self.address.repository, [addition], revision=self.address.revision, num_threads=1),
+            lambda: api.preupload_lfs_files(
+                self.address.repository, [addition], revision=self.address.revision, num_threads=1
+            ),
             f"{self.address}/{name}",
         )
         return Delivery(name, digest, addition)

@@ -75,7 +75,9 @@ def pull(
     if tree.is_file:
         raise errors.UsageError("this is a file, not a tree", file=source)
     if not any(file.name.name.endswith(DF11) for file in tree.files):
-        raise errors.UsageError(f"no {DF11} file in this repository or folder", file=tree.label, hint="check the address")
+        raise errors.UsageError(
+            f"no {DF11} file in this repository or folder", file=tree.label, hint="check the address"
+        )
     if any(str(file.name) == FILE_NAME for file in tree.files):
         manifests.check_installed()  # Better found now than when all has come.
     on_total(sum(file.size for file in tree.files))
@@ -104,5 +106,8 @@ def _compare(manifest: Manifest, hashes: dict[str, str | None], root: Path) -> N
         found = hashes.get(row.file, "no such file")
         if row.sha256 is not None and found is not None and found != row.sha256:
             raise errors.DifferenceError(
-                "this is not the container that the manifest describes", file=root / row.file, expected=row.sha256, found=found
+                "this is not the container that the manifest describes",
+                file=root / row.file,
+                expected=row.sha256,
+                found=found,
             )

@@ -16,7 +16,9 @@ def visible(name: str) -> str:
     """A name in which every character shows: what does not is written as its escape, U+202E as ``u202e`` after a backslash."""
     if name.isascii() and name.isprintable():
         return name
-    return "".join(_escape(character) if unicodedata.category(character) in _INVISIBLE else character for character in name)
+    return "".join(
+        _escape(character) if unicodedata.category(character) in _INVISIBLE else character for character in name
+    )
 
 
 def _escape(character: str) -> str:

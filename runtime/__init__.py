@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from df11.runtime.model import load_model, report
     from df11.runtime.modules import materialize
 
-__all__ = ["CompressedTensor", "decode_many", "load_file", "load_model", "materialize", "raise_damage", "report", "warm_up"]
+__all__ = [
+    "CompressedTensor",
+    "decode_many",
+    "load_file",
+    "load_model",
+    "materialize",
+    "raise_damage",
+    "report",
+    "warm_up",
+]
 
 _HOMES = {
     "CompressedTensor": "df11.runtime.compressed",

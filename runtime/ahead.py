@@ -86,7 +86,9 @@ class Ahead:
     def __init__(self, weights: int, device: torch.device, streams: Streams) -> None:
         self._streams = streams
         self._weights = weights
-        self._buffers = [_Buffer(torch.empty(weights, dtype=torch.bfloat16, device=device), streams) for _ in range(BUFFERS)]
+        self._buffers = [
+            _Buffer(torch.empty(weights, dtype=torch.bfloat16, device=device), streams) for _ in range(BUFFERS)
+        ]
         self._began = streams.event()
         self._turn = 0
         self._next: weakref.WeakKeyDictionary[Source, weakref.ref[Source]] = weakref.WeakKeyDictionary()

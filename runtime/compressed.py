@@ -23,7 +23,9 @@ class CompressedTensor:
     decode to wrong weights, never to a wrong access, and :func:`raise_damage` tells.
     """
 
-    def __init__(self, record: torch.Tensor, shape: Sequence[int], segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS) -> None:
+    def __init__(
+        self, record: torch.Tensor, shape: Sequence[int], segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS
+    ) -> None:
         from df11.runtime import operators
 
         operators.check_record(record, math.prod(shape), segment_elements)
@@ -71,7 +73,9 @@ class CompressedTensor:
         """Rows ``start`` to ``stop`` (exclusive) of the first dimension, without decoding the tiles that hold none of them."""
         from df11.runtime import operators
 
-        decoded: torch.Tensor = operators.decode_rows(self.record, list(self.shape), self.segment_elements, start, stop, background)
+        decoded: torch.Tensor = operators.decode_rows(
+            self.record, list(self.shape), self.segment_elements, start, stop, background
+        )
         return decoded
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
@@ -82,7 +86,9 @@ class CompressedTensor:
         return decoded
 
 
-def decode_many(tensors: Sequence[CompressedTensor], out: Sequence[torch.Tensor] | None = None, *, background: bool = False) -> list[torch.Tensor]:
+def decode_many(
+    tensors: Sequence[CompressedTensor], out: Sequence[torch.Tensor] | None = None, *, background: bool = False
+) -> list[torch.Tensor]:
     """Decode several tensors of one device at once, such as all matrices of a transformer block: 64 a launch, so that small ones leave no core idle.
 
     ``out``: a contiguous BF16 tensor for each, with as many weights; made if it is not given.
@@ -91,9 +97,13 @@ def decode_many(tensors: Sequence[CompressedTensor], out: Sequence[torch.Tensor]
 
     from df11.runtime import operators
 
-    outputs = list(out) if out is not None else [torch.empty(t.shape, dtype=torch.bfloat16, device=t.device) for t in tensors]
+    outputs = (
+        list(out) if out is not None else [torch.empty(t.shape, dtype=torch.bfloat16, device=t.device) for t in tensors]
+    )
     if [output.numel() for output in outputs] != [tensor.elements for tensor in tensors]:
-        raise errors.UsageError("outputs of other sizes", expected=[t.elements for t in tensors], found=[o.numel() for o in outputs])
+        raise errors.UsageError(
+            "outputs of other sizes", expected=[t.elements for t in tensors], found=[o.numel() for o in outputs]
+        )
     operators.decode_into(
         [tensor.record for tensor in tensors],
         [tensor.elements for tensor in tensors],

@@ -61,7 +61,13 @@ class Cpu:
 
     def decode(self, ranges: Sequence[Range], *, background: bool = False) -> None:  # noqa: ARG002 - the interface of Gpu
         """Decode ranges: each segment of each is a task of its own."""
-        tasks = [(record, index, part) for part in ranges if part.first < part.last for record in [_open(part)] for index in _segments(part)]
+        tasks = [
+            (record, index, part)
+            for part in ranges
+            if part.first < part.last
+            for record in [_open(part)]
+            for index in _segments(part)
+        ]
         if len(tasks) == 1:
             _decode_segment(*tasks[0])
             return
@@ -76,7 +82,10 @@ class Cpu:
         wrong = numbers[(numbers < 0) | (numbers >= rows)]
         if wrong.size:
             raise errors.UsageError("no such row", expected=f"0 to {rows - 1}", found=int(wrong[0]))
-        record, out = _open(matrix), _array(matrix.output, count * row_weights, np.dtype(np.uint16)).reshape(count, row_weights)
+        record, out = (
+            _open(matrix),
+            _array(matrix.output, count * row_weights, np.dtype(np.uint16)).reshape(count, row_weights),
+        )
         order = np.argsort(numbers, kind="stable")
         # Rows whose tiles touch are decoded together, so that no tile is decoded twice; a segment at the most.
         firsts = numbers[order] * row_weights
@@ -124,7 +133,9 @@ def _decode_segment(record: _Opened, index: int, part: Range) -> None:
         segment.decode_range(low, high, out)
 
 
-def _gather_run(record: _Opened, matrix: Range, numbers: npt.NDArray[np.int64], run: npt.NDArray[np.int64], out: Weights) -> None:
+def _gather_run(
+    record: _Opened, matrix: Range, numbers: npt.NDArray[np.int64], run: npt.NDArray[np.int64], out: Weights
+) -> None:
     # The rows numbers[run], which ascend, by decoding all from the first to the last.
     row_weights = out.shape[1]
     first, last = int(numbers[run[0]]), int(numbers[run[-1]]) + 1

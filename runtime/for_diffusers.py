@@ -87,7 +87,9 @@ def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def compatible(filenames: Any, variant: Any = None, ignore_patterns: Any = None) -> Any:
         names = _renamed(filenames)
-        if names.keys() != names.values():  # Ours are wanted also where safetensors files are not, as a component has pickled weights only.
+        if (
+            names.keys() != names.values()
+        ):  # Ours are wanted also where safetensors files are not, as a component has pickled weights only.
             ignore_patterns = [pattern for pattern in ignore_patterns or [] if pattern != f"*{_SAFETENSORS}"]
         chosen = original(set(names), variant=variant, ignore_patterns=ignore_patterns)
         return tuple({names[name] for name in part} for part in chosen)
@@ -142,7 +144,9 @@ def _finding_index(library: Any, original: Callable[..., Any]) -> Callable[..., 
             keywords = {key: value for key, value in call.items() if key in _DOWNLOAD}
             source = call["pretrained_model_name_or_path"]
             try:
-                found = Path(library._get_model_file(source, weights_name=name, subfolder=subfolder or None, **keywords))
+                found = Path(
+                    library._get_model_file(source, weights_name=name, subfolder=subfolder or None, **keywords)
+                )
             except OSError:
                 return None
         return found
@@ -150,7 +154,16 @@ def _finding_index(library: Any, original: Callable[..., Any]) -> Callable[..., 
     return fetch_index_file
 
 
-_DOWNLOAD: Final = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "user_agent", "commit_hash")
+_DOWNLOAD: Final = (
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "local_files_only",
+    "token",
+    "revision",
+    "user_agent",
+    "commit_hash",
+)
 
 
 def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,18 +189,31 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(cls, *args, **kwargs)
         folder = str(call["pretrained_model_name_or_path"])
         if call.get("hf_quantizer") is not None:
-            raise errors.UsageError("the weights are compressed and cannot be quantized", file=folder, hint="quantize the original model")
+            raise errors.UsageError(
+                "the weights are compressed and cannot be quantized", file=folder, hint="quantize the original model"
+            )
         if call.get("tp_config") is not None:
-            raise errors.UsageError("compressed weights cannot be cut for tensor parallelism", file=folder, hint="load the original model")
+            raise errors.UsageError(
+                "compressed weights cannot be cut for tensor parallelism", file=folder, hint="load the original model"
+            )
         if not call.get("low_cpu_mem_usage", True):
-            raise errors.UsageError("weights can stay compressed only with low_cpu_mem_usage", file=folder, hint="install accelerate")
+            raise errors.UsageError(
+                "weights can stay compressed only with low_cpu_mem_usage", file=folder, hint="install accelerate"
+            )
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in files]
             undecoded.check_dtype(call.get("dtype") or torch.get_default_dtype(), containers)
             held = {name: container.info(name).shape for container in containers for name in container.keys()}
-        held = held if state is None else {name: tuple(value.shape) for name, value in state.items()}  # in which diffusers has renamed some
-        undecoded.check_names(folder, (), (), [(name, held[name], wanted[name]) for name in held if name in wanted and held[name] != wanted[name]])
+        held = (
+            held if state is None else {name: tuple(value.shape) for name, value in state.items()}
+        )  # in which diffusers has renamed some
+        undecoded.check_names(
+            folder,
+            (),
+            (),
+            [(name, held[name], wanted[name]) for name in held if name in wanted and held[name] != wanted[name]],
+        )
         devices = call.get("device_map") or {}
         to_disk = "disk" in devices.values()
         if to_disk:  # Which would decode: records are left in the files that they are in.
@@ -195,7 +221,9 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
         model, missing, unexpected, mismatched, index, messages = original(*bound.args, **bound.kwargs)
         undecoded.check_names(folder, missing, unexpected)
         if to_disk:
-            index = undecoded.disk_index(model, lambda name: _device(name, devices) == "disk", call.get("offload_folder"))
+            index = undecoded.disk_index(
+                model, lambda name: _device(name, devices) == "disk", call.get("offload_folder")
+            )
         undecoded.keep_compressed(model)
         return model, missing, unexpected, mismatched, index, messages
 

@@ -36,7 +36,11 @@ class _Stored:
     def __getitem__(self, _all: Any) -> torch.Tensor:
         if undecoded.stays_compressed(self._container, self._name):
             self._read.add(self._name)
-        return undecoded.mapped(self._container, self._name) if self._in_file else undecoded.read(self._container, self._name)
+        return (
+            undecoded.mapped(self._container, self._name)
+            if self._in_file
+            else undecoded.read(self._container, self._name)
+        )
 
     def get_dtype(self) -> str:
         return self._container.info(self._name).dtype
@@ -111,7 +115,9 @@ def _not_asking(library: Any, original: Callable[..., Any]) -> Callable[..., Any
 
 def _cached(library: Any, source: str, name: str, download: dict[str, Any], user_agent: Any) -> str | None:
     try:
-        found: str | None = library.cached_file(source, name, user_agent=user_agent, _raise_exceptions_for_missing_entries=False, **download)
+        found: str | None = library.cached_file(
+            source, name, user_agent=user_agent, _raise_exceptions_for_missing_entries=False, **download
+        )
     except OSError:
         return None
     return found
@@ -123,7 +129,11 @@ def _files(library: Any, source: str, path: str, download: dict[str, Any]) -> tu
         files, metadata = [path], {}
     else:
         read_index(path)  # One that is none, or leads out of the folder, raises.
-        keywords = {name: value for name, value in download.items() if name in inspect.signature(library.get_checkpoint_shard_files).parameters}
+        keywords = {
+            name: value
+            for name, value in download.items()
+            if name in inspect.signature(library.get_checkpoint_shard_files).parameters
+        }
         files, metadata = library.get_checkpoint_shard_files(source, path, **keywords)
     with hub.naming_downloads(), Container(files[0]) as container:
         return files, {"dtype": undecoded.first_dtype(container), **metadata}
@@ -137,9 +147,13 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         folder = str(load_config.pretrained_model_name_or_path)
         if load_config.hf_quantizer is not None:
-            raise errors.UsageError("the weights are compressed and cannot be quantized", file=folder, hint="quantize the original model")
+            raise errors.UsageError(
+                "the weights are compressed and cannot be quantized", file=folder, hint="quantize the original model"
+            )
         if load_config.device_mesh is not None:
-            raise errors.UsageError("compressed weights cannot be cut for tensor parallelism", file=folder, hint="load the original model")
+            raise errors.UsageError(
+                "compressed weights cannot be cut for tensor parallelism", file=folder, hint="load the original model"
+            )
         with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in checkpoint_files]
             undecoded.check_dtype(load_config.dtype, containers)
@@ -172,7 +186,9 @@ def _finalizing(library: Any, original: Callable[..., Any]) -> Callable[..., Any
             return original(model, load_config, loading_info, *args, **kwargs)
         undecoded.check_names(state.folder, (), (), list(loading_info.mismatched_keys))
         for name, reason in loading_info.conversion_errors.items():
-            raise errors.UsageError(f"transformers could not convert it: {str(reason).splitlines()[-1]}", file=state.folder, tensor=name)
+            raise errors.UsageError(
+                f"transformers could not convert it: {str(reason).splitlines()[-1]}", file=state.folder, tensor=name
+            )
         info = original(model, load_config, loading_info, *args, **kwargs)
         undecoded.check_names(state.folder, list(info.missing_keys), list(info.unexpected_keys))
         if state.disk_index is None:
@@ -214,7 +230,9 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def resolve(*args: Any, **kwargs: Any) -> Any:
         source = kwargs.get("pretrained_model_name_or_path")
-        if source is not None and any(Path(source, kwargs.get("subfolder") or "", name).is_file() for name in (_FILE, _INDEX)):
+        if source is not None and any(
+            Path(source, kwargs.get("subfolder") or "", name).is_file() for name in (_FILE, _INDEX)
+        ):
             import transformers
 
             raise errors.UsageError(

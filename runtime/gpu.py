@@ -36,11 +36,15 @@ class Gpu:
         self.device = device
         check_device(device)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise errors.UsageError("the kernels cannot be loaded while a CUDA graph is captured", hint="call df11.runtime.warm_up() before")
+            raise errors.UsageError(
+                "the kernels cannot be loaded while a CUDA graph is captured", hint="call df11.runtime.warm_up() before"
+            )
         self._cupy = _import_cupy()
         properties = torch.cuda.get_device_properties(device)
         self.multiprocessors: int = properties.multi_processor_count
-        module = self._cupy.RawModule(code=source or kernels.SOURCE.read_text(encoding="utf-8"), options=kernels.NVRTC_OPTIONS)
+        module = self._cupy.RawModule(
+            code=source or kernels.SOURCE.read_text(encoding="utf-8"), options=kernels.NVRTC_OPTIONS
+        )
         try:
             with self._cupy.cuda.Device(device.index):
                 self._kernels = {name: module.get_function(name) for name in kernels.THREADS}
@@ -61,7 +65,9 @@ class Gpu:
         """Decode ranges, 64 in a launch. ``background`` takes the kernel with few registers and little shared memory, to run beside others."""
         name = kernels.DECODE_SMALL if background else kernels.DECODE
         if tiles_per_block is None:
-            tiles_per_block = kernels.tiles_per_block(name, sum(layout.tile_count(part.last - part.first) for part in ranges), self.multiprocessors)
+            tiles_per_block = kernels.tiles_per_block(
+                name, sum(layout.tile_count(part.last - part.first) for part in ranges), self.multiprocessors
+            )
         for start in range(0, len(ranges), kernels.MOST_RANGES):
             arguments, blocks = kernels.pack(ranges[start : start + kernels.MOST_RANGES], tiles_per_block)
             if blocks:
@@ -107,11 +113,16 @@ def check_device(device: torch.device) -> None:
     import torch
 
     if torch.version.cuda is None:
-        raise errors.DeviceError(f"this torch ({torch.__version__}) is built without CUDA", hint="install a CUDA build of torch, or use device='cpu'")
+        raise errors.DeviceError(
+            f"this torch ({torch.__version__}) is built without CUDA",
+            hint="install a CUDA build of torch, or use device='cpu'",
+        )
     if not torch.cuda.is_available():
         raise errors.DeviceError("torch finds no CUDA GPU or no driver", hint="check nvidia-smi, or use device='cpu'")
     if (device.index or 0) >= torch.cuda.device_count():
-        raise errors.DeviceError(f"there is no device {device}", expected=f"an index below {torch.cuda.device_count()}", found=device.index)
+        raise errors.DeviceError(
+            f"there is no device {device}", expected=f"an index below {torch.cuda.device_count()}", found=device.index
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < kernels.OLDEST_CAPABILITY:
         raise errors.DeviceError(
@@ -146,15 +157,21 @@ def _import_cupy() -> Any:
 
     installed = [name for name in _CUPY_BUILDS if _is_installed(name)]
     if len(installed) > 1:
-        raise errors.DeviceError(f"several builds of CuPy are installed: {', '.join(installed)}", hint="pip uninstall all but one")
+        raise errors.DeviceError(
+            f"several builds of CuPy are installed: {', '.join(installed)}", hint="pip uninstall all but one"
+        )
     try:
         import cupy
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             raise
-        raise errors.missing_extra("cupy", "cuda13" if (torch.version.cuda or "").startswith("13") else "cuda12") from None
+        raise errors.missing_extra(
+            "cupy", "cuda13" if (torch.version.cuda or "").startswith("13") else "cuda12"
+        ) from None
     except ImportError as error:
-        raise errors.DeviceError(f"CuPy cannot be imported: {_first_line(error)}", hint="reinstall the build that fits your CUDA") from error
+        raise errors.DeviceError(
+            f"CuPy cannot be imported: {_first_line(error)}", hint="reinstall the build that fits your CUDA"
+        ) from error
     return cupy
 
 
@@ -186,5 +203,7 @@ def enough_memory(device: torch.device, needed: int) -> Iterator[None]:
             raise
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         raise errors.BudgetError(
-            f"too little memory on {device}", expected=f"{needed:,} bytes", found=f"{free:,} free" if free is not None else None
+            f"too little memory on {device}",
+            expected=f"{needed:,} bytes",
+            found=f"{free:,} free" if free is not None else None,
         ) from error

@@ -45,7 +45,9 @@ def local_file(path: StrPath) -> StrPath:
         return path
     where = Address.parse(str(path))
     if not where.path.endswith(".df11"):
-        raise errors.UsageError("this names no .df11 file", file=path, expected=f"{SCHEME}{where.repository}/model.df11, for example")
+        raise errors.UsageError(
+            "this names no .df11 file", file=path, expected=f"{SCHEME}{where.repository}/model.df11, for example"
+        )
     client = _client()
     with _asking(where):
         return Path(client.hf_hub_download(where.repository, where.path, revision=where.revision))
@@ -98,7 +100,9 @@ class Snapshot:
         for folder in sorted({PurePosixPath(name).parent for name in names if _OTHER_WEIGHTS.search(name)}):
             if not self.has_df11([str(folder)]):
                 hint = f"df11-convert --cast bf16 {SCHEME}{self.where.repository} {self.where.repository.partition('/')[2]}-df11"
-                raise errors.MissingError("no .df11 file here", file="/".join([str(self.where), *folder.parts]), hint=hint)
+                raise errors.MissingError(
+                    "no .df11 file here", file="/".join([str(self.where), *folder.parts]), hint=hint
+                )
         wanted = [name for name in names if not _OTHER_WEIGHTS.search(name) and not _ABOUT.search(name)]
         if wanted:
             _download(self.where, [glob.escape(_prefix(self.where) + name) for name in wanted])
@@ -117,14 +121,21 @@ def opened(path: object, first: str) -> Snapshot | None:
 
 
 def found(
-    path: object, first: str, folders: Collection[str] = (".",), *, revision: str | None = None, subfolder: str | None = None
+    path: object,
+    first: str,
+    folders: Collection[str] = (".",),
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
 ) -> Snapshot | None:
     """Like :func:`opened`, for a path that may as well be none of ours: None, too, for ``owner/name`` that cannot be had, or is not df11."""
     where = address_of(path)
     if where is None:
         return None
     try:
-        where = replace(where, revision=revision or where.revision, path="/".join(filter(None, [where.path, subfolder])))
+        where = replace(
+            where, revision=revision or where.revision, path="/".join(filter(None, [where.path, subfolder]))
+        )
         snapshot = Snapshot.open(where, first)
     except errors.Df11Error:
         if is_address(path):
@@ -150,7 +161,9 @@ def _asking(where: Address) -> Iterator[None]:
     try:
         with explained(str(where)):
             yield
-    except OSError as error:  # Of the cache; or the client's own, without a number, where a file has another size than the Hub says.
+    except (
+        OSError
+    ) as error:  # Of the cache; or the client's own, without a number, where a file has another size than the Hub says.
         if error.errno is None:
             hint = "run the same command again"
             raise errors.RetryLaterError("the download has come incomplete", file=str(where), hint=hint) from None
@@ -161,7 +174,11 @@ def _download(where: Address, patterns: list[str], ignored: list[str] | None = N
     # The root of the snapshot; its name is the commit.
     client = _client()
     with _asking(where):
-        return Path(client.snapshot_download(where.repository, revision=where.revision, allow_patterns=patterns, ignore_patterns=ignored))
+        return Path(
+            client.snapshot_download(
+                where.repository, revision=where.revision, allow_patterns=patterns, ignore_patterns=ignored
+            )
+        )
 
 
 def _listed(repository: str, commit: str) -> list[str] | None:
@@ -176,7 +193,9 @@ def _listed(repository: str, commit: str) -> list[str] | None:
 
 def _missing(where: Address, commit: str, what: str) -> errors.Df11Error:
     if _listed(where.repository, commit) is None:
-        return errors.RetryLaterError("not in the cache, and the Hub could not be reached", file=str(where), hint="run the same command again")
+        return errors.RetryLaterError(
+            "not in the cache, and the Hub could not be reached", file=str(where), hint="run the same command again"
+        )
     return errors.MissingError(what, file=str(where), hint="check the address")
 
 

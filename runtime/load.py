@@ -75,7 +75,10 @@ def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda")
         dtypes = {name: torch_dtype(container, name) for name in container.keys()}
         size = sum(container.info(name).elements * dtype.itemsize for name, dtype in dtypes.items())
         with gpu.enough_memory(target, size + 2 * SLOTS * SLOT_BYTES):
-            tensors = {name: torch.empty(container.info(name).shape, dtype=dtype, device=target) for name, dtype in dtypes.items()}
+            tensors = {
+                name: torch.empty(container.info(name).shape, dtype=dtype, device=target)
+                for name, dtype in dtypes.items()
+            }
             if target.type == "cpu":
                 load_on_cores(container, tensors)
             else:
@@ -90,7 +93,9 @@ def device_of(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError:
-        raise errors.DeviceError("torch knows no such device", expected="'cuda', 'cuda:1', 'cpu', ...", found=repr(device)) from None
+        raise errors.DeviceError(
+            "torch knows no such device", expected="'cuda', 'cuda:1', 'cpu', ...", found=repr(device)
+        ) from None
 
 
 def torch_dtype(container: Container, name: str) -> torch.dtype:
@@ -114,7 +119,9 @@ def load_on_cores(container: Container, tensors: dict[str, torch.Tensor]) -> Non
         if not hasattr(scratch, "memory"):
             scratch.memory = Scratch()
         entry = record.segments[index]
-        record.read_segment(index, scratch.memory).decode(out[entry.first_element : entry.first_element + entry.elements])
+        record.read_segment(index, scratch.memory).decode(
+            out[entry.first_element : entry.first_element + entry.elements]
+        )
 
     tasks: list[Future[None]] = []
     try:
@@ -134,7 +141,11 @@ def load_on_cores(container: Container, tensors: dict[str, torch.Tensor]) -> Non
 
 
 def load_through_ring(
-    container: Container, tensors: dict[str, torch.Tensor], device: torch.device, decoder: Decoder, capacity: int = SLOT_BYTES
+    container: Container,
+    tensors: dict[str, torch.Tensor],
+    device: torch.device,
+    decoder: Decoder,
+    capacity: int = SLOT_BYTES,
 ) -> None:
     """Fill tensors in a device's memory: threads read and check pieces of the file, which are copied and decoded there in turn."""
     ring = deque(_Slot(device, capacity) for _ in range(SLOTS))

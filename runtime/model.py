@@ -73,14 +73,18 @@ def load_model(
     if target.type == "cuda":
         target = gpu.of(target).device
     if any(isinstance(module, CompressedModule) for module in model.modules()):
-        raise errors.UsageError("the model is compressed already", file=path, hint="load into a new one, or materialize it before")
+        raise errors.UsageError(
+            "the model is compressed already", file=path, hint="load into a new one, or materialize it before"
+        )
     with hub.naming_downloads(), ExitStack() as stack:
         containers = [stack.enter_context(Container(file)) for file in files_of(hub.local_weights(path))]
         held: dict[str, tuple[Container, str]] = {}
         for container in containers:
             for name in container.keys():
                 if rename(name) in held:
-                    raise MismatchError(f"two tensors have the name {errors.shortened(rename(name))}", file=container.path, tensor=name)
+                    raise MismatchError(
+                        f"two tensors have the name {errors.shortened(rename(name))}", file=container.path, tensor=name
+                    )
                 held[rename(name)] = (container, name)
         places = _places_of(model)
         _compare(places, held, os.fspath(path))
@@ -88,7 +92,13 @@ def load_model(
         needed = sum(container.info(name).stored_bytes for container, name in held.values())
         with gpu.enough_memory(target, needed):
             records = torch.device("cpu") if cpu_offload else target
-            loaded = dict(zip(held, cpu.pool().map(lambda found: load_tensor(found[0], found[1], target, records), held.values()), strict=True))
+            loaded = dict(
+                zip(
+                    held,
+                    cpu.pool().map(lambda found: load_tensor(found[0], found[1], target, records), held.values()),
+                    strict=True,
+                )
+            )
     for name, (parameter, geometry) in loaded.items():
         for place in places[name]:
             _put(place, parameter, geometry, target)
@@ -111,7 +121,9 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
     try:
         indexes, files = sorted(root.glob("*.df11.index.json")), sorted(root.glob("*.df11"))
         if len(indexes) > 1:
-            raise errors.UsageError("several models in one folder", file=root, found=", ".join(index.name for index in indexes))
+            raise errors.UsageError(
+                "several models in one folder", file=root, found=", ".join(index.name for index in indexes)
+            )
         if not indexes:
             if not files:
                 next(root.iterdir(), None)  # A folder that may not be read looks empty to glob; this raises.
@@ -122,7 +134,9 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
     except OSError as error:
         raise errors.from_os_error(error, file=error.filename or root) from None
     if missing:
-        raise errors.MissingError(f"{len(missing)} of {len(names)} shards are missing: {some(missing)}", file=root, hint="download them again")
+        raise errors.MissingError(
+            f"{len(missing)} of {len(names)} shards are missing: {some(missing)}", file=root, hint="download them again"
+        )
     return [root / name for name in sorted(names)]
 
 
@@ -208,7 +222,9 @@ def _plain(text: str) -> str:
     return text if quoted == f"'{text}'" else quoted
 
 
-def load_tensor(container: Container, name: str, device: torch.device, records: torch.device) -> tuple[nn.Parameter, Geometry | None]:
+def load_tensor(
+    container: Container, name: str, device: torch.device, records: torch.device
+) -> tuple[nn.Parameter, Geometry | None]:
     """A tensor: its record, on ``records``, and what that decodes to, if it is to stay compressed; else its values, on ``device``, and None."""
     info = container.info(name)
     if info.encoding == "df11" and info.elements >= SMALL:
@@ -223,7 +239,9 @@ def load_tensor(container: Container, name: str, device: torch.device, records: 
 def _put(place: _Place, parameter: nn.Parameter, geometry: Geometry | None, device: torch.device) -> None:
     if place.is_buffer:  # Read by its module as it likes: not compressed, however large.
         values = parameter.data.to(device)
-        place.module._buffers[place.name] = values if geometry is None else operators.decode(values, list(geometry.shape), geometry.segment_elements)
+        place.module._buffers[place.name] = (
+            values if geometry is None else operators.decode(values, list(geometry.shape), geometry.segment_elements)
+        )
     elif geometry is None:
         place.module._parameters[place.name] = parameter
     else:
@@ -288,7 +306,9 @@ def report(model: nn.Module) -> Report:
             assert isinstance(module, CompressedModule)
             sliced = isinstance(module, CompressedLinear) and part == "weight" and geometry.elements > SLICE_WEIGHTS
             if not isinstance(module, CompressedEmbedding):  # which decodes no more than it gives
-                scratch += 2 * (max(1, SLICE_WEIGHTS // geometry.shape[1]) * geometry.shape[1] if sliced else geometry.elements)
+                scratch += 2 * (
+                    max(1, SLICE_WEIGHTS // geometry.shape[1]) * geometry.shape[1] if sliced else geometry.elements
+                )
             if id(module.payload(part)) not in seen:
                 compressed += module.payload_bytes(part)
                 bf16 += 2 * math.prod(geometry.shape)

@@ -35,7 +35,9 @@ class FrozenWeightError(errors.UsageError):
 
 
 def _frozen(what: str) -> FrozenWeightError:
-    return FrozenWeightError(f"{what}: the weight is compressed and cannot be changed", hint="call df11.runtime.materialize(module) first")
+    return FrozenWeightError(
+        f"{what}: the weight is compressed and cannot be changed", hint="call df11.runtime.materialize(module) first"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,9 @@ class UnreadWeight(DecodedWeight):
         """The weight of a module."""
         payload: Any = module._parameters[name + SUFFIX]
         device = payload.device if payload.device.type == "meta" else module.__dict__.get(_EXECUTION) or payload.device
-        unread: UnreadWeight = torch.Tensor._make_wrapper_subclass(UnreadWeight, module.geometries[name].shape, dtype=torch.bfloat16, device=device)
+        unread: UnreadWeight = torch.Tensor._make_wrapper_subclass(
+            UnreadWeight, module.geometries[name].shape, dtype=torch.bfloat16, device=device
+        )
         unread.payload, unread._module, unread._part, unread._decoded = payload, module, name, None
         return unread
 
@@ -128,7 +132,11 @@ def is_about_form(function: Any) -> bool:
     """Whether a function of torch, as ``__torch_function__`` gets it, tells shape, dtype, device and the like, and no values."""
     if function in _FORM:
         return True
-    of_property = getattr(getattr(function, "__self__", None), "__name__", "") if getattr(function, "__name__", "") == "__get__" else ""
+    of_property = (
+        getattr(getattr(function, "__self__", None), "__name__", "")
+        if getattr(function, "__name__", "") == "__get__"
+        else ""
+    )
     return of_property.startswith("is_") or of_property in {
         "shape",
         "dtype",
@@ -144,12 +152,33 @@ def is_about_form(function: Any) -> bool:
 
 _FORM: Final = frozenset(
     getattr(torch.Tensor, name)
-    for name in ("size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous", "is_floating_point", "is_complex", "__len__")
+    for name in (
+        "size",
+        "dim",
+        "numel",
+        "nelement",
+        "element_size",
+        "stride",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "__len__",
+    )
 )
 
 
 _CHANGING: Final = frozenset(
-    {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
+    {
+        "__set__",
+        "__setitem__",
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__itruediv__",
+        "__ifloordiv__",
+        "__imod__",
+        "__ipow__",
+    }
     | {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
 )
 
@@ -198,7 +227,9 @@ class CompressedModule(nn.Module):
         """The record of a compressed parameter, u8."""
         found = self._parameters[name + SUFFIX]
         if found is None or found.device.type == "meta":
-            raise errors.MissingError("this weight has not been loaded", tensor=name, hint="load the model, or let its offloading hook run")
+            raise errors.MissingError(
+                "this weight has not been loaded", tensor=name, hint="load the model, or let its offloading hook run"
+            )
         return found
 
     def elements_ahead(self) -> int:
@@ -234,19 +265,26 @@ class CompressedModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("geometries", ()):
-            if isinstance(value, DecodedWeight) and value.shape == self.geometries[name].shape:  # Tying one compressed weight to another.
+            if (
+                isinstance(value, DecodedWeight) and value.shape == self.geometries[name].shape
+            ):  # Tying one compressed weight to another.
                 self._parameters[name + SUFFIX] = value.payload
                 return
             raise _frozen(f"setting {name}")
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # The class is made at run time: pickle cannot find it by name.
-        state = {name: value for name, value in self.__dict__.items() if name != _AHEAD}  # Buffers and streams stay behind.
+        state = {
+            name: value for name, value in self.__dict__.items() if name != _AHEAD
+        }  # Buffers and streams stay behind.
         return _rebuild, (self._original, tuple(self.geometries)), state
 
     def extra_repr(self) -> str:
         """What the original says, and what is compressed."""
-        sizes = ", ".join(f"{name}: {self.payload_bytes(name):,} of {2 * geometry.elements:,} bytes" for name, geometry in self.geometries.items())
+        sizes = ", ".join(
+            f"{name}: {self.payload_bytes(name):,} of {2 * geometry.elements:,} bytes"
+            for name, geometry in self.geometries.items()
+        )
         return ", ".join(filter(None, [super().extra_repr(), f"df11({sizes})"]))
 
     def payload_bytes(self, name: str) -> int:
@@ -295,17 +333,26 @@ class CompressedEmbedding(CompressedModule):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Numbers of rows, of any shape, to [..., embedding_dim]."""
         if self.max_norm is not None:
-            raise FrozenWeightError("an embedding with max_norm changes its weight as it runs", hint="call df11.runtime.materialize(module) first")
+            raise FrozenWeightError(
+                "an embedding with max_norm changes its weight as it runs",
+                hint="call df11.runtime.materialize(module) first",
+            )
         geometry, payload = self.geometries["weight"], self.payload()
         # Where the record is kept elsewhere, so few rows are decoded there and copied, rather than all of it.
         rows = ids.to(payload.device)
-        gathered: torch.Tensor = operators.gather_rows(aligned(payload), list(geometry.shape), geometry.segment_elements, rows)
+        gathered: torch.Tensor = operators.gather_rows(
+            aligned(payload), list(geometry.shape), geometry.segment_elements, rows
+        )
         return gathered.to(ids.device)
 
 
 def aligned(payload: torch.Tensor) -> torch.Tensor:
     """A record at an address that the decoders take: what reads records from files, as offloading to disk does, may have put it anywhere."""
-    return payload if torch.compiler.is_compiling() or payload.data_ptr() % layout.RECORD_ALIGNMENT == 0 else payload.clone()
+    return (
+        payload
+        if torch.compiler.is_compiling() or payload.data_ptr() % layout.RECORD_ALIGNMENT == 0
+        else payload.clone()
+    )
 
 
 def _property(name: str) -> property:
@@ -364,7 +411,9 @@ def offload_records(model: nn.Module, device: torch.device) -> None:
             payload = module.payload(name)
             if id(payload) not in moved:
                 data = payload.data.cpu()
-                moved[id(payload)] = nn.Parameter(data.pin_memory() if device.type == "cuda" else data, requires_grad=False)
+                moved[id(payload)] = nn.Parameter(
+                    data.pin_memory() if device.type == "cuda" else data, requires_grad=False
+                )
             module._parameters[name + SUFFIX] = moved[id(payload)]
         module.__dict__[_EXECUTION] = device
 
@@ -374,7 +423,9 @@ def decode_ahead(model: nn.Module, device: torch.device, streams: Streams) -> Ah
     layers = [
         module
         for _, module in compressed_modules(model)
-        if isinstance(module, CompressedLinear) and "weight" in module.geometries and module.elements_ahead() <= SLICE_WEIGHTS
+        if isinstance(module, CompressedLinear)
+        and "weight" in module.geometries
+        and module.elements_ahead() <= SLICE_WEIGHTS
     ]
     ahead = Ahead(max((layer.elements_ahead() for layer in layers), default=0), device, streams)
     for layer in layers:

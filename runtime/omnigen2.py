@@ -79,7 +79,12 @@ def load_pipeline(
     operators.decoder_of(target)
     target = gpu.of(target).device if target.type == "cuda" else target
     snapshot = hub.opened(path, _INDEX)
-    tree = _Tree(snapshot.folder if snapshot else path, classes, _names(trust_remote_code), "OmniGen2ChatPipeline" if chat else "OmniGen2Pipeline")
+    tree = _Tree(
+        snapshot.folder if snapshot else path,
+        classes,
+        _names(trust_remote_code),
+        "OmniGen2ChatPipeline" if chat else "OmniGen2Pipeline",
+    )
     if snapshot:
         snapshot.fetch(tree.parts.keys() - components.keys())
     pipeline = tree.build(target if offload is None else torch.device("cpu"), components)
@@ -130,16 +135,24 @@ class _Tree:
             if name.startswith("_"):
                 continue
             if not (isinstance(found, list) and len(found) == 2 and all(isinstance(part, str) for part in found)):
-                raise errors.UsageError("a component is a library and a class", file=self.path / _INDEX, found=f"{name}: {found}")
+                raise errors.UsageError(
+                    "a component is a library and a class", file=self.path / _INDEX, found=f"{name}: {found}"
+                )
             self.parts[name] = (self._component_class(name, *found), self.path / name)
         if missing := {"transformer", "vae", "scheduler", "mllm", "processor"} - self.parts.keys():
-            raise errors.MissingError(f"not an OmniGen2 pipeline: no {', '.join(sorted(missing))}", file=self.path / _INDEX)
+            raise errors.MissingError(
+                f"not an OmniGen2 pipeline: no {', '.join(sorted(missing))}", file=self.path / _INDEX
+            )
 
     def build(self, device: torch.device, components: dict[str, Any]) -> Any:
         if unknown := sorted(components.keys() - self.parts.keys()):
-            raise errors.UsageError("no such component", expected=", ".join(sorted(self.parts)), found=", ".join(unknown))
+            raise errors.UsageError(
+                "no such component", expected=", ".join(sorted(self.parts)), found=", ".join(unknown)
+            )
         ready = {name: value for name, value in components.items() if not isinstance(value, (str, os.PathLike))}
-        folders = {name: _folder(components.get(name, folder)) for name, (_, folder) in self.parts.items() if name not in ready}
+        folders = {
+            name: _folder(components.get(name, folder)) for name, (_, folder) in self.parts.items() if name not in ready
+        }
         for name in _MODELS:
             if name in folders:
                 _check_weights(folders[name])
@@ -158,7 +171,9 @@ class _Tree:
     def _component_class(self, name: str, library: str, cls: str) -> Any:
         if library in ("transformers", "diffusers"):
             return getattr(_library(library), cls)
-        return self.known(cls, library) or self._remote_class(self.path / name, library, cls) or self._raise_missing(cls)
+        return (
+            self.known(cls, library) or self._remote_class(self.path / name, library, cls) or self._raise_missing(cls)
+        )
 
     def _remote_class(self, folder: Path, file: str, cls: str) -> Any:
         if file not in self.allowed or not (folder / f"{file}.py").is_file():
@@ -200,7 +215,9 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         package = (error.name or name).partition(".")[0]
-        raise errors.MissingExtraError(f"the package {package!r} is not installed", hint=f"run: pip install {package}") from error
+        raise errors.MissingExtraError(
+            f"the package {package!r} is not installed", hint=f"run: pip install {package}"
+        ) from error
 
 
 # OmniGen2's classes.
@@ -215,7 +232,9 @@ def _known_classes(classes: Any) -> Callable[[str, str], Any]:
 
     def find(name: str, library: str) -> Any:
         found = getattr(classes, name, None)
-        if found is not None and not found.__module__.startswith("diffusers."):  # OmniGen2's modules import a scheduler of the same name.
+        if found is not None and not found.__module__.startswith(
+            "diffusers."
+        ):  # OmniGen2's modules import a scheduler of the same name.
             return found
         home = library if library.startswith("omnigen2.") else _HOMES.get(name)
         return getattr(_library(home), name, None) if package and home else None
@@ -243,7 +262,9 @@ def _execute(file: Path, allowed: frozenset[str]) -> Any:
         seen.add(stem)
         source = folder / f"{stem}.py"
         if stem not in allowed:
-            raise errors.NotAllowedError(f"{file.name} imports code that is not allowed", file=source, hint=f"add {stem!r} to trust_remote_code")
+            raise errors.NotAllowedError(
+                f"{file.name} imports code that is not allowed", file=source, hint=f"add {stem!r} to trust_remote_code"
+            )
         if not source.is_file():
             raise errors.MissingError(f"{file.name} imports a file that is not there", file=source)
         pending += _imports_of(source)
@@ -274,7 +295,9 @@ def _check_weights(folder: Path) -> None:
     from df11.runtime.model import files_of
 
     if not _is_df11(folder):
-        raise errors.MissingError("no .df11 file in this folder", file=folder, hint="df11-convert --cast bf16 OmniGen2 OmniGen2-df11")
+        raise errors.MissingError(
+            "no .df11 file in this folder", file=folder, hint="df11-convert --cast bf16 OmniGen2 OmniGen2-df11"
+        )
     for file in files_of(folder):
         with Container(file) as container:
             for name in container.keys():
@@ -293,11 +316,15 @@ def _load_component(cls: Any, folder: Path, device: torch.device) -> Any:
     if hasattr(cls, "parameters"):
         return _load_diffusers_model(cls, folder, device)
     try:
-        return cls.from_pretrained(folder, **({"trust_remote_code": False} if cls.__module__.startswith("transformers.") else {}))
+        return cls.from_pretrained(
+            folder, **({"trust_remote_code": False} if cls.__module__.startswith("transformers.") else {})
+        )
     except ImportError as error:  # The processor's needs; transformers explains them in a box of many lines.
         missing = next((name for name in ("torchvision", "PIL") if importlib.util.find_spec(name) is None), None)
         hint = "run: pip install " + {"PIL": "pillow"}.get(missing, missing) if missing else None
-        raise errors.MissingExtraError(f"{cls.__name__} needs {missing or str(error).strip()}", file=folder, hint=hint) from error
+        raise errors.MissingExtraError(
+            f"{cls.__name__} needs {missing or str(error).strip()}", file=folder, hint=hint
+        ) from error
 
 
 def _load_diffusers_model(cls: Any, folder: Path, device: torch.device) -> Any:
@@ -376,25 +403,43 @@ def _without_logits(original: Any) -> Any:
         finally:
             _quiet.models.pop()
 
-    def attribute(self: Any, name: str) -> Any:  # Reached for submodules only. So the layer's hooks do not run either: nothing is moved.
+    def attribute(
+        self: Any, name: str
+    ) -> Any:  # Reached for submodules only. So the layer's hooks do not run either: nothing is moved.
         if name == "lm_head" and any(model is self for model in _quiet.models):
             return _no_logits
         return original.__getattr__(self, name)
 
-    def device(self: Any) -> torch.device:  # Also while all its weights are offloaded: the chat pipeline and ``generate`` put their inputs there.
+    def device(
+        self: Any,
+    ) -> (
+        torch.device
+    ):  # Also while all its weights are offloaded: the chat pipeline and ``generate`` put their inputs there.
         import torch
 
         hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
         targets = (getattr(hook, "execution_device", None) for hook in hooks)
         found: torch.device = original.device.__get__(self)
-        return next((torch.device(target) for target in targets if target is not None), found) if found.type == "meta" else found
+        return (
+            next((torch.device(target) for target in targets if target is not None), found)
+            if found.type == "meta"
+            else found
+        )
 
     def reduce(self: Any, _: Any) -> Any:
         return _rebuild, (original,), self.__dict__.copy()
 
-    fields = {"forward": functools.wraps(original.forward)(forward), "__getattr__": attribute, "__reduce_ex__": reduce, "_with_logits": original}
+    fields = {
+        "forward": functools.wraps(original.forward)(forward),
+        "__getattr__": attribute,
+        "__reduce_ex__": reduce,
+        "_with_logits": original,
+    }
     fields["device"] = property(device)
-    same = {"__module__": original.__module__, "__qualname__": original.__qualname__}  # For what is saved with the model.
+    same = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+    }  # For what is saved with the model.
     return type(original.__name__, (original,), fields | same)
 
 
@@ -448,7 +493,9 @@ def loading_df11() -> Iterator[None]:
         if snapshot:
             snapshot.fetch()
         if rest := _components(path, options):
-            raise errors.UsageError("options that a df11 folder does not have", file=folder, found=", ".join(sorted(rest)))
+            raise errors.UsageError(
+                "options that a df11 folder does not have", file=folder, found=", ".join(sorted(rest))
+            )
         known = loaded.pop((cls, folder.resolve()), None)
         if known is None:
             _check_weights(folder)
@@ -468,9 +515,14 @@ def _components(path: StrPath, options: dict[str, Any]) -> dict[str, Any]:
     for name in ("torch_dtype", "dtype"):
         if options.get(name) not in (None, torch.bfloat16):
             raise errors.UsageError(
-                "df11 folders are BF16", file=path, found=f"{name}={options[name]}", hint="pass --dtype bf16 to OmniGen2's scripts"
+                "df11 folders are BF16",
+                file=path,
+                found=f"{name}={options[name]}",
+                hint="pass --dtype bf16 to OmniGen2's scripts",
             )
-    return {name: value for name, value in options.items() if name not in _IGNORED and name not in ("torch_dtype", "dtype")}
+    return {
+        name: value for name, value in options.items() if name not in _IGNORED and name not in ("torch_dtype", "dtype")
+    }
 
 
 def main(arguments: list[str]) -> int:
@@ -478,7 +530,9 @@ def main(arguments: list[str]) -> int:
     try:
         if not arguments or not Path(arguments[0]).is_file():
             raise errors.MissingError(
-                "no such script", file=arguments[0] if arguments else None, hint="python -m df11.runtime.omnigen2 SCRIPT ARGUMENTS..."
+                "no such script",
+                file=arguments[0] if arguments else None,
+                hint="python -m df11.runtime.omnigen2 SCRIPT ARGUMENTS...",
             )
         sys.argv[:] = arguments
         sys.path[0] = str(Path(arguments[0]).resolve().parent)
@@ -491,4 +545,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(importlib.import_module("df11.runtime.omnigen2").main(sys.argv[1:]))  # Not the copy that is __main__: what it makes can be pickled.
+    sys.exit(
+        importlib.import_module("df11.runtime.omnigen2").main(sys.argv[1:])
+    )  # Not the copy that is __main__: what it makes can be pickled.

@@ -45,14 +45,26 @@ def decoder_of(device: torch.device) -> Decoder:
 def check_record(record: torch.Tensor, weights: int, segment_elements: int) -> None:
     """Raise a UsageError if a tensor cannot be a record of this many weights."""
     if record.dtype != torch.uint8 or record.dim() != 1 or not record.is_contiguous():
-        raise errors.UsageError("a record is a contiguous u8 tensor of one dimension", found=f"{record.dtype} {tuple(record.shape)}")
+        raise errors.UsageError(
+            "a record is a contiguous u8 tensor of one dimension", found=f"{record.dtype} {tuple(record.shape)}"
+        )
     if record.data_ptr() % layout.RECORD_ALIGNMENT:
-        raise errors.UsageError("a record must be aligned to 16 bytes in memory", found=hex(record.data_ptr()), hint="pass a clone()")
+        raise errors.UsageError(
+            "a record must be aligned to 16 bytes in memory", found=hex(record.data_ptr()), hint="pass a clone()"
+        )
     if not 0 < segment_elements <= layout.MAX_SEGMENT_WEIGHTS or segment_elements % layout.TILE_WEIGHTS:
         raise errors.UsageError("segment_elements", expected="a multiple of 8192 up to 2^24", found=segment_elements)
     smallest = layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size * -(-weights // segment_elements) + weights
-    if not 1 <= weights <= layout.MAX_RECORD_WEIGHTS or record.numel() < smallest or record.numel() % layout.RECORD_ALIGNMENT:
-        raise errors.UsageError(f"a record of {weights} weights cannot have this size", expected=f"{smallest} bytes or more", found=record.numel())
+    if (
+        not 1 <= weights <= layout.MAX_RECORD_WEIGHTS
+        or record.numel() < smallest
+        or record.numel() % layout.RECORD_ALIGNMENT
+    ):
+        raise errors.UsageError(
+            f"a record of {weights} weights cannot have this size",
+            expected=f"{smallest} bytes or more",
+            found=record.numel(),
+        )
 
 
 def _range(record: torch.Tensor, weights: int, segment_elements: int, first: int, out: torch.Tensor) -> Range:
@@ -83,18 +95,24 @@ def _(record: torch.Tensor, shape: list[int], segment_elements: int, background:
 
 
 @torch.library.custom_op("df11::decode_rows", mutates_args=())
-def decode_rows(record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False) -> torch.Tensor:
+def decode_rows(
+    record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False
+) -> torch.Tensor:
     r"""The rows ``start`` to ``stop`` (exclusive) of the first dimension, BF16 [stop - start, \*shape[1:]]."""
     if not 0 <= start <= stop <= shape[0]:
         raise errors.UsageError("no such rows", expected=f"within 0 to {shape[0]}", found=(start, stop))
     out = record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
     first = start * math.prod(shape[1:])
-    decoder_of(record.device).decode([_range(record, math.prod(shape), segment_elements, first, out)], background=background)
+    decoder_of(record.device).decode(
+        [_range(record, math.prod(shape), segment_elements, first, out)], background=background
+    )
     return out
 
 
 @decode_rows.register_fake
-def _(record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False) -> torch.Tensor:  # noqa: ARG001
+def _(
+    record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False
+) -> torch.Tensor:  # noqa: ARG001
     return record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
 
 
@@ -105,7 +123,11 @@ def gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, i
     A number outside the matrix raises on the processor; on a GPU its row becomes NaN, and the next check for damage raises.
     """
     if ids.dtype not in (torch.int64, torch.int32) or ids.device != record.device:
-        raise errors.UsageError("row numbers must be i64 or i32 on the record's device", expected=record.device, found=f"{ids.dtype} on {ids.device}")
+        raise errors.UsageError(
+            "row numbers must be i64 or i32 on the record's device",
+            expected=record.device,
+            found=f"{ids.dtype} on {ids.device}",
+        )
     numbers = ids.to(torch.int64).contiguous()
     out = record.new_empty([*ids.shape, *shape[1:]], dtype=torch.bfloat16)
     weights, row_weights = math.prod(shape), math.prod(shape[1:])
@@ -122,7 +144,12 @@ def _(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.
 
 @torch.library.custom_op("df11::decode_into", mutates_args=("out",))
 def decode_into(
-    records: list[torch.Tensor], weights: list[int], segment_elements: list[int], first: list[int], out: list[torch.Tensor], background: bool = False
+    records: list[torch.Tensor],
+    weights: list[int],
+    segment_elements: list[int],
+    first: list[int],
+    out: list[torch.Tensor],
+    background: bool = False,
 ) -> None:
     """Decode of each record (of ``weights`` weights) as many weights as its output holds, from weight ``first`` on: one launch for 64 of them."""
     if not len(records) == len(weights) == len(segment_elements) == len(first) == len(out):
@@ -130,7 +157,9 @@ def decode_into(
     if not records:
         return
     if len({record.device for record in records}) > 1:
-        raise errors.UsageError("records on several devices", found=", ".join(sorted({str(record.device) for record in records})))
+        raise errors.UsageError(
+            "records on several devices", found=", ".join(sorted({str(record.device) for record in records}))
+        )
     ranges = [_range(*part) for part in zip(records, weights, segment_elements, first, out, strict=True)]
     decoder_of(records[0].device).decode(ranges, background=background)
 

@@ -74,7 +74,11 @@ def cut(container: Container, capacity: int) -> Iterator[Piece]:
             yield piece
             piece = Piece(begin, begin)
         if end - begin > capacity:
-            yield from _record_pieces(container.record(name), name, begin, capacity) if coded else _verbatim_pieces(name, begin, end, capacity)
+            yield from (
+                _record_pieces(container.record(name), name, begin, capacity)
+                if coded
+                else _verbatim_pieces(name, begin, end, capacity)
+            )
             piece = Piece(end, end)
             continue
         start = piece.size
@@ -100,7 +104,9 @@ def _record_pieces(record: Record, name: str, begin: int, capacity: int) -> Iter
     while first < len(record.segments):
         last = first + 1
         size = layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size + record.segments[first].size
-        while last < len(record.segments) and size + layout.DIRECTORY_ENTRY.size + record.segments[last].size <= capacity:
+        while (
+            last < len(record.segments) and size + layout.DIRECTORY_ENTRY.size + record.segments[last].size <= capacity
+        ):
             size += layout.DIRECTORY_ENTRY.size + record.segments[last].size
             last += 1
         segments = record.segments[first:last]

@@ -23,7 +23,16 @@ from df11.formats.container import Container
 from df11.formats.record import Scratch
 from df11.runtime import cpu, load, operators
 from df11.runtime import model as models
-from df11.runtime.modules import SUFFIX, CompressedModule, FrozenWeightError, Geometry, aligned, compress_parameter, compressed_modules, is_about_form
+from df11.runtime.modules import (
+    SUFFIX,
+    CompressedModule,
+    FrozenWeightError,
+    Geometry,
+    aligned,
+    compress_parameter,
+    compressed_modules,
+    is_about_form,
+)
 
 _CPU: Final = torch.device("cpu")
 _aten: Final = torch.ops.aten
@@ -40,13 +49,17 @@ class Undecoded(torch.Tensor):
     @staticmethod
     def of(payload: nn.Parameter, geometry: Geometry, file: str, stored_as: str) -> Undecoded:
         """A record under the guise of what it decodes to."""
-        made: Undecoded = torch.Tensor._make_wrapper_subclass(Undecoded, geometry.shape, dtype=torch.bfloat16, device=payload.device)
+        made: Undecoded = torch.Tensor._make_wrapper_subclass(
+            Undecoded, geometry.shape, dtype=torch.bfloat16, device=payload.device
+        )
         made.payload, made.geometry, made.file, made.stored_as = payload, geometry, file, stored_as
         return made
 
     def decode(self) -> torch.Tensor:
         """The values."""
-        decoded: torch.Tensor = operators.decode(self.payload, list(self.geometry.shape), self.geometry.segment_elements)
+        decoded: torch.Tensor = operators.decode(
+            self.payload, list(self.geometry.shape), self.geometry.segment_elements
+        )
         return decoded
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -72,7 +85,9 @@ class Undecoded(torch.Tensor):
                 return cls.of(nn.Parameter(moved, requires_grad=False), first.geometry, first.file, first.stored_as)
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if isinstance(value, Undecoded) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise FrozenWeightError(f"{function}: a compressed weight cannot be changed while it is loaded", tensor=value.stored_as)
+                raise FrozenWeightError(
+                    f"{function}: a compressed weight cannot be changed while it is loaded", tensor=value.stored_as
+                )
         decode = lambda value: value.decode() if isinstance(value, Undecoded) else value  # noqa: E731
         return function(*tree_map(decode, args), **tree_map(decode, kwargs))
 
@@ -116,9 +131,13 @@ def stays_compressed(container: Container, name: str) -> bool:
 def check_dtype(dtype: torch.dtype, containers: Sequence[Container]) -> None:
     """Raise a MismatchError if weights that are to stay compressed would be cast: then they could not."""
     for container in containers:
-        if dtype != torch.bfloat16 and (names := [name for name in container.keys() if stays_compressed(container, name)]):
+        if dtype != torch.bfloat16 and (
+            names := [name for name in container.keys() if stays_compressed(container, name)]
+        ):
             what = f"{len(names)} compressed tensors are BF16 and cannot be loaded as {dtype}"
-            raise models.MismatchError(what, file=container.path, hint="pass dtype=torch.bfloat16 (torch_dtype in older versions)")
+            raise models.MismatchError(
+                what, file=container.path, hint="pass dtype=torch.bfloat16 (torch_dtype in older versions)"
+            )
 
 
 def first_dtype(container: Container) -> torch.dtype:
@@ -127,7 +146,12 @@ def first_dtype(container: Container) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
 
 
-def check_names(path: str | os.PathLike[str], missing: Sequence[str], unknown: Sequence[str], shapes: Sequence[tuple[str, Any, Any]] = ()) -> None:
+def check_names(
+    path: str | os.PathLike[str],
+    missing: Sequence[str],
+    unknown: Sequence[str],
+    shapes: Sequence[tuple[str, Any, Any]] = (),
+) -> None:
     """Raise a MismatchError that lists what a model and its containers do not share. ``shapes``: name, that of the container, that of the model."""
     lines = []
     if missing:
@@ -135,7 +159,9 @@ def check_names(path: str | os.PathLike[str], missing: Sequence[str], unknown: S
     if unknown:
         lines.append(f"not in the model: {models.some(sorted(unknown))}")
     if shapes:
-        listed = [f"{name} {tuple(held)} in the container, {tuple(wanted)} in the model" for name, held, wanted in shapes]
+        listed = [
+            f"{name} {tuple(held)} in the container, {tuple(wanted)} in the model" for name, held, wanted in shapes
+        ]
         lines.append(f"other shapes: {models.some(sorted(listed))}")
     if lines:
         raise models.MismatchError(f"the model and the container differ; {'; '.join(lines)}", file=path)
@@ -178,7 +204,9 @@ def disk_index(model: nn.Module, on_disk: Callable[[str], bool], folder: str | N
         if isinstance(value, Undecoded):
             index[name + SUFFIX] = {"safetensors_file": value.file, "weight_name": value.stored_as, "dtype": "uint8"}
         elif folder is None:
-            raise errors.UsageError("parts of the model are to be kept on disk", tensor=name, hint="pass offload_folder")
+            raise errors.UsageError(
+                "parts of the model are to be kept on disk", tensor=name, hint="pass offload_folder"
+            )
         else:
             Path(folder).mkdir(parents=True, exist_ok=True)
             offload_weight(value.data, name, folder, index)
@@ -217,7 +245,11 @@ def decoded_names(model: nn.Module, state: Mapping[str, Any], tied: Mapping[str,
 
     ``tied``: from names that are left out to the names of the same tensors.
     """
-    records = {f"{prefix}.{name}" if prefix else name: (module, name) for prefix, module in compressed_modules(model) for name in module.geometries}
+    records = {
+        f"{prefix}.{name}" if prefix else name: (module, name)
+        for prefix, module in compressed_modules(model)
+        for name in module.geometries
+    }
     records = {full: found for full, found in records.items() if full + SUFFIX in state}
     names: dict[int, str] = {}
     for full, (module, name) in records.items():
@@ -258,7 +290,9 @@ def _decode(module: CompressedModule, name: str) -> torch.Tensor:
     record: Any = module._parameters[name + SUFFIX]
     if record is None or record.device.type == "meta":
         hook = getattr(module, "_hf_hook", None)
-        maps = [found for one in getattr(hook, "hooks", [hook]) if (found := getattr(one, "weights_map", None)) is not None]
+        maps = [
+            found for one in getattr(hook, "hooks", [hook]) if (found := getattr(one, "weights_map", None)) is not None
+        ]
         record = maps[0][name + SUFFIX] if maps else module.payload(name)
     decoded: torch.Tensor = operators.decode(aligned(record), list(geometry.shape), geometry.segment_elements)
     return decoded.cpu()
@@ -291,7 +325,10 @@ def keeping_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
         if next(compressed_modules(self), None) is not None:
             dtype = function(torch.empty(0, dtype=torch.bfloat16)).dtype
             if dtype != torch.bfloat16:
-                raise FrozenWeightError(f"to {dtype}: the weights are compressed and stay BF16", hint="call df11.runtime.materialize(model) first")
+                raise FrozenWeightError(
+                    f"to {dtype}: the weights are compressed and stay BF16",
+                    hint="call df11.runtime.materialize(model) first",
+                )
         return original(self, function, *args, **kwargs)
 
     return apply

@@ -71,7 +71,11 @@ def client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         "HF_STORED_TOKENS_PATH": f"{home}/stored_tokens",
         "AGENT_HARNESSES_PATH": f"{home}/.agent_harnesses.json",
     }
-    for module in [module for name, module in sys.modules.items() if name.split(".")[0] in ("huggingface_hub", "transformers", "diffusers")]:
+    for module in [
+        module
+        for name, module in sys.modules.items()
+        if name.split(".")[0] in ("huggingface_hub", "transformers", "diffusers")
+    ]:
         for name in read_at_import.keys() & vars(module).keys():
             if isinstance(vars(module)[name], str):
                 monkeypatch.setattr(module, name, read_at_import[name])

@@ -55,7 +55,9 @@ class Bench:
         function()
         return Timing.of([time.perf_counter() - start])
 
-    def _matrix(self, count: int, make: Callable[[int, int, torch.device], torch.Tensor] = weights.gaussian) -> tuple[torch.Tensor, Any]:
+    def _matrix(
+        self, count: int, make: Callable[[int, int, torch.device], torch.Tensor] = weights.gaussian
+    ) -> tuple[torch.Tensor, Any]:
         original = make(max(4096, count // self.scale // 8 * 8), 3, self.device)
         return original, weights.compress(original)
 
@@ -94,7 +96,10 @@ class Bench:
             ans.decompress(exponents, split)
             ans.interleave(split.out, sign_mantissa, out)
 
-        return {"nvCOMP ANS, its BF16 mode": lambda: ans.decompress(whole, target), "nvCOMP ANS of exponents, joined": joined}
+        return {
+            "nvCOMP ANS, its BF16 mode": lambda: ans.decompress(whole, target),
+            "nvCOMP ANS of exponents, joined": joined,
+        }
 
     def _floor(self, stored: torch.Tensor, out: torch.Tensor) -> Timing | None:
         if not self.real:
@@ -117,7 +122,13 @@ class Bench:
 
     @staticmethod
     def _row(what: str, name: str, found: Timing, out_bytes: int) -> Row:
-        return {"what": what, "name": name, "seconds": found.median, "timing": asdict(found), "bytes_per_second": found.bandwidth(out_bytes)}
+        return {
+            "what": what,
+            "name": name,
+            "seconds": found.median,
+            "timing": asdict(found),
+            "bytes_per_second": found.bandwidth(out_bytes),
+        }
 
     # The sections.
 
@@ -126,7 +137,10 @@ class Bench:
         _, tensor = self._matrix(1 << 20)
         out = torch.empty(tensor.shape, dtype=torch.bfloat16, device=self.device)
         rows = [{"what": "nothing, between two events", "seconds": self._time(lambda: None).median}]
-        calls: dict[str, Callable[[], object]] = {"decode": lambda: tensor.decode(), "decode into": lambda: tensor.decode(out)}
+        calls: dict[str, Callable[[], object]] = {
+            "decode": lambda: tensor.decode(),
+            "decode into": lambda: tensor.decode(out),
+        }
         for name, call in calls.items():
             call()
             if self.real:
@@ -142,7 +156,9 @@ class Bench:
         rows = []
         for count in SIZES:
             original, tensor = self._matrix(count)
-            rows += self._rows(f"{original.numel():,} weights", original, tensor.record, self._decoders(original, tensor))
+            rows += self._rows(
+                f"{original.numel():,} weights", original, tensor.record, self._decoders(original, tensor)
+            )
         return rows
 
     def outliers(self) -> list[Row]:
@@ -174,7 +190,12 @@ class Bench:
             "df11, a launch each": lambda: [tensor.decode(out) for tensor, out in zip(tensors, outputs, strict=True)],
         }
         peers = self._decoders(joined, weights.compress(joined))
-        return self._rows("a block", joined, stored, calls | {name: call for name, call in peers.items() if not name.startswith("df11")})
+        return self._rows(
+            "a block",
+            joined,
+            stored,
+            calls | {name: call for name, call in peers.items() if not name.startswith("df11")},
+        )
 
     def tiles(self) -> list[Row]:
         """The number of tiles for each block of a launch, and both kernels: what the choice in df11.runtime.kernels is worth."""
@@ -191,7 +212,10 @@ class Bench:
                 for tiles in (4, 8, 16, 32, 64):
                     found = self._time(partial(device.decode, [part], background=background, tiles_per_block=tiles))
                     mark = " (chosen)" if tiles == chosen else ""
-                    rows.append(self._row(f"{count:,} weights", f"{name}, {tiles} tiles{mark}", found, 2 * count) | {"weights": count})
+                    rows.append(
+                        self._row(f"{count:,} weights", f"{name}, {tiles} tiles{mark}", found, 2 * count)
+                        | {"weights": count}
+                    )
         return rows
 
     def variants(self) -> list[Row]:
@@ -223,9 +247,17 @@ class Bench:
             ids = torch.randint(0, shape[0], (count,), device=self.device)
             if not torch.equal(tensor.gather(ids).view(torch.int16), original[ids].view(torch.int16)):
                 raise AssertionError("gathers wrongly")
-            rows.append(self._row(f"{count} rows gathered", "df11", self._time(partial(tensor.gather, ids)), 2 * count * shape[1]))
+            rows.append(
+                self._row(
+                    f"{count} rows gathered", "df11", self._time(partial(tensor.gather, ids)), 2 * count * shape[1]
+                )
+            )
         step = max(1, shape[0] // 8)
-        rows.append(self._row(f"a slice of {step} rows", "df11", self._time(lambda: tensor.rows(step, 2 * step)), 2 * step * shape[1]))
+        rows.append(
+            self._row(
+                f"a slice of {step} rows", "df11", self._time(lambda: tensor.rows(step, 2 * step)), 2 * step * shape[1]
+            )
+        )
         rows.append(self._row("all rows", "df11", self._time(lambda: tensor.decode()), 2 * original.numel()))
         return rows
 
@@ -268,7 +300,9 @@ class Bench:
         }
         alone = self._time(product).median
         times = {name: self._time(call).median for name, call in cases.items()}
-        return [{"what": name, "seconds": seconds, "of_products_alone": seconds / alone} for name, seconds in times.items()]
+        return [
+            {"what": name, "seconds": seconds, "of_products_alone": seconds / alone} for name, seconds in times.items()
+        ]
 
     def loading(self) -> list[Row]:
         """A file of 4 GB of BF16 from disk to the GPU, beside safetensors; pages dropped from the page cache, and not."""
@@ -296,10 +330,19 @@ class Bench:
                         torch.cuda.synchronize()
                     seconds = time.perf_counter() - start
                     del loaded
-                    rows.append({"what": "not in the page cache" if cold else "in the page cache", "name": name, "turn": turn, "seconds": seconds})
+                    rows.append(
+                        {
+                            "what": "not in the page cache" if cold else "in the page cache",
+                            "name": name,
+                            "turn": turn,
+                            "seconds": seconds,
+                        }
+                    )
         for row in rows:
             others = [
-                other["seconds"] for other in rows if other["name"] == "safetensors" and other["what"] == row["what"] and other["turn"] == row["turn"]
+                other["seconds"]
+                for other in rows
+                if other["name"] == "safetensors" and other["what"] == row["what"] and other["turn"] == row["turn"]
             ]
             row["of_safetensors"] = row["seconds"] / others[0]
             row["bytes_per_second"] = source.stat().st_size / row["seconds"]
@@ -337,11 +380,17 @@ _REPORT: Final = report.Report(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Time decoding on a GPU, beside the floor and the peers.")
-    parser.add_argument("--device", default="cuda", help="default: cuda; cpu tries this program out, its times mean nothing")
+    parser.add_argument(
+        "--device", default="cuda", help="default: cuda; cpu tries this program out, its times mean nothing"
+    )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections")
     parser.add_argument("--scale", type=int, default=1, help="divide sizes, to try the program out")
-    parser.add_argument("--dir", type=Path, help="folder for the file that is loaded (6 GB; default: the temporary folder)")
-    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder for the results (default: benchmarks/results)")
+    parser.add_argument(
+        "--dir", type=Path, help="folder for the file that is loaded (6 GB; default: the temporary folder)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=results.RESULTS, help="folder for the results (default: benchmarks/results)"
+    )
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
     if exit_code := report.refused("gpu-bench", device):

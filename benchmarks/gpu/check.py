@@ -65,8 +65,12 @@ class Checks:
             with Container(path) as container:
                 for name in container.keys():
                     if container.info(name).encoding == "df11":
-                        expected = torch.from_numpy(container.tensor(name).view(np.int16)).view(torch.bfloat16).to(self.device)
-                        self._every_way(runtime.CompressedTensor.load(container, name, self.device), expected, f"{path.stem}/{name}")
+                        expected = (
+                            torch.from_numpy(container.tensor(name).view(np.int16)).view(torch.bfloat16).to(self.device)
+                        )
+                        self._every_way(
+                            runtime.CompressedTensor.load(container, name, self.device), expected, f"{path.stem}/{name}"
+                        )
                         count += 1
         require(count > 30, "the vectors are missing")
         runtime.raise_damage(self.device)
@@ -75,11 +79,16 @@ class Checks:
     def _every_way(self, tensor: runtime.CompressedTensor, expected: torch.Tensor, what: str) -> None:
         for background in (False, True):
             out = torch.full_like(expected, 7)
-            require(same(tensor.decode(out, background=background), expected), f"{what}: decode, background={background}")
+            require(
+                same(tensor.decode(out, background=background), expected), f"{what}: decode, background={background}"
+            )
         rows = expected.shape[0]
         for start, stop in ((0, rows), (rows // 3, rows - rows // 5), (rows - 1, rows)):
             for background in (False, True):
-                require(same(tensor.rows(start, stop, background=background), expected[start:stop]), f"{what}: rows {start} to {stop}")
+                require(
+                    same(tensor.rows(start, stop, background=background), expected[start:stop]),
+                    f"{what}: rows {start} to {stop}",
+                )
         ids = torch.tensor([rows - 1, 0, rows // 2], device=self.device)
         require(same(tensor.gather(ids), expected[ids]), f"{what}: gather")
 
@@ -125,7 +134,10 @@ class Checks:
     def block(self) -> str:
         """All matrices of a transformer block in one launch."""
         shapes = [(rows, columns) for rows, columns in weights.block_shapes().values() if rows * columns <= self.size]
-        originals = [weights.gaussian(rows * columns, i, self.device).view(rows, columns) for i, (rows, columns) in enumerate(shapes)]
+        originals = [
+            weights.gaussian(rows * columns, i, self.device).view(rows, columns)
+            for i, (rows, columns) in enumerate(shapes)
+        ]
         tensors = [weights.compress(original) for original in originals]
         for found, expected in zip(runtime.decode_many(tensors), originals, strict=True):
             require(same(found, expected), str(tuple(expected.shape)))
@@ -187,8 +199,16 @@ class Checks:
     def model(self) -> str:
         """A model from the compressed form: as it is, decoding ahead, with records in the processor's memory, compiled, in a CUDA graph."""
         width, hidden = 512, 4 * max(512, min(4096, self.size >> 12))
-        layers = [layer for _ in range(6) for layer in (torch.nn.Linear(width, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, width))]
-        model = torch.nn.Sequential(torch.nn.Embedding(4000, width), *layers).to(self.device, torch.bfloat16).requires_grad_(False)
+        layers = [
+            layer
+            for _ in range(6)
+            for layer in (torch.nn.Linear(width, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, width))
+        ]
+        model = (
+            torch.nn.Sequential(torch.nn.Embedding(4000, width), *layers)
+            .to(self.device, torch.bfloat16)
+            .requires_grad_(False)
+        )
         ids = torch.arange(64, device=self.device)[None]
         expected = model(ids)
         compress(model)
@@ -224,7 +244,9 @@ class Checks:
         source, target = self.folder / "x.safetensors", self.folder / "x.df11"
         kinds = {torch.bfloat16: "BF16", torch.int32: "I32"}
         tensors = [Tensor(name, kinds[value.dtype], tuple(value.shape)) for name, value in originals.items()]
-        safetensors_file.write(source, tensors, lambda tensor: iter([memoryview(originals[tensor.name].view(torch.uint8).numpy())]))
+        safetensors_file.write(
+            source, tensors, lambda tensor: iter([memoryview(originals[tensor.name].view(torch.uint8).numpy())])
+        )
         df11.convert(source, target)
         loaded = runtime.load_file(target, self.device)
         require(loaded.keys() == originals.keys(), "names")
@@ -256,14 +278,28 @@ class Checks:
         require(noticed > 5, "nothing was noticed")
         rows = weights.compress(weights.gaussian(100 * 64, 1, self.device).view(100, 64))
         try:
-            require(bool(rows.gather(torch.tensor([100], device=self.device)).isnan().all()), "a row that does not exist")
+            require(
+                bool(rows.gather(torch.tensor([100], device=self.device)).isnan().all()), "a row that does not exist"
+            )
             runtime.raise_damage(self.device)
         except errors.UsageError:
             return f"{noticed} records were noticed, the context lives"
         raise AssertionError("a row that does not exist was not told")
 
 
-ORDER: Final = ("vectors", "small_records", "gaussian", "outliers", "random_bits", "block", "streams", "graph", "model", "files", "damage")
+ORDER: Final = (
+    "vectors",
+    "small_records",
+    "gaussian",
+    "outliers",
+    "random_bits",
+    "block",
+    "streams",
+    "graph",
+    "model",
+    "files",
+    "damage",
+)
 SANITIZED: Final = ("vectors", "small_records", "gaussian", "outliers", "damage")
 """On 3 million weights: compute-sanitizer slows kernels down by one to three orders of magnitude."""
 
@@ -294,11 +330,19 @@ def sanitize(tool: str, seconds: float) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         result = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
         lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
         done, correct = (
-            next((line.strip("= ") for line in reversed(lines) if "SUMMARY" in line), lines[-1] if lines else "no output"),
+            next(
+                (line.strip("= ") for line in reversed(lines) if "SUMMARY" in line), lines[-1] if lines else "no output"
+            ),
             not result.returncode,
         )
         if not correct:
@@ -328,7 +372,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=ORDER, default=ORDER, help="these checks")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
     parser.add_argument("--sanitizer-seconds", type=float, default=150, help="for each of its tools (default: 150)")
-    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder for the results (default: benchmarks/results)")
+    parser.add_argument(
+        "--out", type=Path, default=results.RESULTS, help="folder for the results (default: benchmarks/results)"
+    )
     parser.add_argument("--sanitized", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)

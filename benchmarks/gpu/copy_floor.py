@@ -77,7 +77,9 @@ class Shape:
     persistent: bool = True
 
 
-SHAPES: Final = tuple(itertools.starmap(Shape, itertools.product((1, 2, 4, 8), (256, 512), (True, False), (True, False))))
+SHAPES: Final = tuple(
+    itertools.starmap(Shape, itertools.product((1, 2, 4, 8), (256, 512), (True, False), (True, False)))
+)
 """What ``tune`` tries."""
 
 
@@ -119,7 +121,9 @@ class CopyFloor:
         self._torch: Any = importlib.import_module("torch")
         self._cupy: Any = importlib.import_module("cupy")
         device = self._torch.device(device)
-        self.device: Any = self._torch.device("cuda", self._torch.cuda.current_device() if device.index is None else device.index)
+        self.device: Any = self._torch.device(
+            "cuda", self._torch.cuda.current_device() if device.index is None else device.index
+        )
         self.shape = shape or Shape()
         self._launches: dict[tuple[int, int], tuple[Any, int, tuple[Any, ...]]] = {}
 
@@ -140,13 +144,27 @@ class CopyFloor:
 
     def _prepare(self, stored_bytes: int, weights: int) -> tuple[Any, int, tuple[Any, ...]]:
         shape, launch = self.shape, plan(stored_bytes, weights, self.shape)
-        values = {"THREADS": shape.threads, "UNROLL": shape.unroll, "LOADS": launch.loads, "STREAMING": int(shape.streaming)}
-        kernel = self._cupy.RawKernel(SOURCE, "copy_floor", tuple(f"-D{name}={value}" for name, value in values.items()))
+        values = {
+            "THREADS": shape.threads,
+            "UNROLL": shape.unroll,
+            "LOADS": launch.loads,
+            "STREAMING": int(shape.streaming),
+        }
+        kernel = self._cupy.RawKernel(
+            SOURCE, "copy_floor", tuple(f"-D{name}={value}" for name, value in values.items())
+        )
         blocks = launch.tiles
         if shape.persistent:
-            resident = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, shape.threads, 0)
+            resident = self._cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
+                kernel.kernel.ptr, shape.threads, 0
+            )
             blocks = min(blocks, resident * self._torch.cuda.get_device_properties(self.device).multi_processor_count)
-        numbers = (np.uint64(stored_bytes // VECTOR), np.uint64(2 * weights // VECTOR), np.uint32(launch.tile_vectors), np.uint32(launch.tiles))
+        numbers = (
+            np.uint64(stored_bytes // VECTOR),
+            np.uint64(2 * weights // VECTOR),
+            np.uint32(launch.tile_vectors),
+            np.uint32(launch.tiles),
+        )
         return kernel, blocks, numbers
 
 

@@ -162,7 +162,9 @@ class Function:
         targets = [self.labels[word] for word in re.findall(r"[.$\w]+", instruction.operands) if word in self.labels]
         if not targets:
             raise CompileError(f"not understood: {instruction}")
-        always = not instruction.guard and (instruction.name in {"BRX", "JMX"} or re.fullmatch(r"`\([.$\w]+\)", instruction.operands))
+        always = not instruction.guard and (
+            instruction.name in {"BRX", "JMX"} or re.fullmatch(r"`\([.$\w]+\)", instruction.operands)
+        )
         return targets if always else targets + following
 
 
@@ -230,7 +232,10 @@ def compile_cubin(source: str, architecture: str, nvrtc: Path) -> tuple[bytes, s
     program = ctypes.c_void_p()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decode.cu", 0, None, None))
     try:
-        options = [option.encode() for option in (*kernels.NVRTC_OPTIONS, f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v")]
+        options = [
+            option.encode()
+            for option in (*kernels.NVRTC_OPTIONS, f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v")
+        ]
         status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         log = _read(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
         if status:
@@ -275,7 +280,9 @@ def _wheel_file(wheel: str, pattern: str) -> Path:
     paths = (Path(str(file.locate())) for file in files if re.fullmatch(pattern, file.name))
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
-        raise MissingWheelError(f"{wheel} {metadata.version(wheel)} has no {pattern}: pip install --force-reinstall {wheel}")
+        raise MissingWheelError(
+            f"{wheel} {metadata.version(wheel)} has no {pattern}: pip install --force-reinstall {wheel}"
+        )
     return found
 
 
@@ -327,11 +334,15 @@ def _round_up(number: int, multiple: int) -> int:
 def parse(listing: str) -> dict[str, Function]:
     """The kernels of a listing of nvdisasm by name; functions that they call stand at the end of their code."""
     sections = re.split(r"^\s*\.section\s+", listing, flags=re.MULTILINE)
-    functions = {match[1]: _parse_code(section) for section in sections if (match := re.match(r"\.text\.([^,]+),", section))}
+    functions = {
+        match[1]: _parse_code(section) for section in sections if (match := re.match(r"\.text\.([^,]+),", section))
+    }
     for section in sections:
         info = re.match(r"\.nv\.info\.([^,]+),.*EIATTR_MAX_THREADS(.*?)(?:EIATTR_|$)", section, flags=re.DOTALL)
         if info and info[1] in functions:
-            functions[info[1]].max_threads = math.prod(int(word, 16) for word in re.findall(r"\.word\s+(0x[0-9a-f]+)", info[2]))
+            functions[info[1]].max_threads = math.prod(
+                int(word, 16) for word in re.findall(r"\.word\s+(0x[0-9a-f]+)", info[2])
+            )
     return functions
 
 
@@ -371,7 +382,9 @@ def _measure(code: list[Instruction]) -> Loop:
         shared_loads=_count(code, "LDS"),
         global_loads=_count(code, "LDG", "LD", "LDGSTS"),
         global_stores=_count(code, "STG", "ST"),
-        wide_stores=sum(instruction.name in {"STG", "ST"} and "128" in instruction.opcode.split(".") for instruction in code),
+        wide_stores=sum(
+            instruction.name in {"STG", "ST"} and "128" in instruction.opcode.split(".") for instruction in code
+        ),
         calls=_count(code, "CALL"),
         listing=tuple(map(str, code)),
     )
@@ -389,10 +402,24 @@ _HEAD: Final = (
 
 def _row(architecture: str, kernel: KernelReport) -> list[str]:
     spilled = kernel.spill_stores + kernel.spill_loads
-    numbers = [kernel.registers, spilled, kernel.stack_bytes, kernel.local_accesses, kernel.shared_bytes, kernel.threads]
+    numbers = [
+        kernel.registers,
+        spilled,
+        kernel.stack_bytes,
+        kernel.local_accesses,
+        kernel.shared_bytes,
+        kernel.threads,
+    ]
     row = [kernel.name, architecture, *map(str, [*numbers, kernel.blocks_per_sm, kernel.warps_per_sm])]
     if loop := kernel.loop:
-        counts = [loop.instructions, loop.shared_loads, loop.global_loads, loop.global_stores, loop.wide_stores, loop.calls]
+        counts = [
+            loop.instructions,
+            loop.shared_loads,
+            loop.global_loads,
+            loop.global_stores,
+            loop.wide_stores,
+            loop.calls,
+        ]
         return [*row, *map(str, counts), f"{loop.instructions_per_weight:.2f}"]
     return row + ["-"] * (len(_HEAD) - len(row))
 
@@ -401,7 +428,9 @@ def main() -> None:
     """Print a row for each kernel and architecture."""
     parser = argparse.ArgumentParser(description="What NVRTC makes of the CUDA kernels.")
     parser.add_argument("--nvrtc", type=int, choices=NVRTC_WHEELS, default=12, help="CUDA's major version; default: 12")
-    parser.add_argument("--sm", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="architectures; default: all")
+    parser.add_argument(
+        "--sm", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="architectures; default: all"
+    )
     parser.add_argument("--loops", action="store_true", help="the instructions of the loops, too")
     chosen = parser.parse_args()
     source = kernels.SOURCE.read_text(encoding="utf-8")

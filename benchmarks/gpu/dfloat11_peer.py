@@ -93,7 +93,10 @@ class EncodedDf11:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(part.nbytes for part in (self.luts, self.encoded_exponent, self.sign_mantissa, self.output_positions, self.gaps))
+        return sum(
+            part.nbytes
+            for part in (self.luts, self.encoded_exponent, self.sign_mantissa, self.output_positions, self.gaps)
+        )
 
 
 def encode(weights: Weights) -> EncodedDf11:
@@ -146,7 +149,9 @@ def choose_code(counts: dict[int, int]) -> Code:
 
 def _huffman(counts: dict[int, int]) -> Code:
     # Of equal counts the tree whose leftmost symbol is less goes first. The code is in the order of the tree's leaves.
-    heap: list[tuple[int, int, Code]] = [(count, symbol, {symbol: (0, 0)}) for symbol, count in {_END: 1, **counts}.items()]
+    heap: list[tuple[int, int, Code]] = [
+        (count, symbol, {symbol: (0, 0)}) for symbol, count in {_END: 1, **counts}.items()
+    ]
     heapq.heapify(heap)
     while len(heap) > 1:
         count0, leftmost, code0 = heapq.heappop(heap)
@@ -175,7 +180,9 @@ def lookup_tables(code: Code) -> Bytes:
                 entries[key] = symbol if rest <= 8 else 256 - prefixes.index(_cut(leaf, prefix[0] + 8))
         if value < 0:
             value = entries[min(entries)]
-        for key in range(256):  # What is missing, for codes that go on and for the end symbol, is like the entry before, also of the table before.
+        for key in range(
+            256
+        ):  # What is missing, for codes that go on and for the end symbol, is like the entry before, also of the table before.
             value = entries.get(key, value)
             luts[row, key] = value
     for symbol, (length, _) in leaves.items():
@@ -206,7 +213,9 @@ def check_end(luts: Bytes, encoded: Bytes, every_gap: Bytes) -> None:
                     break
                 row = 256 - value
             if not luts[-1, value]:
-                raise UnsupportedWeightsError("what follows the last code would send DFloat11's kernel into an endless loop")
+                raise UnsupportedWeightsError(
+                    "what follows the last code would send DFloat11's kernel into an endless loop"
+                )
             at += int(luts[-1, value])
 
 
@@ -280,14 +289,18 @@ class Decoder:
         self._torch: Any = importlib.import_module("torch")
         self._cupy: Any = importlib.import_module("cupy")
         device = self._torch.device(device)
-        self.device: Any = self._torch.device("cuda", self._torch.cuda.current_device() if device.index is None else device.index)
+        self.device: Any = self._torch.device(
+            "cuda", self._torch.cuda.current_device() if device.index is None else device.index
+        )
         with tempfile.TemporaryDirectory() as folder, self._cupy.cuda.Device(self.device.index):
             path = find_ptx(Path(folder), ptx)
             try:
                 self._kernel = self._cupy.RawModule(path=str(path)).get_function(KERNEL)
                 _ = self._kernel.num_regs  # loads it
             except Exception as error:
-                raise MissingPeerError(f"DFloat11: its PTX does not load on this driver: {str(error).strip().splitlines()[0]}") from error
+                raise MissingPeerError(
+                    f"DFloat11: its PTX does not load on this driver: {str(error).strip().splitlines()[0]}"
+                ) from error
 
     def load(self, encoded: EncodedDf11) -> LoadedDf11:
         """Copy the arrays to the GPU, padded where the kernel reads past their ends."""
@@ -296,14 +309,18 @@ class Decoder:
         tensors = tuple(self._torch.from_numpy(array).to(self.device) for array in arrays)
         if encoded.shared_bytes > _DEFAULT_SHARED_BYTES:  # Its own code does not do this, and the launch fails.
             with self._cupy.cuda.Device(self.device.index):
-                self._kernel.max_dynamic_shared_size_bytes = max(encoded.shared_bytes, self._kernel.max_dynamic_shared_size_bytes)
+                self._kernel.max_dynamic_shared_size_bytes = max(
+                    encoded.shared_bytes, self._kernel.max_dynamic_shared_size_bytes
+                )
         return LoadedDf11(
             tensors=tensors,
             elements=len(encoded.sign_mantissa),
             blocks=encoded.blocks,
             shared_bytes=encoded.shared_bytes,
             pointers=tuple(tensor.data_ptr() for tensor in tensors),
-            numbers=tuple(map(np.int32, (len(encoded.luts), len(encoded.encoded_exponent), len(encoded.sign_mantissa)))),
+            numbers=tuple(
+                map(np.int32, (len(encoded.luts), len(encoded.encoded_exponent), len(encoded.sign_mantissa)))
+            ),
         )
 
     def decode(self, loaded: LoadedDf11, out: Any = None) -> Any:

@@ -55,7 +55,9 @@ def randomize(model: nn.Module, device: torch.device) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         is_norm = parameter.dim() == 1 and not name.endswith("bias")
-        parameter.copy_(torch.randn(parameter.shape, generator=generator, device=device).mul_(0.02).add_(1.0 if is_norm else 0.0))
+        parameter.copy_(
+            torch.randn(parameter.shape, generator=generator, device=device).mul_(0.02).add_(1.0 if is_norm else 0.0)
+        )
     return model.eval()
 
 
@@ -67,7 +69,10 @@ def compress(model: nn.Module) -> None:
             if parameter.numel() >= SMALL and parameter.dtype == torch.bfloat16:
                 if id(parameter) not in records:
                     made = weights.compress(parameter.data)
-                    records[id(parameter)] = nn.Parameter(made.record, requires_grad=False), modules.Geometry(made.shape, made.segment_elements)
+                    records[id(parameter)] = (
+                        nn.Parameter(made.record, requires_grad=False),
+                        modules.Geometry(made.shape, made.segment_elements),
+                    )
                 modules.compress_parameter(module, name, *records[id(parameter)])
 
 
@@ -103,7 +108,13 @@ class Bench:
     def _compare(self, what: str, model: nn.Module, run: Callable[[], torch.Tensor]) -> list[Row]:
         rows: list[Row] = []
         expected: torch.Tensor | None = None
-        for name in ("BF16", "df11", "df11, next weight decoded ahead", "df11 again", "df11, records in the processor's memory"):
+        for name in (
+            "BF16",
+            "df11",
+            "df11, next weight decoded ahead",
+            "df11 again",
+            "df11, records in the processor's memory",
+        ):
             if name == "df11":
                 compress(model)
             elif "ahead" in name:
@@ -116,7 +127,11 @@ class Bench:
                 modules.offload_records(model, self.device)
             if self.real:
                 torch.cuda.empty_cache()
-            row: Row = {"what": what, "name": name, "held_bytes": runtime.report(model).compressed + runtime.report(model).verbatim}
+            row: Row = {
+                "what": what,
+                "name": name,
+                "held_bytes": runtime.report(model).compressed + runtime.report(model).verbatim,
+            }
             run()  # Once, to warm up.
             with self._measured(row):
                 found = run()
@@ -129,7 +144,11 @@ class Bench:
     def image(self) -> list[Row]:
         """OmniGen2's transformer: all steps of an image, two predictions a step."""
         stand_in: Any = importlib.import_module("tests.support.omnigen2_stand_in")
-        config = {name: value for name, value in synthetic.omnigen2()["configs"]["transformer/config.json"].items() if not name.startswith("_")}
+        config = {
+            name: value
+            for name, value in synthetic.omnigen2()["configs"]["transformer/config.json"].items()
+            if not name.startswith("_")
+        }
         config |= {"num_layers": self.size.layers}
         if self.size is SMALLEST:
             config |= {"hidden_size": 240, "num_attention_heads": 2, "num_kv_heads": 1}
@@ -183,9 +202,16 @@ class Bench:
         with torch.device("meta"):
             model: Any = Qwen2ForCausalLM(config)
         randomize(model, self.device)
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(self.device)  # It has numbers that are no parameters.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(
+            self.device
+        )  # It has numbers that are no parameters.
         ids = torch.arange(16, device=self.device)[None]
-        settings = {"max_new_tokens": self.size.generated, "min_new_tokens": self.size.generated, "do_sample": False, "pad_token_id": 0}
+        settings = {
+            "max_new_tokens": self.size.generated,
+            "min_new_tokens": self.size.generated,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
 
         @torch.inference_mode()
         def run() -> torch.Tensor:
@@ -222,7 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections")
     parser.add_argument("--steps", type=int, default=50, help="of an image (default: 50)")
     parser.add_argument("--smallest", action="store_true", help="the smallest models, to try the program out")
-    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder for the results (default: benchmarks/results)")
+    parser.add_argument(
+        "--out", type=Path, default=results.RESULTS, help="folder for the results (default: benchmarks/results)"
+    )
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
     if exit_code := report.refused("gpu-omnigen2", device):

@@ -101,7 +101,13 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     ],
     "nvcompBatchedANSDecompressGetTempSize": [_SIZE, _SIZE, _DecompressOptions, _SIZE_OUT, _SIZE, _POINTER],
     "nvcompBatchedANSDecompressAsync": [
-        *(_POINTER, _POINTER, _POINTER, _POINTER, _SIZE),  # compressed chunks, their sizes, sizes of the outputs, sizes found, how many
+        *(
+            _POINTER,
+            _POINTER,
+            _POINTER,
+            _POINTER,
+            _SIZE,
+        ),  # compressed chunks, their sizes, sizes of the outputs, sizes found, how many
         *(_POINTER, _SIZE, _POINTER),  # scratch memory, its size, outputs
         *(_DecompressOptions, _POINTER, _POINTER),  # statuses, stream
     ],
@@ -153,7 +159,9 @@ class Ans:
         self._torch: Any = importlib.import_module("torch")
         self._cupy: Any = importlib.import_module("cupy")
         device = self._torch.device(device)
-        self.device: Any = self._torch.device("cuda", self._torch.cuda.current_device() if device.index is None else device.index)
+        self.device: Any = self._torch.device(
+            "cuda", self._torch.cuda.current_device() if device.index is None else device.index
+        )
         self.chunk_bytes = chunk_bytes
         self._interleave: Any = self._cupy.RawKernel(SOURCE, "interleave")
 
@@ -172,11 +180,25 @@ class Ans:
         torch = self._torch
         if out is None:
             out = torch.empty(compressed.size, dtype=torch.uint8, device=self.device)
-        if out.numel() != compressed.size or out.dtype != torch.uint8 or not out.is_contiguous() or out.data_ptr() % ALIGNMENT:
-            raise ValueError(f"the output must have {compressed.size} bytes, contiguous and at a multiple of {ALIGNMENT}")
+        if (
+            out.numel() != compressed.size
+            or out.dtype != torch.uint8
+            or not out.is_contiguous()
+            or out.data_ptr() % ALIGNMENT
+        ):
+            raise ValueError(
+                f"the output must have {compressed.size} bytes, contiguous and at a multiple of {ALIGNMENT}"
+            )
         chunks = len(compressed.sizes)
         scratch = ctypes.c_size_t()
-        arguments = chunks, compressed.chunk_bytes, _decompress_options(compressed.data_type), ctypes.byref(scratch), compressed.size, None
+        arguments = (
+            chunks,
+            compressed.chunk_bytes,
+            _decompress_options(compressed.data_type),
+            ctypes.byref(scratch),
+            compressed.size,
+            None,
+        )
         self._call("nvcompBatchedANSDecompressGetTempSize", *arguments)
         return Target(
             out=out,
@@ -190,7 +212,12 @@ class Ans:
         """Start the decompression to ``target.out`` on torch's current stream; does not wait."""
         self._call(
             "nvcompBatchedANSDecompressAsync",
-            *(compressed.addresses.data_ptr(), compressed.sizes.data_ptr(), compressed.output_sizes.data_ptr(), target.found_sizes.data_ptr()),
+            *(
+                compressed.addresses.data_ptr(),
+                compressed.sizes.data_ptr(),
+                compressed.output_sizes.data_ptr(),
+                target.found_sizes.data_ptr(),
+            ),
             *(len(compressed.sizes), target.scratch.data_ptr(), target.scratch.numel(), target.addresses.data_ptr()),
             *(_decompress_options(compressed.data_type), target.statuses.data_ptr()),
             self._torch.cuda.current_stream(self.device).cuda_stream,
@@ -209,11 +236,21 @@ class Ans:
         if data.data_ptr() % ALIGNMENT:
             data = data.clone()
         starts = range(0, size, self.chunk_bytes)
-        sizes = torch.tensor([min(self.chunk_bytes, size - start) for start in starts], dtype=torch.int64, device=self.device)
+        sizes = torch.tensor(
+            [min(self.chunk_bytes, size - start) for start in starts], dtype=torch.int64, device=self.device
+        )
         options = _CompressOptions(data_type=data_type, states_per_lane=_STATES)
         most, scratch_bytes = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("nvcompBatchedANSCompressGetMaxOutputChunkSize", self.chunk_bytes, options, ctypes.byref(most))
-        self._call("nvcompBatchedANSCompressGetTempSize", len(sizes), self.chunk_bytes, options, ctypes.byref(scratch_bytes), size, None)
+        self._call(
+            "nvcompBatchedANSCompressGetTempSize",
+            len(sizes),
+            self.chunk_bytes,
+            options,
+            ctypes.byref(scratch_bytes),
+            size,
+            None,
+        )
         slot = -(-most.value // ALIGNMENT) * ALIGNMENT
         slots = torch.empty(slot * len(sizes), dtype=torch.uint8, device=self.device)
         scratch = torch.empty(max(1, scratch_bytes.value), dtype=torch.uint8, device=self.device)
@@ -227,11 +264,15 @@ class Ans:
             self._torch.cuda.current_stream(self.device).cuda_stream,
         )
         if bad := int((statuses != 0).sum()):  # waits
-            raise NvcompError(f"{bad} of {len(sizes)} chunks were not compressed, status {int(statuses[statuses != 0][0])}")
+            raise NvcompError(
+                f"{bad} of {len(sizes)} chunks were not compressed, status {int(statuses[statuses != 0][0])}"
+            )
         rooms = (written + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         ends = rooms.cumsum(0)
         packed = torch.cat([slots[slot * i : slot * i + room] for i, room in enumerate(rooms.tolist())])
-        return CompressedAns(packed, packed.data_ptr() + ends - rooms, written, sizes, self.chunk_bytes, size, data_type)
+        return CompressedAns(
+            packed, packed.data_ptr() + ends - rooms, written, sizes, self.chunk_bytes, size, data_type
+        )
 
     def _addresses(self, buffer: Any, step: int, count: int) -> Any:
         return buffer.data_ptr() + step * self._torch.arange(count, dtype=self._torch.int64, device=self.device)

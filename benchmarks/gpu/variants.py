@@ -13,8 +13,12 @@ CHANGES: Final[dict[str, list[tuple[str, str]]]] = {
     "sign/mantissa bytes loaded 2 chunks ahead": [(r"decode_whole<4,", "decode_whole<2,")],
     "sign/mantissa bytes loaded 8 chunks ahead": [(r"decode_whole<4,", "decode_whole<8,")],
     "loads without a hint": [(r"__ldcs\(source", "__ldg(source")],
-    "stores that say that nothing is used again": [(r"target\[i \* LANES\] = (join_chunk\(pairs, now\[i\]\));", r"__stcs(target + i * LANES, \1);")],
-    "at least 4 blocks a multiprocessor": [(r"__launch_bounds__\(WIDE_THREADS\)", "__launch_bounds__(WIDE_THREADS, 4)")],
+    "stores that say that nothing is used again": [
+        (r"target\[i \* LANES\] = (join_chunk\(pairs, now\[i\]\));", r"__stcs(target + i * LANES, \1);")
+    ],
+    "at least 4 blocks a multiprocessor": [
+        (r"__launch_bounds__\(WIDE_THREADS\)", "__launch_bounds__(WIDE_THREADS, 4)")
+    ],
 }
 """Name -> regular expressions and what replaces them; each must match at least once."""
 

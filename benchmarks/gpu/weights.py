@@ -41,7 +41,9 @@ def random_bits(count: int, seed: int, device: str | torch.device) -> torch.Tens
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
-    return torch.randint(-(1 << 15), 1 << 15, (count,), generator=generator, dtype=torch.int16, device=device).view(torch.bfloat16)
+    return torch.randint(-(1 << 15), 1 << 15, (count,), generator=generator, dtype=torch.int16, device=device).view(
+        torch.bfloat16
+    )
 
 
 def spread(count: int, seed: int, device: str | torch.device) -> torch.Tensor:
@@ -63,8 +65,12 @@ def encode(weights: torch.Tensor) -> Bytes:
     values: Weights = weights.reshape(-1).view(torch.int16).cpu().numpy().view(np.uint16)
     size = layout.DEFAULT_SEGMENT_WEIGHTS
     with ThreadPoolExecutor(cpu.cores()) as threads:
-        segments = list(threads.map(_encode_segment, [values[first : first + size] for first in range(0, len(values), size)]))
-    return np.frombuffer(pack_front([place for place, _ in segments], size) + b"".join(data for _, data in segments), np.uint8)
+        segments = list(
+            threads.map(_encode_segment, [values[first : first + size] for first in range(0, len(values), size)])
+        )
+    return np.frombuffer(
+        pack_front([place for place, _ in segments], size) + b"".join(data for _, data in segments), np.uint8
+    )
 
 
 def _encode_segment(weights: Weights) -> tuple[SegmentPlace, bytes]:
@@ -88,5 +94,9 @@ def block_shapes(layer: int = 0) -> dict[str, tuple[int, int]]:
     shapes: dict[str, tuple[int, int]] = {}
     for file, tensors in synthetic.omnigen2()["files"].items():
         if file.startswith("transformer/"):
-            shapes |= {name: (shape[0], shape[1]) for name, shape in tensors.items() if name.startswith(f"layers.{layer}.") and len(shape) == 2}
+            shapes |= {
+                name: (shape[0], shape[1])
+                for name, shape in tensors.items()
+                if name.startswith(f"layers.{layer}.") and len(shape) == 2
+            }
     return shapes

@@ -41,7 +41,11 @@ def parse(description: str | None, **defaults: Any) -> argparse.Namespace:
     add("--enable_teacache", action="store_true")
     add("--teacache_rel_l1_thresh", type=float, default=0.05)
     add("--enable_taylorseer", action="store_true", help="wins over --enable_teacache")
-    add("--omnigen2", metavar="CHECKOUT", help="folder of OmniGen2's repository, unless its package omnigen2 can be imported anyway")
+    add(
+        "--omnigen2",
+        metavar="CHECKOUT",
+        help="folder of OmniGen2's repository, unless its package omnigen2 can be imported anyway",
+    )
     add("--device", default="cuda")
     parser.set_defaults(**defaults)
     return parser.parse_args()
@@ -49,13 +53,21 @@ def parse(description: str | None, **defaults: Any) -> argparse.Namespace:
 
 def load(args: argparse.Namespace, *, chat: bool = False) -> Any:
     """The pipeline that the flags describe."""
-    offloads = {"sequential": args.enable_sequential_cpu_offload, "model": args.enable_model_cpu_offload, "group": args.enable_group_offload}
+    offloads = {
+        "sequential": args.enable_sequential_cpu_offload,
+        "model": args.enable_model_cpu_offload,
+        "group": args.enable_group_offload,
+    }
     offload: Any = next((name for name, wanted in offloads.items() if wanted), None)
     other = {"transformer": args.transformer_path} if args.transformer_path else {}
-    pipeline = omnigen2.load_pipeline(args.model_path, args.device, offload=offload, classes=args.omnigen2, chat=chat, **other)
+    pipeline = omnigen2.load_pipeline(
+        args.model_path, args.device, offload=offload, classes=args.omnigen2, chat=chat, **other
+    )
     if args.transformer_lora_path:
         # OmniGen2's load_lora_weights does not work with diffusers of today. Told of the pipeline, diffusers renews its offloading.
-        pipeline.transformer.load_lora_adapter(args.transformer_lora_path, prefix="transformer", use_safetensors=True, _pipeline=pipeline)
+        pipeline.transformer.load_lora_adapter(
+            args.transformer_lora_path, prefix="transformer", use_safetensors=True, _pipeline=pipeline
+        )
     if args.scheduler == "dpmsolver++":
         from omnigen2.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
@@ -72,7 +84,11 @@ def load(args: argparse.Namespace, *, chat: bool = False) -> Any:
 
 def read_images(paths: list[str]) -> list[Image.Image]:
     """The images at these paths, or in the folder that is the only path, as their cameras meant them to be seen."""
-    files = sorted(Path(paths[0]).iterdir()) if len(paths) == 1 and Path(paths[0]).is_dir() else [Path(path) for path in paths]
+    files = (
+        sorted(Path(paths[0]).iterdir())
+        if len(paths) == 1 and Path(paths[0]).is_dir()
+        else [Path(path) for path in paths]
+    )
     return [ImageOps.exif_transpose(Image.open(file).convert("RGB")) for file in files]
 
 

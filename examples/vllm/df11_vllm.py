@@ -64,10 +64,14 @@ class Df11ModelLoader(BaseModelLoader):
         if loaded is None:  # Such a model does not say what it has loaded: only its linear layers are checked.
             return
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        filled = {id(parameters[name]) for name in loaded if name in parameters}  # by identity: tied parameters are loaded once
+        filled = {
+            id(parameters[name]) for name in loaded if name in parameters
+        }  # by identity: tied parameters are loaded once
         missing = [name for name, value in parameters.items() if id(value) not in filled and not value.is_meta]
         if missing:
-            raise errors.MissingError(f"{len(missing)} parameters are not in the files", file=model_config.model, tensor=missing[0])
+            raise errors.MissingError(
+                f"{len(missing)} parameters are not in the files", file=model_config.model, tensor=missing[0]
+            )
 
 
 @register_quantization_config(NAME)
@@ -118,16 +122,26 @@ class Df11LinearMethod(LinearMethodBase):
         """A ``weight`` without memory that takes the parts as they come. Raises where tensor parallelism would have to cut a record."""
         rows = sum(output_partition_sizes)
         if (input_size_per_partition, rows) != (input_size, output_size):
-            raise errors.UsageError("df11: a record cannot be cut for tensor parallelism", hint="set tensor_parallel_size to 1")
+            raise errors.UsageError(
+                "df11: a record cannot be cut for tensor parallelism", hint="set tensor_parallel_size to 1"
+            )
         if params_dtype != torch.bfloat16:
-            raise errors.UsageError("df11: records decode to bfloat16", found=params_dtype, hint="set dtype to bfloat16")
+            raise errors.UsageError(
+                "df11: records decode to bfloat16", found=params_dtype, hint="set dtype to bfloat16"
+            )
         weight = nn.Parameter(torch.empty(rows, input_size, dtype=params_dtype, device="meta"), requires_grad=False)
         device, parts = torch.get_default_device(), {}  # The device that vLLM creates the model on
 
         def load(_: nn.Parameter, loaded: torch.Tensor, loaded_shard_id: Any = None) -> None:
-            key = loaded_shard_id if isinstance(loaded_shard_id, tuple) else (_ORDER.get(loaded_shard_id, loaded_shard_id or 0),)
+            key = (
+                loaded_shard_id
+                if isinstance(loaded_shard_id, tuple)
+                else (_ORDER.get(loaded_shard_id, loaded_shard_id or 0),)
+            )
             record, version = getattr(loaded, RECORD, (None, None))
-            parts[key] = record.to(device) if record is not None and loaded._version == version else loaded.to(device, copy=True)
+            parts[key] = (
+                record.to(device) if record is not None and loaded._version == version else loaded.to(device, copy=True)
+            )
 
         weight.weight_loader, weight.output_dim, weight.input_dim = load, 0, 1
         layer.register_parameter("weight", weight)
@@ -139,11 +153,15 @@ class Df11LinearMethod(LinearMethodBase):
         shape = tuple(layer.weight.shape)
         found = [tuple(part.shape) for part in parts]
         if sum(part[0] for part in found) != shape[0] or any(part[1:] != shape[1:] for part in found):
-            raise errors.MissingError("df11: the parts of a linear layer", tensor=getattr(layer, "prefix", None), expected=shape, found=found)
+            raise errors.MissingError(
+                "df11: the parts of a linear layer", tensor=getattr(layer, "prefix", None), expected=shape, found=found
+            )
         del layer._parameters["weight"]
         compressed = [part for part in parts if isinstance(part, CompressedTensor)]
         if len(compressed) < len(parts):
-            values = [part.decode() if isinstance(part, CompressedTensor) else part.to(torch.bfloat16) for part in parts]
+            values = [
+                part.decode() if isinstance(part, CompressedTensor) else part.to(torch.bfloat16) for part in parts
+            ]
             layer.register_parameter("weight", nn.Parameter(torch.cat(values), requires_grad=False))
             return
         for number, part in enumerate(compressed):
@@ -161,7 +179,13 @@ class Df11LinearMethod(LinearMethodBase):
 
 
 @torch.library.custom_op("df11_vllm::linear", mutates_args=())
-def linear(x: torch.Tensor, records: list[torch.Tensor], rows: list[int], segment_elements: list[int], bias: torch.Tensor | None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    records: list[torch.Tensor],
+    rows: list[int],
+    segment_elements: list[int],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
     """Inputs [..., in] by records of [rows[i], in], one below the other. One operator, so that no compiler decodes a weight before its turn."""
     columns = x.shape[-1]
     weight = x.new_empty(sum(rows), columns, dtype=torch.bfloat16)
@@ -171,5 +195,11 @@ def linear(x: torch.Tensor, records: list[torch.Tensor], rows: list[int], segmen
 
 
 @linear.register_fake
-def _(x: torch.Tensor, records: list[torch.Tensor], rows: list[int], segment_elements: list[int], bias: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001
+def _(
+    x: torch.Tensor,
+    records: list[torch.Tensor],
+    rows: list[int],
+    segment_elements: list[int],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:  # noqa: ARG001
     return x.new_empty(*x.shape[:-1], sum(rows))

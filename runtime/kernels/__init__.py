@@ -121,4 +121,6 @@ def raise_damage(status: int) -> None:
     """Raise the error for a status word that a kernel has written; 0 is none."""
     found = [entry for bit, entry in DAMAGE.items() if status & bit]
     if found:
-        raise found[0][0](f"decoding on the GPU found {'; '.join(what for _, what in found)}", hint="check the file: df11 verify FILE")
+        raise found[0][0](
+            f"decoding on the GPU found {'; '.join(what for _, what in found)}", hint="check the file: df11 verify FILE"
+        )

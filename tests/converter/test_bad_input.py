@@ -23,12 +23,17 @@ DATA = GOOD[8 + int.from_bytes(GOOD[:8], "little") :]
 
 def document(**changes) -> bytes:
     """A file with one tensor of 8 bytes, in which some members of its entry are changed."""
-    return framed(json.dumps({"a": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]} | changes}).encode(), bytes(8))
+    return framed(
+        json.dumps({"a": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]} | changes}).encode(), bytes(8)
+    )
 
 
 def entries(*ranges: tuple[int, int], size: int) -> bytes:
     """A file of U8 tensors with these byte ranges."""
-    table = {f"t{index}": {"dtype": "U8", "shape": [max(end - start, 0)], "data_offsets": [start, end]} for index, (start, end) in enumerate(ranges)}
+    table = {
+        f"t{index}": {"dtype": "U8", "shape": [max(end - start, 0)], "data_offsets": [start, end]}
+        for index, (start, end) in enumerate(ranges)
+    }
     return framed(json.dumps(table).encode(), bytes(size))
 
 
@@ -92,7 +97,10 @@ BAD = {
 }
 # What df11 alone refuses, and says so in SPEC.md or in its documentation.
 STRICT = {
-    "the same name twice": framed(b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}', b""),
+    "the same name twice": framed(
+        b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
+        b"",
+    ),
     "65 dimensions": document(shape=[4] + [1] * 64),
 }
 
@@ -200,7 +208,9 @@ def read_only(tmp_path):
 
 def mount(folder, options) -> None:
     """Mount an empty file system in memory, or skip the test where even root may not."""
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
 
@@ -227,7 +237,9 @@ def test_a_folder_that_cannot_be_listed(source, tmp_path, monkeypatch):
     commands.run("convert", source.parent, tmp_path.parent / "never").error(3, source.parent)
 
 
-@pytest.mark.parametrize("target", ["x.safetensors/x.df11", "x.safetensors/deep/x.df11", "/proc/none/x.df11", "/dev/null/x.df11"])
+@pytest.mark.parametrize(
+    "target", ["x.safetensors/x.df11", "x.safetensors/deep/x.df11", "/proc/none/x.df11", "/dev/null/x.df11"]
+)
 def test_a_target_below_what_is_no_folder(target, source, tmp_path):
     result = commands.run("convert", source, tmp_path / target)
     assert result.code in (2, 3, 4)
@@ -267,7 +279,9 @@ def test_a_disk_that_is_full(command, source, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 6), (errno.EDQUOT, 6), (errno.EFBIG, 6), (errno.EIO, 2), (errno.EROFS, 3)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, 6), (errno.EDQUOT, 6), (errno.EFBIG, 6), (errno.EIO, 2), (errno.EROFS, 3)]
+)
 @pytest.mark.parametrize("good_writes", [0, 1])
 @pytest.mark.parametrize("command", ["convert", "restore"])
 def test_a_write_that_fails(command, good_writes, number, code, source, tmp_path, monkeypatch):
@@ -284,7 +298,9 @@ def test_a_write_that_fails(command, good_writes, number, code, source, tmp_path
         return pwrite(*arguments)
 
     monkeypatch.setattr(os, "pwrite", fail)
-    commands.run(command, source if command == "convert" else container, target).error(code, target, os.strerror(number))
+    commands.run(command, source if command == "convert" else container, target).error(
+        code, target, os.strerror(number)
+    )
     assert writes == good_writes + 1
     assert set(tree_bytes(tmp_path)) == {"x.safetensors", "x.df11"}
 
@@ -300,14 +316,18 @@ def test_a_flush_that_fails(source, tmp_path, monkeypatch):
 
 def test_a_limit_of_the_size_of_files(source, tmp_path):
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000000,) * 2); from df11.__main__ import main; main()"
-    commands.run_process("convert", source, tmp_path / "y.df11", command=[sys.executable, "-c", code]).error(6, "y.df11")
+    commands.run_process("convert", source, tmp_path / "y.df11", command=[sys.executable, "-c", code]).error(
+        6, "y.df11"
+    )
     assert set(tree_bytes(tmp_path)) == {"x.safetensors"}
 
 
 @pytest.mark.parametrize("options", [[], ["--cast", "bf16"]])
 def test_too_little_memory(options, tmp_path):
     source = sources.write(tmp_path / "x.safetensors", [bf16("w", (SEGMENT,)), f32("f", (SEGMENT,), 1)])
-    line = commands.run("convert", source, tmp_path / "x.df11", "--max-memory", "1MiB", *options).error(6, source, "--max-memory")
+    line = commands.run("convert", source, tmp_path / "x.df11", "--max-memory", "1MiB", *options).error(
+        6, source, "--max-memory"
+    )
     assert set(tree_bytes(tmp_path)) == {"x.safetensors"}
     # The size that it asks for is enough, and a little less is not.
     needed = int(re.search(r"at least (\d+)MiB", line).group(1))

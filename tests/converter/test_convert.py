@@ -105,7 +105,10 @@ def test_weights_become_a_third_smaller(tmp_path):
 
 
 def test_random_bits_do_not_grow(tmp_path):
-    source = sources.write(tmp_path / "x.safetensors", [random_tensor("w", "BF16", (SEGMENT + 100_000,)), random_tensor("v", "BF16", (70_000,), 1)])
+    source = sources.write(
+        tmp_path / "x.safetensors",
+        [random_tensor("w", "BF16", (SEGMENT + 100_000,)), random_tensor("v", "BF16", (70_000,), 1)],
+    )
     assert df11.convert(source, tmp_path / "x.df11").ratio < 1.001
 
 
@@ -123,8 +126,12 @@ def tensor_lists(draw) -> list[Tensor]:
             exponents = draw(st.lists(st.integers(0, 255), min_size=1, max_size=5))
             generator = np.random.default_rng(seed)
             count = math.prod(shape)
-            weights = generator.choice(np.array(exponents, np.uint16), count) << 7 | generator.integers(0, 128, count, dtype=np.uint16)
-            tensors.append(Tensor(name, dtype, shape, (weights | generator.choice([0, 0x8000], count)).astype("<u2").tobytes()))
+            weights = generator.choice(np.array(exponents, np.uint16), count) << 7 | generator.integers(
+                0, 128, count, dtype=np.uint16
+            )
+            tensors.append(
+                Tensor(name, dtype, shape, (weights | generator.choice([0, 0x8000], count)).astype("<u2").tobytes())
+            )
         else:
             tensors.append(random_tensor(name, dtype, shape, seed))
     return tensors
@@ -134,7 +141,10 @@ def tensor_lists(draw) -> list[Tensor]:
 @given(
     tensor_lists(),
     st.integers(0, 70),
-    st.none() | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.text(st.characters(exclude_categories=["Cs"]))),
+    st.none()
+    | st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.text(st.characters(exclude_categories=["Cs"]))
+    ),
     st.sampled_from([None, "bf16"]),
 )
 def test_any_small_file_comes_back(tensors, padding, metadata, cast):
@@ -150,7 +160,9 @@ def test_any_small_file_comes_back(tensors, padding, metadata, cast):
         df11.verify(folder / "x.df11", source)
         with df11.open(folder / "x.df11") as container:
             for tensor in tensors:
-                assert container.tensor(tensor.name).tobytes() == (sources.round_to_bf16(tensor.data) if tensor.dtype == "F32" else tensor.data)
+                assert container.tensor(tensor.name).tobytes() == (
+                    sources.round_to_bf16(tensor.data) if tensor.dtype == "F32" else tensor.data
+                )
 
 
 def is_exact(data: bytes) -> bool:
@@ -178,7 +190,16 @@ def test_an_exact_cast_comes_back_as_the_f32_file(tmp_path):
     assert file.output_bytes < 0.36 * file.source_bytes
     with df11.open(tmp_path / "x.df11") as container:
         exact = {name: container.info(name).exact for name in container.keys()}
-        assert exact == {"a": True, "unaligned": True, "scalar": True, "empty": True, "nan": True, "odd": None, "b": None, "i": None}
+        assert exact == {
+            "a": True,
+            "unaligned": True,
+            "scalar": True,
+            "empty": True,
+            "nan": True,
+            "odd": None,
+            "b": None,
+            "i": None,
+        }
 
 
 def test_an_inexact_cast_rounds_to_nearest_even(tmp_path):
@@ -198,7 +219,9 @@ def test_an_inexact_cast_rounds_to_nearest_even(tmp_path):
             assert container.tensor(tensor.name).tobytes() == sources.round_to_bf16(tensor.data)
 
 
-@pytest.mark.parametrize("bits", [0x3F800001, 0x7FC00001, 0x7F800001, 0x7FC00000, 0xFFFF0001, 0x00000001, 0x80000001, 0x7F7FFFFF])
+@pytest.mark.parametrize(
+    "bits", [0x3F800001, 0x7FC00001, 0x7F800001, 0x7FC00000, 0xFFFF0001, 0x00000001, 0x80000001, 0x7F7FFFFF]
+)
 def test_one_value_that_changes_makes_a_tensor_inexact(bits, tmp_path):
     values = np.frombuffer(f32("", (SEGMENT + 10,), exact=True).data, "<u4").copy()
     values[SEGMENT + 3] = bits
@@ -264,7 +287,9 @@ def test_every_process_gives_the_same_bytes(mixed, reference, tmp_path):
     for seed in ("1", "2"):
         container = tmp_path / f"{seed}.df11"
         options = [] if cast is None else ["--cast", cast]
-        commands.run_process("convert", mixed, container, *options, env=commands.environment(PYTHONHASHSEED=seed, TZ=f"UTC+{seed}")).fine()
+        commands.run_process(
+            "convert", mixed, container, *options, env=commands.environment(PYTHONHASHSEED=seed, TZ=f"UTC+{seed}")
+        ).fine()
         assert sources.sha256(container) == expected
 
 
@@ -282,7 +307,12 @@ def test_the_name_of_the_file_does_not_matter(tmp_path):
 
 
 def test_progress_ends_at_its_total(tmp_path):
-    tensors = [bf16("a", (SEGMENT + 100,)), f32("b", (900,), 1), random_tensor("c", "BF16", (7000,), 2), Tensor("d", "U8", (0,), b"")]
+    tensors = [
+        bf16("a", (SEGMENT + 100,)),
+        f32("b", (900,), 1),
+        random_tensor("c", "BF16", (7000,), 2),
+        Tensor("d", "U8", (0,), b""),
+    ]
     for name in ("a", "b"):
         sources.write(tmp_path / "model" / f"{name}.safetensors", tensors, padding=1000)
 

@@ -37,13 +37,26 @@ def quick(client, monkeypatch):
 
 def model_files() -> dict[str, bytes]:
     """A pipeline: shards with an index, casts, tensors that are read twice, files in LFS and in git."""
-    mixed = [random_tensor("noise", "BF16", (40_000,)), f32("f", (300, 50), 1), random_tensor("odd", "U8", (3,)), bf16("w", (100, 200), 2)]
-    shards = {"model-00001-of-00002.safetensors": mixed, "model-00002-of-00002.safetensors": [f32("e", (99, 77), 3, exact=True), bf16("z", (64, 64))]}
+    mixed = [
+        random_tensor("noise", "BF16", (40_000,)),
+        f32("f", (300, 50), 1),
+        random_tensor("odd", "U8", (3,)),
+        bf16("w", (100, 200), 2),
+    ]
+    shards = {
+        "model-00001-of-00002.safetensors": mixed,
+        "model-00002-of-00002.safetensors": [f32("e", (99, 77), 3, exact=True), bf16("z", (64, 64))],
+    }
     index = {"weight_map": {tensor.name: name for name, tensors in shards.items() for tensor in tensors}}
     files = {f"transformer/{name}": sources.file_bytes(tensors) for name, tensors in shards.items()}
     files["transformer/model.safetensors.index.json"] = json.dumps(index, indent=2).encode()
     files["vae/x.safetensors"] = sources.file_bytes([bf16("v", (70_000,), 5)], metadata={"format": "pt"})
-    return files | {"model_index.json": b"{}", "empty.txt": b"", "merges/big.bin": os.urandom(90_000), "vae/config.json": b'{"a": 1}'}
+    return files | {
+        "model_index.json": b"{}",
+        "empty.txt": b"",
+        "merges/big.bin": os.urandom(90_000),
+        "vae/config.json": b'{"a": 1}',
+    }
 
 
 @pytest.fixture
@@ -84,7 +97,9 @@ def assert_same_conversion(mine, local):
 # The same bytes.
 
 
-@pytest.mark.parametrize("options", [[], ["--cast", "bf16"], ["--max-disk", "1MB"], ["--jobs", "1", "--no-verify"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [[], ["--cast", "bf16"], ["--max-disk", "1MB"], ["--jobs", "1", "--no-verify"]], ids=" ".join
+)
 def test_a_tree_is_as_converted_locally(options, model, tmp_path):
     cast = "bf16" if "bf16" in options else None
     df11.convert(model.checkout(tmp_path / "model"), tmp_path / "local", cast=cast)
@@ -93,7 +108,11 @@ def test_a_tree_is_as_converted_locally(options, model, tmp_path):
     *files, done = result.events
     assert [file["source"] for file in files] == [
         f"hf://me/m@{model.head}/{name}"
-        for name in ("transformer/model-00001-of-00002.safetensors", "transformer/model-00002-of-00002.safetensors", "vae/x.safetensors")
+        for name in (
+            "transformer/model-00001-of-00002.safetensors",
+            "transformer/model-00002-of-00002.safetensors",
+            "vae/x.safetensors",
+        )
     ]
     assert all(file["status"] == "converted" and "rows" not in file for file in files)
     assert (done["files"], done["copied"]) == (3, 6)
@@ -147,8 +166,9 @@ def test_a_shard_in_git(hub, tmp_path):
 def test_a_dry_run_reads_headers_only(hub, model, tmp_path):
     result = commands.run("convert", "hf://me/m", tmp_path / "out", "--dry-run").fine()
     assert len(result.out.splitlines()) == 3
-    assert f"hf://me/m@{model.head}/vae/x.safetensors -> {tmp_path / 'out' / 'vae' / 'x.df11'}: {len(model.read('vae/x.safetensors')):,} bytes" in (
-        result.out
+    assert (
+        f"hf://me/m@{model.head}/vae/x.safetensors -> {tmp_path / 'out' / 'vae' / 'x.df11'}: {len(model.read('vae/x.safetensors')):,} bytes"
+        in (result.out)
     )
     assert all(request.sent <= 1_000 for request in hub.requests if request.cdn)
     assert not fetched(hub, "config.json")
@@ -197,7 +217,9 @@ def test_another_content_needs_force(hub, one, tmp_path):
     del one
     df11.convert("hf://me/one", tmp_path / "out")
     before = tree_bytes(tmp_path / "out")
-    hub.repository("me/one").commit({"x.safetensors": sources.file_bytes([bf16("a", (300, 200), 9), bf16("b", (150, 100), 1)])})
+    hub.repository("me/one").commit(
+        {"x.safetensors": sources.file_bytes([bf16("a", (300, 200), 9), bf16("b", (150, 100), 1)])}
+    )
     commands.run("convert", "hf://me/one", tmp_path / "out").error(2, "x.df11", "--force")
     commands.run("convert", "hf://me/one", tmp_path / "out", "--cast", "bf16").error(2, "x.df11", "--force")
     assert tree_bytes(tmp_path / "out") == before
@@ -217,7 +239,9 @@ def test_killed_and_run_again(options, hub, tmp_path):
     process = commands.start("convert", "hf://me/m", out, *options)
     partial = out / (".b.df11.download" if options else ".b.df11.partial")
     # Past the first requests, which read headers.
-    commands.wait_until(lambda: (out / "a.df11").exists() and partial.exists() and partial.stat().st_size > 2_000_000, process)
+    commands.wait_until(
+        lambda: (out / "a.df11").exists() and partial.exists() and partial.stat().st_size > 2_000_000, process
+    )
     process.kill()
     assert commands.finish(process).code == -signal.SIGKILL
     assert not (out / "b.df11").exists()
@@ -239,7 +263,9 @@ def test_killed_and_run_again(options, hub, tmp_path):
 
 def test_a_budget_that_is_too_small(hub, model, tmp_path):
     largest = max(len(data) for name, data in model.files().items() if name.endswith(".safetensors"))
-    line = commands.run("convert", "hf://me/m", tmp_path / "out", "--max-disk", largest - 1).error(6, "--max-disk", largest, largest - 1)
+    line = commands.run("convert", "hf://me/m", tmp_path / "out", "--max-disk", largest - 1).error(
+        6, "--max-disk", largest, largest - 1
+    )
     assert line.startswith(f"df11: hf://me/m@{model.head}/")
     assert all(request.sent <= 1_000 for request in hub.requests if request.cdn)
     assert not (tmp_path / "out").exists()
@@ -256,18 +282,30 @@ def test_a_budget_is_for_the_hub_only(one, tmp_path):
 def test_a_download_goes_on(left, hub, one, tmp_path):
     data = one.read_bytes()
     partial = tmp_path / ".x.df11.download"
-    partial.write_bytes({"the beginning": data[:50_000], "all": data, "another file": b"x" * 50_000, "too much": data + b"x"}[left])
+    partial.write_bytes(
+        {"the beginning": data[:50_000], "all": data, "another file": b"x" * 50_000, "too much": data + b"x"}[left]
+    )
     df11.convert("hf://me/one/x.safetensors", tmp_path / "x.df11", max_disk="1MB")
     assert df11.verify(tmp_path / "x.df11", one).compared
     assert not partial.exists()
     sent = sum(request.sent for request in hub.requests if request.cdn) - 1_000
-    assert sent == {"the beginning": len(data) - 50_000, "all": 0, "another file": 2 * len(data) - 50_000, "too much": len(data)}[left]
+    assert (
+        sent
+        == {
+            "the beginning": len(data) - 50_000,
+            "all": 0,
+            "another file": 2 * len(data) - 50_000,
+            "too much": len(data),
+        }[left]
+    )
 
 
 def test_wrong_bytes_on_the_disk(hub, one, tmp_path):
     hub.inject("GET", "/cdn/", corrupt(7), times=100, after=1)
     digest = sources.sha256(one)
-    commands.run("convert", "hf://me/one", tmp_path / "out", "--max-disk", "1MB").error(1, "x.safetensors", f"expected {digest}", "found ")
+    commands.run("convert", "hf://me/one", tmp_path / "out", "--max-disk", "1MB").error(
+        1, "x.safetensors", f"expected {digest}", "found "
+    )
     assert tree_bytes(tmp_path / "out") == {}
 
 
@@ -275,7 +313,9 @@ def test_two_downloads_of_one_file(one, tmp_path):
     del one
     with (tmp_path / ".x.df11.download").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        commands.run("convert", "hf://me/one/x.safetensors", tmp_path / "x.df11", "--max-disk", "1MB").error(7, ".x.df11.download")
+        commands.run("convert", "hf://me/one/x.safetensors", tmp_path / "x.df11", "--max-disk", "1MB").error(
+            7, ".x.df11.download"
+        )
 
 
 def test_a_download_that_fails_is_kept_for_the_next_try(hub, one, tmp_path):
@@ -343,7 +383,10 @@ def test_a_token_that_cannot_be_sent(token, model, tmp_path, monkeypatch):
     assert "cret" not in line
 
 
-@pytest.mark.parametrize("where", [r"/api/models/me/m$|/revision/", "/tree/", r"/resolve/.*x\.safetensors", "/cdn/.*x.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    "where",
+    [r"/api/models/me/m$|/revision/", "/tree/", r"/resolve/.*x\.safetensors", "/cdn/.*x.safetensors", "config.json"],
+)
 @pytest.mark.parametrize(
     ("fault", "code", "word"),
     [
@@ -371,9 +414,11 @@ def test_a_fault_that_stays(where, fault, code, word, hub, model, tmp_path, monk
     assert "hf_test" not in line
     assert "Signature" not in line
     assert model.head in line or "/api/" in where
-    assert not [name for name in tree_bytes(tmp_path) if "out/vae/x.df11" in name or "partial" in name or name.endswith("out/model_index.json")] or (
-        where == "config.json"
-    )
+    assert not [
+        name
+        for name in tree_bytes(tmp_path)
+        if "out/vae/x.df11" in name or "partial" in name or name.endswith("out/model_index.json")
+    ] or (where == "config.json")
     assert not [name for name in tree_bytes(tmp_path) if name.endswith("out/vae/config.json")]
 
 
@@ -404,7 +449,9 @@ def test_ranges_that_are_ignored(hub, model, tmp_path):
 def test_wrong_bytes_of_the_right_size(after, hub, one, tmp_path):
     hub.inject("GET", "/cdn/", corrupt(PIECE - 1), after=after)
     digest = sources.sha256(one)
-    line = commands.run("convert", "hf://me/one", tmp_path / "out").error(1, "x.safetensors", "SHA-256", f"expected {digest}", "found ")
+    line = commands.run("convert", "hf://me/one", tmp_path / "out").error(
+        1, "x.safetensors", "SHA-256", f"expected {digest}", "found "
+    )
     assert hub.repository("me/one").head in line
     assert tree_bytes(tmp_path / "out") == {}
     commands.run("convert", "hf://me/one", tmp_path / "out").fine()
@@ -492,7 +539,11 @@ def test_an_interrupt_does_not_wait_for_a_silent_server(hub, one, tmp_path):
 def test_a_target_that_appears_meanwhile(one, tmp_path):
     del one
     with pytest.raises(errors.ConflictError):
-        df11.convert("hf://me/one/x.safetensors", tmp_path / "x.df11", on_progress=lambda _: (tmp_path / "x.df11").write_bytes(b"theirs"))
+        df11.convert(
+            "hf://me/one/x.safetensors",
+            tmp_path / "x.df11",
+            on_progress=lambda _: (tmp_path / "x.df11").write_bytes(b"theirs"),
+        )
     assert (tmp_path / "x.df11").read_bytes() == b"theirs"
 
 
@@ -529,6 +580,13 @@ def test_the_client_counts_into_the_bound(hub, tmp_path):
     hub.create("me/m").commit({"x.safetensors": path})
     line = commands.run("convert", "hf://me/m", tmp_path / "out", "--max-memory", "1MiB").error(6, "--max-memory")
     needed = int(line.split("at least ")[1].split("MiB")[0])
-    there = int(commands.run("convert", path, tmp_path / "x.df11", "--max-memory", "1MiB").error(6).split("at least ")[1].split("MiB")[0])
+    there = int(
+        commands.run("convert", path, tmp_path / "x.df11", "--max-memory", "1MiB")
+        .error(6)
+        .split("at least ")[1]
+        .split("MiB")[0]
+    )
     assert needed >= there + 40
-    assert commands.peak_memory("convert", "hf://me/m", tmp_path / "out", "--max-memory", f"{needed}MiB") <= needed << 20
+    assert (
+        commands.peak_memory("convert", "hf://me/m", tmp_path / "out", "--max-memory", f"{needed}MiB") <= needed << 20
+    )

@@ -96,7 +96,10 @@ def best(counts: list[int], limit: int) -> int:
             return 0 if nodes == 0 else float("inf")
         if depth > limit or nodes == 0 or nodes > len(rising) - placed:
             return float("inf")
-        return min(rest[placed + leaves] + below(depth + 1, placed + leaves, 2 * (nodes - leaves)) for leaves in range(nodes + 1))
+        return min(
+            rest[placed + leaves] + below(depth + 1, placed + leaves, 2 * (nodes - leaves))
+            for leaves in range(nodes + 1)
+        )
 
     return int(rest[0] + below(1, 0, 2))
 
@@ -136,7 +139,11 @@ def test_4096_codes_are_the_most() -> None:
 # Its bytes.
 
 
-@given(st.sampled_from(["gaussian", "skewed", "unequal_lanes", "two_exponents", "constant", "rare"]), st.integers(1, 40), st.integers(0, 2**32 - 1))
+@given(
+    st.sampled_from(["gaussian", "skewed", "unequal_lanes", "two_exponents", "constant", "rare"]),
+    st.integers(1, 40),
+    st.integers(0, 2**32 - 1),
+)
 @example("rare", 256, 1)
 @example("rare", 256, 2)
 def test_the_bytes_are_those_of_another_encoder(flavour: str, chunks: int, seed: int) -> None:
@@ -161,7 +168,11 @@ def test_raw_segments_are_those_of_another_encoder(weights: Weights) -> None:
     assert len(segment.data) % 16 == 0
 
 
-@given(st.sampled_from(["gaussian", "all_values", "random_bits", "special", "stepped"]), st.integers(1, 12), st.integers(0, 2**32 - 1))
+@given(
+    st.sampled_from(["gaussian", "all_values", "random_bits", "special", "stepped"]),
+    st.integers(1, 12),
+    st.integers(0, 2**32 - 1),
+)
 def test_a_segment_is_coded_if_and_only_if_that_makes_it_smaller(flavour: str, chunks: int, seed: int) -> None:
     weights = strategies.make(flavour, 256 * chunks, seed)
     lengths = code_of(weights)
@@ -268,7 +279,9 @@ def test_memory_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 # The decoding table.
 
 
-POINTER = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+POINTER = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 def table_of(lengths: dict[int, int], edit: tuple[int, int] | None = None) -> tuple[int, npt.NDArray[np.uint32]]:
@@ -323,13 +336,62 @@ def test_a_bad_table_is_refused(lengths: dict[int, int], edit: tuple[int, int] |
 # The cast. What torch 2.13 gives on x86-64 with AVX2: torch.full((256,), x).to(torch.bfloat16).
 
 TORCH = [
-    *[(0x00000000, 0x0000), (0x80000000, 0x8000), (0x00000001, 0x0000), (0x00007FFF, 0x0000), (0x00008000, 0x0000), (0x00008001, 0x0001)],
-    *[(0x00017FFF, 0x0001), (0x00018000, 0x0002), (0x007FFFFF, 0x0080), (0x00800000, 0x0080), (0x807F8000, 0x8080), (0x80008001, 0x8001)],
-    *[(0x3F800000, 0x3F80), (0x3F807FFF, 0x3F80), (0x3F808000, 0x3F80), (0x3F808001, 0x3F81), (0x3F817FFF, 0x3F81), (0x3F818000, 0x3F82)],
-    *[(0x3F818001, 0x3F82), (0x3FFF7FFF, 0x3FFF), (0x3FFF8000, 0x4000), (0xBF808000, 0xBF80), (0xBF818000, 0xBF82), (0x7F7F0000, 0x7F7F)],
-    *[(0x7F7F7FFF, 0x7F7F), (0x7F7F8000, 0x7F80), (0x7F7FFFFF, 0x7F80), (0xFF7F7FFF, 0xFF7F), (0xFF7F8000, 0xFF80), (0xFF7FFFFF, 0xFF80)],
-    *[(0x7F800000, 0x7F80), (0xFF800000, 0xFF80), (0x7F800001, 0xFFFF), (0x7F80FFFF, 0xFFFF), (0x7F810000, 0xFFFF), (0x7FBFFFFF, 0xFFFF)],
-    *[(0x7FC00000, 0xFFFF), (0x7FFFFFFF, 0xFFFF), (0xFF800001, 0xFFFF), (0xFFC00000, 0xFFFF), (0xFFFF0000, 0xFFFF), (0xFFFFFFFF, 0xFFFF)],
+    *[
+        (0x00000000, 0x0000),
+        (0x80000000, 0x8000),
+        (0x00000001, 0x0000),
+        (0x00007FFF, 0x0000),
+        (0x00008000, 0x0000),
+        (0x00008001, 0x0001),
+    ],
+    *[
+        (0x00017FFF, 0x0001),
+        (0x00018000, 0x0002),
+        (0x007FFFFF, 0x0080),
+        (0x00800000, 0x0080),
+        (0x807F8000, 0x8080),
+        (0x80008001, 0x8001),
+    ],
+    *[
+        (0x3F800000, 0x3F80),
+        (0x3F807FFF, 0x3F80),
+        (0x3F808000, 0x3F80),
+        (0x3F808001, 0x3F81),
+        (0x3F817FFF, 0x3F81),
+        (0x3F818000, 0x3F82),
+    ],
+    *[
+        (0x3F818001, 0x3F82),
+        (0x3FFF7FFF, 0x3FFF),
+        (0x3FFF8000, 0x4000),
+        (0xBF808000, 0xBF80),
+        (0xBF818000, 0xBF82),
+        (0x7F7F0000, 0x7F7F),
+    ],
+    *[
+        (0x7F7F7FFF, 0x7F7F),
+        (0x7F7F8000, 0x7F80),
+        (0x7F7FFFFF, 0x7F80),
+        (0xFF7F7FFF, 0xFF7F),
+        (0xFF7F8000, 0xFF80),
+        (0xFF7FFFFF, 0xFF80),
+    ],
+    *[
+        (0x7F800000, 0x7F80),
+        (0xFF800000, 0xFF80),
+        (0x7F800001, 0xFFFF),
+        (0x7F80FFFF, 0xFFFF),
+        (0x7F810000, 0xFFFF),
+        (0x7FBFFFFF, 0xFFFF),
+    ],
+    *[
+        (0x7FC00000, 0xFFFF),
+        (0x7FFFFFFF, 0xFFFF),
+        (0xFF800001, 0xFFFF),
+        (0xFFC00000, 0xFFFF),
+        (0xFFFF0000, 0xFFFF),
+        (0xFFFFFFFF, 0xFFFF),
+    ],
     *[(0x33800000, 0x3380), (0x477FE000, 0x4780), (0x12345678, 0x1234), (0xDEADBEEF, 0xDEAE)],
 ]
 

@@ -148,7 +148,11 @@ def test_as_long_as_something_comes_it_goes_on(hub, reader):
     assert read_all(reader) == DATA
 
 
-@pytest.mark.parametrize("fault", [cut(after=0), status(500), status(429, {"Retry-After": "0"}), status(403)], ids=["cut", "500", "429", "403"])
+@pytest.mark.parametrize(
+    "fault",
+    [cut(after=0), status(500), status(429, {"Retry-After": "0"}), status(403)],
+    ids=["cut", "500", "429", "403"],
+)
 def test_it_gives_up(fault, hub, reader, file):
     hub.inject("GET", "/cdn/", fault, times=1000)
     with pytest.raises(errors.RetryLaterError) as caught:
@@ -314,7 +318,9 @@ def test_a_source_in_git(hub, tmp_path):
 @pytest.mark.parametrize("head", [10, 300, 1 << 20])
 def test_a_header_of_any_size(head, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("df11.converter.hub.HEAD_BYTES", head)
-    path = sources.write(tmp_path / "x.safetensors", [sources.bf16(f"tensor.{index}", (300,), index) for index in range(20)])
+    path = sources.write(
+        tmp_path / "x.safetensors", [sources.bf16(f"tensor.{index}", (300,), index) for index in range(20)]
+    )
     hub.create("me/m").commit({"x.safetensors": path})
     (file,) = HubTree(Address.parse("hf://me/m/x.safetensors")).files
     with file.open() as source:
@@ -331,7 +337,11 @@ def test_a_tree_stays_on_its_commit(hub):
     repository.branches["feature/x"] = first
     tree = open_tree("hf://me/m")
     repository.commit({"a.bin": None, "b/c.txt": b"2"})
-    assert [(str(file.name), file.size) for file in tree.files] == [(".gitattributes", tree.files[0].size), ("a.bin", len(DATA)), ("b/c.txt", 1)]
+    assert [(str(file.name), file.size) for file in tree.files] == [
+        (".gitattributes", tree.files[0].size),
+        ("a.bin", len(DATA)),
+        ("b/c.txt", 1),
+    ]
     assert tree.files[2].read_bytes() == b"1"
     assert tree.label == f"hf://me/m@{first}"
     assert tree.files[1].label == f"hf://me/m@{first}/a.bin"
@@ -367,7 +377,9 @@ def test_a_page_that_fails_is_asked_for_again(hub):
 
 
 def test_bookkeeping_is_left_out(hub):
-    hub.create("me/m").commit({".cache/x": b"1", "a/.git/y": b"2", ".x.df11.partial": b"3", ".x.df11.download": b"4", "a/b": b"5"})
+    hub.create("me/m").commit(
+        {".cache/x": b"1", "a/.git/y": b"2", ".x.df11.partial": b"3", ".x.df11.download": b"4", "a/b": b"5"}
+    )
     assert [str(file.name) for file in open_tree("hf://me/m").files] == [".gitattributes", "a/b"]
 
 

@@ -20,7 +20,17 @@ from hypothesis import strategies as st
 import df11
 from df11.converter import kernels
 from df11.converter import manifest as manifests
-from df11.converter.manifest import FILE_NAME, TOOL, ExponentCounts, FileRow, Manifest, Origin, collect, scan, up_to_date
+from df11.converter.manifest import (
+    FILE_NAME,
+    TOOL,
+    ExponentCounts,
+    FileRow,
+    Manifest,
+    Origin,
+    collect,
+    scan,
+    up_to_date,
+)
 from df11.formats import errors
 from tests.support import commands, sources, strategies
 
@@ -61,7 +71,11 @@ def check_rows(rows, tensors, container: Path, *, cast: bool = False) -> None:
             data = sources.round_to_bf16(data) if is_cast else data
             assert (row.file, row.dtype, row.shape) == (container.name, "BF16" if is_cast else dtype, shape)
             assert (row.encoding, row.stored_bytes, row.exact) == (info.encoding, info.stored_bytes, info.exact)
-            assert (row.elements, row.bits_per_weight, row.decoded_bytes) == (info.elements, info.bits_per_weight, len(data))
+            assert (row.elements, row.bits_per_weight, row.decoded_bytes) == (
+                info.elements,
+                info.bits_per_weight,
+                len(data),
+            )
             if row.encoding == "df11":
                 segments = opened.record(row.name).segments
                 assert row.stored_xxh3 == tuple(segment.stored_checksum for segment in segments)
@@ -86,7 +100,11 @@ def test_rows_of_every_kind(kind, cast, tmp_path):
     report = convert(tmp_path, "x", data, cast=cast)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     body = data[8 + int.from_bytes(data[:8], "little") :]
-    tensors = {name: (e["dtype"], tuple(e["shape"]), body[slice(*e["data_offsets"])]) for name, e in header.items() if name != "__metadata__"}
+    tensors = {
+        name: (e["dtype"], tuple(e["shape"]), body[slice(*e["data_offsets"])])
+        for name, e in header.items()
+        if name != "__metadata__"
+    }
     assert len(report.rows) == len(tensors)
     check_rows(report.rows, tensors, tmp_path / "x.df11", cast=cast is not None)
 
@@ -128,11 +146,15 @@ def test_a_tensor_that_does_not_shrink_is_counted_still(tmp_path):
 def test_counts_are_kept_from_65536_weights_on(count, tmp_path):
     (row,) = convert(tmp_path, "x", sources.file_bytes([sources.bf16("a", (count,))])).rows
     assert (row.exponent_counts is not None) == (count == 65_536)
-    assert row.exponent_entropy == pytest.approx(numpy_entropy(numpy_counts(sources.bf16("a", (count,)).data)), abs=2e-9)
+    assert row.exponent_entropy == pytest.approx(
+        numpy_entropy(numpy_counts(sources.bf16("a", (count,)).data)), abs=2e-9
+    )
 
 
 def test_a_damaged_container_is_not_described(tmp_path):
-    convert(tmp_path, "x", sources.file_bytes([sources.bf16("a", (100_000,)), sources.random_tensor("b", "I64", (1000,))]))
+    convert(
+        tmp_path, "x", sources.file_bytes([sources.bf16("a", (100_000,)), sources.random_tensor("b", "I64", (1000,))])
+    )
     path = tmp_path / "x.df11"
     data = bytearray(path.read_bytes())
     for place in (-100, -50_000):
@@ -147,10 +169,14 @@ def test_a_damaged_container_is_not_described(tmp_path):
 def test_counts_are_kept_exactly(counts):
     kept = ExponentCounts.of(counts)
     assert kept.array().tolist() == counts
-    assert kept.entropy() == manifests.entropy(counts) == pytest.approx(numpy_entropy(np.array(counts, float)), abs=1e-8)
+    assert (
+        kept.entropy() == manifests.entropy(counts) == pytest.approx(numpy_entropy(np.array(counts, float)), abs=1e-8)
+    )
 
 
-@pytest.mark.parametrize(("counts", "bits"), [([7], 0), ([1, 1], 1), ([5, 5, 5, 5], 2), ([2, 1, 1], 1.5), ([1] * 256, 8)])
+@pytest.mark.parametrize(
+    ("counts", "bits"), [([7], 0), ([1, 1], 1), ([5, 5, 5, 5], 2), ([2, 1, 1], 1.5), ([1] * 256, 8)]
+)
 def test_known_entropies(counts, bits):
     assert manifests.entropy([0, *counts, 0]) == bits
 
@@ -164,7 +190,9 @@ def tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tree")
     kinds = {"a": "every dtype, large", "b": "shapes, scalar and empty", "c": "no tensors"}
     reports = [convert(folder, name, sources.KINDS[kind](), cast="bf16") for name, kind in kinds.items()]
-    reports.append(convert(folder, "d", sources.file_bytes([sources.bf16("big", (3 * sources.SEGMENT // 2,), 3)]), cast="bf16"))
+    reports.append(
+        convert(folder, "d", sources.file_bytes([sources.bf16("big", (3 * sources.SEGMENT // 2,), 3)]), cast="bf16")
+    )
     files = [(file_row(report), report.rows) for report in reports]
     return folder, files, collect(folder, ORIGIN, "bf16", files)
 
@@ -205,7 +233,11 @@ def test_the_documented_columns(tree):
     rows = file.read().to_pylist()
     assert [(row["file"], row["name"]) for row in rows] == [(row.file, row.name) for row in manifest.tensors]
     big = rows[-1]
-    assert (big["shape"], big["elements"], len(big["stored_xxh3"])) == ([3 * sources.SEGMENT // 2], 3 * sources.SEGMENT // 2, 2)
+    assert (big["shape"], big["elements"], len(big["stored_xxh3"])) == (
+        [3 * sources.SEGMENT // 2],
+        3 * sources.SEGMENT // 2,
+        2,
+    )
     assert big["exponent_counts"] == numpy_counts(sources.bf16("big", (3 * sources.SEGMENT // 2,), 3).data).tolist()
     assert big["bits_per_weight"] == 8 * big["stored_bytes"] / big["elements"]
     empty = next(row for row in rows if row["elements"] == 0)
@@ -227,7 +259,10 @@ def test_the_same_bytes_however_it_was_made(tree, tmp_path):
     for options in ({"jobs": 1}, {"jobs": 7}, {"max_memory": "1GiB", "verify": False}):
         other = tmp_path / str(len(list(tmp_path.iterdir())))
         other.mkdir()
-        reports = [convert(other, name, (folder / f"{name}.safetensors").read_bytes(), cast="bf16", **options) for name in "abcd"]
+        reports = [
+            convert(other, name, (folder / f"{name}.safetensors").read_bytes(), cast="bf16", **options)
+            for name in "abcd"
+        ]
         collect(other, ORIGIN, "bf16", [(file_row(report), report.rows) for report in reports])
         assert (other / FILE_NAME).read_bytes() == data
     # Some, or all, were there already; with and without a manifest.
@@ -235,7 +270,16 @@ def test_the_same_bytes_however_it_was_made(tree, tmp_path):
         for there in (True, False):
             if not there:
                 (other / FILE_NAME).unlink()
-            assert collect(other, ORIGIN, "bf16", [(file, rows if file.file in fresh else None) for file, rows in files], jobs=2) == manifest
+            assert (
+                collect(
+                    other,
+                    ORIGIN,
+                    "bf16",
+                    [(file, rows if file.file in fresh else None) for file, rows in files],
+                    jobs=2,
+                )
+                == manifest
+            )
             assert (other / FILE_NAME).read_bytes() == data
 
 
@@ -258,7 +302,9 @@ def test_finished_files_are_decoded_only_without_a_manifest(tree, tmp_path, monk
     _, files, manifest = tree
     folder = copied(tree, tmp_path / "t")
     scanned = []
-    monkeypatch.setattr(manifests, "scan", lambda path, file, **options: scanned.append(file) or scan(path, file, **options))
+    monkeypatch.setattr(
+        manifests, "scan", lambda path, file, **options: scanned.append(file) or scan(path, file, **options)
+    )
     again = [(file, None) for file, _ in files]
     assert collect(folder, ORIGIN, "bf16", again) == manifest
     assert len(scanned) == 4
@@ -274,7 +320,9 @@ def test_a_stale_manifest_is_not_trusted(kind, tree, tmp_path):
     if kind == "damaged":
         (folder / FILE_NAME).write_bytes(manifest.to_bytes()[:-1])
     elif kind == "another conversion's":
-        other = convert(tmp_path, "a", sources.file_bytes([sources.bf16("big", (3 * sources.SEGMENT // 2,), 4)]), cast="bf16")
+        other = convert(
+            tmp_path, "a", sources.file_bytes([sources.bf16("big", (3 * sources.SEGMENT // 2,), 4)]), cast="bf16"
+        )
         manifests.write(folder, manifest.with_file(replace(file_row(other), file="d.df11"), other.rows))
         assert manifests.read(folder) != manifest
     else:
@@ -326,7 +374,10 @@ def test_the_same_command_makes_a_lost_manifest_again(tmp_path):
     data = (target / FILE_NAME).read_bytes()
     manifest = Manifest.from_bytes(data, target)
     assert (manifest.origin, manifest.cast) == (Origin(), "bf16")
-    assert [(file.file, file.source_file) for file in manifest.files] == [("a.df11", "a.safetensors"), ("sub/b.df11", "sub/b.safetensors")]
+    assert [(file.file, file.source_file) for file in manifest.files] == [
+        ("a.df11", "a.safetensors"),
+        ("sub/b.df11", "sub/b.safetensors"),
+    ]
     for lost in ([FILE_NAME], ["sub/b.df11"], [FILE_NAME, "a.df11"], [], None):
         if lost is None:
             (target / FILE_NAME).write_bytes(data[:-10])
@@ -421,7 +472,11 @@ def test_absurd_sizes(small, monkeypatch):
     from df11.converter import parquet
 
     data = small.to_bytes()
-    for name, value, words in (("MAX_BYTES", len(data) - 1, "too large"), ("MAX_ROWS", 2, "too many rows"), ("MAX_DECODED_BYTES", 100, "too large")):
+    for name, value, words in (
+        ("MAX_BYTES", len(data) - 1, "too large"),
+        ("MAX_ROWS", 2, "too many rows"),
+        ("MAX_DECODED_BYTES", 100, "too large"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(parquet, name, value)
             refused(data, words)
@@ -461,7 +516,9 @@ def test_every_column_is_needed_with_its_type(small):
         if field.name not in ("bits_per_weight", "exponent_entropy", "exponent_counts", "exact"):
             nulls = pa.array([None] * len(table), field.type)
             refused(written(table.set_column(index, pa.field(field.name, field.type), nulls), document), field.name)
-    refused(written(table.set_column(5, "stored_bytes", table["stored_bytes"].cast(pa.int32())), document), "int64", "int32")
+    refused(
+        written(table.set_column(5, "stored_bytes", table["stored_bytes"].cast(pa.int32())), document), "int64", "int32"
+    )
 
 
 VALUES = {

@@ -17,7 +17,9 @@ from tests.support.sources import SEGMENT, Tensor, bf16, f32, random_tensor, tre
 @pytest.fixture
 def source(tmp_path):
     """A source with tensors of all kinds."""
-    return sources.write(tmp_path / "x.safetensors", [bf16("a", (300, 100)), f32("b", (60, 60), 1), random_tensor("c", "U8", (7,), 2)])
+    return sources.write(
+        tmp_path / "x.safetensors", [bf16("a", (300, 100)), f32("b", (60, 60), 1), random_tensor("c", "U8", (7,), 2)]
+    )
 
 
 @pytest.fixture
@@ -94,7 +96,9 @@ def cast_file(tmp_path, metadata):
 
 def test_what_was_rounded_cannot_be_restored(tmp_path):
     cast_file(tmp_path, None)
-    line = commands.run("restore", tmp_path / "x.df11", tmp_path / "y.safetensors").error(2, tmp_path / "x.df11", "--bf16")
+    line = commands.run("restore", tmp_path / "x.df11", tmp_path / "y.safetensors").error(
+        2, tmp_path / "x.df11", "--bf16"
+    )
     assert any(f"'{name}'" in line for name in ("rounded", "nan", "random", "scalar"))
     assert not any(f"'{name}'" in line for name in ("exact", "bytes", "weight", "none", "ids"))
     assert not (tmp_path / "y.safetensors").exists()
@@ -148,7 +152,9 @@ def test_a_wrong_hash_of_the_source_is_found(container, tmp_path):
         digest = opened.source.sha256.encode()
     assert data.count(digest) == 1
     container.write_bytes(data.replace(digest, digest[::-1]))
-    commands.run("restore", container, tmp_path / "y.safetensors").error(1, container, digest[::-1].decode(), digest.decode())
+    commands.run("restore", container, tmp_path / "y.safetensors").error(
+        1, container, digest[::-1].decode(), digest.decode()
+    )
     assert set(tree_bytes(tmp_path)) == {"x.safetensors", "x.df11"}
 
 
@@ -177,5 +183,9 @@ def test_json_says_what_was_restored(source, container, tmp_path):
     assert not result.err
     file, done = result.events
     assert file["event"] == "file"
-    assert (file["output"], file["bytes"], file["sha256"]) == (str(tmp_path / "y.safetensors"), source.stat().st_size, sources.sha256(source))
+    assert (file["output"], file["bytes"], file["sha256"]) == (
+        str(tmp_path / "y.safetensors"),
+        source.stat().st_size,
+        sources.sha256(source),
+    )
     assert (done["event"], done["files"], done["bytes"]) == ("done", 1, source.stat().st_size)

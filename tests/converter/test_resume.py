@@ -42,7 +42,11 @@ def test_a_finished_output_is_skipped(source, tmp_path):
     again = convert(source, target)
     assert (first.status, again.status) == ("converted", "skipped")
     assert stamp(target) == before
-    assert (again.output_bytes, again.source_sha256, again.tensors) == (first.output_bytes, first.source_sha256, first.tensors)
+    assert (again.output_bytes, again.source_sha256, again.tensors) == (
+        first.output_bytes,
+        first.source_sha256,
+        first.tensors,
+    )
 
 
 def test_a_source_that_was_only_touched_is_skipped(source, tmp_path):
@@ -166,7 +170,9 @@ def test_a_dry_run_writes_nothing(tmp_path):
         assert str(tmp_path / "model" / f"{name}.safetensors") in line
         assert str(tmp_path / "out" / f"{name}.df11") in line
     *files, done = commands.run("convert", tmp_path / "model", tmp_path / "out", "--dry-run", "--json").fine().events
-    assert [(file["status"], file["output_bytes"], file["source_sha256"]) for file in files] == [("planned", None, None)] * 2
+    assert [(file["status"], file["output_bytes"], file["source_sha256"]) for file in files] == [
+        ("planned", None, None)
+    ] * 2
     assert (done["event"], done["files"], done["output_bytes"], done["copied"]) == ("done", 2, 0, 1)
     assert not (tmp_path / "out").exists()
 
@@ -201,7 +207,10 @@ def start_and_stop(partial, *arguments, again=lambda: None) -> subprocess.Popen[
         process = commands.start(*arguments, "--jobs", 1)
         commands.wait_until(lambda: partial.exists() and partial.stat().st_size > 4_000_000, process)
         process.send_signal(signal.SIGSTOP)
-        if os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT).si_code == os.CLD_STOPPED and partial.exists():
+        if (
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT).si_code == os.CLD_STOPPED
+            and partial.exists()
+        ):
             return process
         # This machine was so busy that the command had ended before. Its output is the first one again.
         process.send_signal(signal.SIGCONT)
@@ -245,7 +254,9 @@ def test_an_interrupt_keeps_what_was_there(large, tmp_path):
     source, _ = large
     target = tmp_path / "x.df11"
     target.write_bytes(b"mine")
-    process = start_and_stop(tmp_path / ".x.df11.partial", "convert", source, target, "--force", again=lambda: target.write_bytes(b"mine"))
+    process = start_and_stop(
+        tmp_path / ".x.df11.partial", "convert", source, target, "--force", again=lambda: target.write_bytes(b"mine")
+    )
     interrupt(process, signal.SIGTERM)
     commands.finish(process).error(130)
     assert tree_bytes(tmp_path) == {"x.df11": b"mine"}

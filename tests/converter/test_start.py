@@ -59,7 +59,9 @@ def test_work_on_local_files_imports_only_what_it_needs(source, tmp_path):
         assert collects == "True"
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["convert", "--help"], ["hub", "push", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["convert", "--help"], ["hub", "push", "--help"]], ids=" ".join
+)
 def test_help_does_not_import_what_works(arguments):
     _, modules = modules_of(*arguments)
     assert "typer" in modules
@@ -109,7 +111,26 @@ SPELLINGS = (
     "--threads -j --jobs --max-memory --max-disk --cast --verify --no-verify --resume --no-resume --force --dry-run "
     "--json --quiet -q --debug --against --bf16 --engine --private --output -o --help --version --nonsense --thread "
 )
-VALUES = ["a", "b/c.df11", "hf://o/n", "1", "07", "-1", "1_0", " 2", "٣", "1234567890", "256MiB", "bf16", "process", "", "-", "--", "a=b", "ü\udcff"]
+VALUES = [
+    "a",
+    "b/c.df11",
+    "hf://o/n",
+    "1",
+    "07",
+    "-1",
+    "1_0",
+    " 2",
+    "٣",
+    "1234567890",
+    "256MiB",
+    "bf16",
+    "process",
+    "",
+    "-",
+    "--",
+    "a=b",
+    "ü\udcff",
+]
 tokens = st.one_of(
     st.sampled_from(VALUES),
     st.sampled_from(SPELLINGS.split()),
@@ -135,7 +156,11 @@ def test_help_shows_what_is_written(monkeypatch):
             assert declared.settings["help"] in shown  # Brackets would be taken for markup.
 
 
-@given(path=st.sampled_from(sorted(LEAVES)), places=st.lists(st.sampled_from(VALUES[:4]), max_size=2), more=st.lists(tokens, max_size=5))
+@given(
+    path=st.sampled_from(sorted(LEAVES)),
+    places=st.lists(st.sampled_from(VALUES[:4]), max_size=2),
+    more=st.lists(tokens, max_size=5),
+)
 @settings(max_examples=400, deadline=None)
 @example(path=("inspect",), places=["a"], more=[""])
 def test_what_is_read_without_typer_is_what_typer_reads(path, places, more):
@@ -192,7 +217,9 @@ def test_all_else_is_left_to_typer(line):
 
 
 @pytest.mark.parametrize("spelling", ["--threads 3", "--threads=3", "-j 3", "-j3", "--jobs 3", "--jobs=3"])
-@pytest.mark.parametrize("call", ["convert a b", "verify a", "restore a b", "hub push a hf://o/n", "hub pull hf://o/n a"])
+@pytest.mark.parametrize(
+    "call", ["convert a b", "verify a", "restore a b", "hub push a hf://o/n", "hub pull hf://o/n a"]
+)
 def test_the_number_of_threads(call, spelling, monkeypatch):
     given = []
     monkeypatch.setattr(terminal, "_start", lambda _, values: given.append(values))

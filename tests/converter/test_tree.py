@@ -20,7 +20,11 @@ def sharded(folder: Path) -> Path:
     """A checkpoint as transformers writes it: two shards, an index, other files."""
     names = {"model-00001-of-00002.safetensors": "first.weight", "model-00002-of-00002.safetensors": "second.weight"}
     for seed, (file, name) in enumerate(names.items()):
-        sources.write(folder / file, [bf16(name, (9000,), seed), random_tensor(f"{name}.ids", "I64", (4,))], metadata={"format": "pt"})
+        sources.write(
+            folder / file,
+            [bf16(name, (9000,), seed), random_tensor(f"{name}.ids", "I64", (4,))],
+            metadata={"format": "pt"},
+        )
     weight_map = {key: file for file, name in names.items() for key in (name, f"{name}.ids")}
     index = {"metadata": {"total_size": 36064, "note": "first.weight"}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -110,7 +114,9 @@ INDEXES = {
     "other files too": json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.bin"}}),
     "escaped name": json.dumps({"weight_map": {"a": "é.safetensors", "ü": "b.safetensors"}}),
     "name as it is": json.dumps({"weight_map": {"a": "é.safetensors", "ü": "b.safetensors"}}, ensure_ascii=False),
-    "metadata name the shard": json.dumps({"metadata": {"base": "a.safetensors"}, "weight_map": {"a": "a.safetensors"}}),
+    "metadata name the shard": json.dumps(
+        {"metadata": {"base": "a.safetensors"}, "weight_map": {"a": "a.safetensors"}}
+    ),
     "metadata name the container": json.dumps({"metadata": {"base": "a.df11"}, "weight_map": {"a": "a.safetensors"}}),
     "a tensor named as the shard": json.dumps({"weight_map": {"a.safetensors": "a.safetensors"}}),
     "line ends of Windows": json.dumps({"weight_map": {"a": "a.safetensors"}}, indent=2).replace("\n", "\r\n"),
@@ -126,7 +132,8 @@ def test_an_index_is_rewritten_and_restored(text, variant, tmp_path):
     df11.convert(source, tmp_path / "out")
     before, after = json.loads(text), json.loads((tmp_path / "out" / f"m.df11.index{variant}.json").read_bytes())
     expected = {
-        name: file.removesuffix(".safetensors") + ".df11" if file.endswith(".safetensors") else file for name, file in before["weight_map"].items()
+        name: file.removesuffix(".safetensors") + ".df11" if file.endswith(".safetensors") else file
+        for name, file in before["weight_map"].items()
     }
     assert after == {**before, "weight_map": expected}
     df11.restore(tmp_path / "out", tmp_path / "back")
@@ -134,7 +141,18 @@ def test_an_index_is_rewritten_and_restored(text, variant, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": null}', "\ufeff{}", "[" * 100_000]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": null}',
+        "\ufeff{}",
+        "[" * 100_000,
+    ],
 )
 def test_an_index_that_is_none_is_refused(text, tmp_path):
     sources.write(tmp_path / "model" / "a.safetensors", [bf16("a", (600,))])
@@ -265,7 +283,9 @@ def test_a_source_within_the_target_is_fine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("taken", "by"), [("a.df11", "a.safetensors"), ("m.df11.index.json", "m.safetensors.index.json")], ids=["container", "index"]
+    ("taken", "by"),
+    [("a.df11", "a.safetensors"), ("m.df11.index.json", "m.safetensors.index.json")],
+    ids=["container", "index"],
 )
 def test_two_sources_of_one_target_are_refused(taken, by, tmp_path):
     source = tmp_path / "model"

@@ -16,7 +16,12 @@ from tests.support.sources import SEGMENT, Tensor, bf16, f32, random_tensor
 
 TENSORS = [
     bf16("first", (150, 100), 1),
-    Tensor("rare", "BF16", (9000,), np.where(np.arange(9000) % 1000 == 7, 0x7F12, sources.gaussian(9000, 2)).astype("<u2").tobytes()),
+    Tensor(
+        "rare",
+        "BF16",
+        (9000,),
+        np.where(np.arange(9000) % 1000 == 7, 0x7F12, sources.gaussian(9000, 2)).astype("<u2").tobytes(),
+    ),
     random_tensor("verbatim", "F16", (400,), 3),
     random_tensor("odd", "U8", (33,), 4),
 ]
@@ -193,7 +198,9 @@ EDITS = {
     "source with bytes as text": origin(lambda value: value.update(bytes="1")),
     "no source header": metadata(lambda keys: keys.pop("df11.source_header")),
     "source header no base64": metadata(lambda keys: keys.update({"df11.source_header": "???"})),
-    "source header cut short": metadata(lambda keys: keys.update({"df11.source_header": keys["df11.source_header"][:-8]})),
+    "source header cut short": metadata(
+        lambda keys: keys.update({"df11.source_header": keys["df11.source_header"][:-8]})
+    ),
     "no tensors": metadata(lambda keys: keys.pop("df11.tensors")),
     "tensors no object": metadata(lambda keys: keys.update({"df11.tensors": "[]"})),
     "a tensor less": tensors(lambda value: value.pop("odd")),
@@ -205,7 +212,9 @@ EDITS = {
     "exact without a cast": tensors(lambda value: value["first"].update(exact=True)),
     "no checksum of a verbatim tensor": tensors(lambda value: value["odd"].pop("xxh3")),
     "a wrong checksum of a verbatim tensor": tensors(lambda value: value["odd"].update(xxh3="0" * 16)),
-    "a record said to be U16": lambda header: header["first"].update(dtype="U16", shape=[header["first"]["shape"][0] // 2]),
+    "a record said to be U16": lambda header: header["first"].update(
+        dtype="U16", shape=[header["first"]["shape"][0] // 2]
+    ),
     "an entry without its data": lambda header: header["odd"].update(shape=[0], data_offsets=[0, 0]),
     "an unknown dtype": lambda header: header["odd"].update(dtype="U7"),
 }
@@ -214,7 +223,9 @@ EDITS = {
 def test_the_header_may_be_written_in_another_way(pristine, paths):
     # What the tests below rest on: only what they change makes the difference.
     _, container = paths
-    container.write_bytes(reframed(pristine[1], metadata(lambda keys: keys.update({"another.key": "x", "df11.writer": "someone else"}))))
+    container.write_bytes(
+        reframed(pristine[1], metadata(lambda keys: keys.update({"another.key": "x", "df11.writer": "someone else"})))
+    )
     assert df11.verify(container, paths[0]).compared
 
 
@@ -230,7 +241,9 @@ def test_damage_to_the_header_is_found(edit, pristine, paths):
 def test_data_that_start_at_an_odd_place_are_refused(pristine, paths):
     _, container = paths
     size = int.from_bytes(pristine[1][:8], "little")
-    container.write_bytes((size + 8).to_bytes(8, "little") + pristine[1][8 : 8 + size] + b" " * 8 + pristine[1][8 + size :])
+    container.write_bytes(
+        (size + 8).to_bytes(8, "little") + pristine[1][8 : 8 + size] + b" " * 8 + pristine[1][8 + size :]
+    )
     refuse(container, 1, "64")
 
 
@@ -251,7 +264,9 @@ def test_no_damage_to_the_header_makes_it_crash(pristine, paths):
 
 
 def test_a_swap_of_names_is_found_with_the_source(tmp_path):
-    source = sources.write(tmp_path / "s.safetensors", [random_tensor("a", "F16", (64,), 1), random_tensor("b", "F16", (64,), 2)])
+    source = sources.write(
+        tmp_path / "s.safetensors", [random_tensor("a", "F16", (64,), 1), random_tensor("b", "F16", (64,), 2)]
+    )
     container = tmp_path / "s.df11"
     df11.convert(source, container)
 

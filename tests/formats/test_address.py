@@ -14,8 +14,24 @@ NAME = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}", fullmatch=True)
 OWNER = NAME.filter(lambda name: name not in ("datasets", "spaces", "buckets", "kernels", "models"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 REVISION = st.one_of(
-    st.sampled_from(["main", "refs", "refs/pr/1", "refs/convert/parquet", "refs/heads/main", "pr", "feature/x", "v1.0", "50%", "a@b", "%72efs"]),
-    TEXT.filter(lambda text: ".." not in text and not any(character <= " " or character == "\x7f" for character in text)),
+    st.sampled_from(
+        [
+            "main",
+            "refs",
+            "refs/pr/1",
+            "refs/convert/parquet",
+            "refs/heads/main",
+            "pr",
+            "feature/x",
+            "v1.0",
+            "50%",
+            "a@b",
+            "%72efs",
+        ]
+    ),
+    TEXT.filter(
+        lambda text: ".." not in text and not any(character <= " " or character == "\x7f" for character in text)
+    ),
 )
 PART = st.one_of(TEXT, st.sampled_from(["pr", "1", "convert", "refs", "a@b", "100%", "%2F", " "]))
 PATH = st.lists(PART, max_size=4).map("/".join).filter(lambda path: not path or is_safe_path(path))

@@ -53,7 +53,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_all(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     with Container(path) as container:
         assert {entry.name for entry in container.source_header.entries} == set(container.keys())
-        return {name: (container.info(name).dtype, container.info(name).shape, container.tensor(name).tobytes()) for name in container.keys()}
+        return {
+            name: (container.info(name).dtype, container.info(name).shape, container.tensor(name).tobytes())
+            for name in container.keys()
+        }
 
 
 @given(file=strategies.safetensors_files())
@@ -62,7 +65,9 @@ def test_what_is_converted_is_read(folder: Path, file: strategies.SafetensorsFil
     source.write_bytes(file.data)
     df11.convert(source, target, jobs=1, force=True)
     assert read_all(target) == file.tensors
-    assert reference.decode_file(target.read_bytes()) == {name: content for name, (_, _, content) in file.tensors.items()}
+    assert reference.decode_file(target.read_bytes()) == {
+        name: content for name, (_, _, content) in file.tensors.items()
+    }
     with Container(target) as container:
         assert container.source.sha256 == hashlib.sha256(file.data).hexdigest()
         assert container.source.bytes == len(file.data)
@@ -77,7 +82,9 @@ def test_the_safetensors_library_reads_the_container(folder: Path, file: strateg
     source, target = folder / "b.safetensors", folder / "b.df11"
     source.write_bytes(file.data)
     df11.convert(source, target, jobs=1, force=True)
-    stored = {name: (value["dtype"], bytes(value["data"])) for name, value in safetensors.deserialize(target.read_bytes())}
+    stored = {
+        name: (value["dtype"], bytes(value["data"])) for name, value in safetensors.deserialize(target.read_bytes())
+    }
     assert stored.keys() == file.tensors.keys()
     with Container(target) as container, safetensors.safe_open(target, "np") as library:
         assert set(library.keys()) == set(container.keys())
@@ -114,7 +121,13 @@ def test_what_a_container_says(small: Path) -> None:
         assert "number" not in container
         assert container.writer == "df11 test vectors"
         record, empty = container.info("a/record"), container.info("empty")
-        assert (record.dtype, record.shape, record.elements, record.encoding, record.exact) == ("BF16", (30, 20), 600, "df11", None)
+        assert (record.dtype, record.shape, record.elements, record.encoding, record.exact) == (
+            "BF16",
+            (30, 20),
+            600,
+            "df11",
+            None,
+        )
         assert record.bits_per_weight == 8 * len(RECORD.stored_bytes) / 600
         assert (empty.elements, empty.bits_per_weight, empty.encoding) == (0, None, "verbatim")
 
@@ -154,7 +167,15 @@ def test_rows_across_segments(folder: Path) -> None:
     path.write_bytes(forge.container([forge.bf16("w", weights, record, (len(weights) // 3, 3))]))
     with df11.open(path) as container:
         expected = np.array(weights, np.uint16).reshape(-1, 3)
-        for start, stop in [(0, 1), (2729, 2733), (2730, 2731), (1, len(expected)), (2731, 5462), (5460, len(expected)), (7, 7)]:
+        for start, stop in [
+            (0, 1),
+            (2729, 2733),
+            (2730, 2731),
+            (1, len(expected)),
+            (2731, 5462),
+            (5460, len(expected)),
+            (7, 7),
+        ]:
             assert np.array_equal(container.rows("w", start, stop), expected[start:stop])
 
 
@@ -172,7 +193,9 @@ def test_rows_across_segments(folder: Path) -> None:
         (lambda c: c.rows("bits", 0, 1), errors.UsageError),
     ],
 )
-def test_asked_for_what_is_not_there(small: Path, act: Callable[[Container], object], error: type[errors.Df11Error]) -> None:
+def test_asked_for_what_is_not_there(
+    small: Path, act: Callable[[Container], object], error: type[errors.Df11Error]
+) -> None:
     with df11.open(small) as container, pytest.raises(error) as caught:
         act(container)
     assert caught.value.file == str(small)
@@ -213,7 +236,11 @@ def test_refusing_a_file_closes_it(small: Path, tmp_path: Path) -> None:
 def test_verbatim_chunks(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(container_module, "CHUNK_BYTES", 16)
     with df11.open(small) as container:
-        assert [chunk.tobytes() for chunk in container.verbatim_chunks("numbers")] == [bytes(range(16)), bytes(range(16, 32)), bytes(range(32, 40))]
+        assert [chunk.tobytes() for chunk in container.verbatim_chunks("numbers")] == [
+            bytes(range(16)),
+            bytes(range(16, 32)),
+            bytes(range(32, 40)),
+        ]
         assert container.tensor("numbers").tobytes() == bytes(range(40))
         assert list(container.verbatim_chunks("empty")) == []
 
@@ -222,14 +249,20 @@ def test_threads_share_a_container(folder: Path) -> None:
     tensors = []
     for seed in range(8):
         weights = make_golden.weights_of(make_golden.drawn(LENGTHS, 5000, seed))
-        tensors.append(make_golden.coded(f"w{seed}", weights, LENGTHS) if seed % 2 else forge.bf16(f"w{seed}", weights, None))
+        tensors.append(
+            make_golden.coded(f"w{seed}", weights, LENGTHS) if seed % 2 else forge.bf16(f"w{seed}", weights, None)
+        )
     path = folder / "threads.df11"
     path.write_bytes(forge.container(sorted(tensors, key=lambda tensor: tensor.stored is None)))
     expected = {tensor.name: tensor.decoded for tensor in tensors}
 
     def read(container: Container, name: str) -> bool:
         whole, part = container.tensor(name), container.rows(name, 4000, 9001)
-        return whole.tobytes() == expected[name] and part.tobytes() == expected[name][8000:18002] and len(container.source_header.entries) == 8
+        return (
+            whole.tobytes() == expected[name]
+            and part.tobytes() == expected[name][8000:18002]
+            and len(container.source_header.entries) == 8
+        )
 
     with df11.open(path) as container, ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda i: read(container, f"w{i % 8}"), range(160)))
@@ -283,8 +316,16 @@ def test_changed_bytes_are_found_or_harmless(small: Path, folder: Path, data: st
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-1, 700) | st.integers() | st.floats() | st.sampled_from(["df11", "verbatim", "BF16", "", "\ud800"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["encoding", "dtype", "shape", "exact"]), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 700)
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["df11", "verbatim", "BF16", "", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["encoding", "dtype", "shape", "exact"]), inner, max_size=4)
+    ),
     max_leaves=6,
 )
 PLACES = st.sampled_from(
@@ -294,7 +335,11 @@ PLACES = st.sampled_from(
         *[("df11.source", (key,)) for key in ("bytes", "sha256", "header_bytes", "cast")],
         ("df11.tensors", ()),
         ("df11.tensors", ("scalar",)),
-        *[("df11.tensors", (name, key)) for name in ("a/record", "scalar") for key in ("encoding", "dtype", "shape", "exact", "xxh3")],
+        *[
+            ("df11.tensors", (name, key))
+            for name in ("a/record", "scalar")
+            for key in ("encoding", "dtype", "shape", "exact", "xxh3")
+        ],
     ]
 )
 

@@ -50,14 +50,20 @@ def test_hashing_and_counting_in_one_pass(sanitized):
     asked = []
     for number in range(300):
         before, after = (rng.integers(256, size=rng.integers(200), dtype=np.uint8) for _ in range(2))
-        asked.append(cpu_kernels.ask_to_hash(before, strategies.make("gaussian", 2 + int(rng.integers(3000)), number), after))
+        asked.append(
+            cpu_kernels.ask_to_hash(before, strategies.make("gaussian", 2 + int(rng.integers(3000)), number), after)
+        )
     assert cpu_kernels.run([sanitized], [question for question, _ in asked]) == b"".join(answer for _, answer in asked)
 
 
 def test_the_questions_meet_every_status(asked):
     statuses = {int.from_bytes(answer[:8], "little") for question, answer in asked if question[:1] == b"D"}
     assert {_kernels.OK, _kernels.BAD_ALPHABET, _kernels.BAD_LENGTH, _kernels.INCOMPLETE_CODE} <= statuses
-    decoded = [answer for question, answer in asked if question[:1] == b"D" and int.from_bytes(answer[:8], "little") == _kernels.OK]
+    decoded = [
+        answer
+        for question, answer in asked
+        if question[:1] == b"D" and int.from_bytes(answer[:8], "little") == _kernels.OK
+    ]
     statuses = {int.from_bytes(answer[8:16], "little") for answer in decoded}
     assert {_kernels.OK, _kernels.BAD_TILE, _kernels.BAD_LANE, _kernels.BAD_EXCEPTION} <= statuses
     # Compared with what was decoded, then with one weight changed.
@@ -71,7 +77,10 @@ def test_a_byte_too_far_is_noticed(tmp_path):
     folder = tmp_path / "formats"
     shutil.copytree(cpu_kernels.ROOT / "formats", folder, ignore=shutil.ignore_patterns("__pycache__"))
     source = (folder / "decode.c").read_text()
-    broken = source.replace("decode_chunks_portable(segment, tile, furthest <= segment->size ? 0 :", "decode_chunks_portable(segment, tile, 1 ? 0 :")
+    broken = source.replace(
+        "decode_chunks_portable(segment, tile, furthest <= segment->size ? 0 :",
+        "decode_chunks_portable(segment, tile, 1 ? 0 :",
+    )
     assert broken != source
     (folder / "decode.c").write_text(broken)
     sources = [folder / "decode.c" if path.name == "decode.c" else path for path in cpu_kernels.SOURCES]
@@ -194,7 +203,10 @@ def test_encoding_refuses_what_does_not_fit():
 def test_a_container_is_the_same_with_portable_code(tmp_path):
     """The whole of a conversion, hashing included, on a CPU without any of the instructions."""
     rng = np.random.default_rng(5)
-    tensors = [sources.Tensor(flavour, "BF16", (70_001,), strategies.make(flavour, 70_001, 7).tobytes()) for flavour in strategies.FLAVOURS]
+    tensors = [
+        sources.Tensor(flavour, "BF16", (70_001,), strategies.make(flavour, 70_001, 7).tobytes())
+        for flavour in strategies.FLAVOURS
+    ]
     tensors.append(sources.Tensor("wide", "F32", (5000,), rng.integers(1 << 32, size=5000, dtype=np.uint32).tobytes()))
     source = sources.write(tmp_path / "x.safetensors", tensors)
     for name, portable in (("own", {}), ("portable", {"DF11_PORTABLE": "1"})):

@@ -41,7 +41,9 @@ def test_valid_files(file: strategies.SafetensorsFile) -> None:
     found = {entry.name: (entry.dtype, entry.shape, data[entry.start : entry.end]) for entry in header.entries}
     assert found == file.tensors
     assert [entry.start for entry in header.entries] == sorted(entry.start for entry in header.entries)
-    assert {name: (value["dtype"], tuple(value["shape"]), bytes(value["data"])) for name, value in stock(file.data).items()} == file.tensors
+    assert {
+        name: (value["dtype"], tuple(value["shape"]), bytes(value["data"])) for name, value in stock(file.data).items()
+    } == file.tensors
 
 
 @given(strategies.safetensors_files())
@@ -61,7 +63,10 @@ VALUES = st.recursive(
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.sampled_from(["I16", "F4", "", "shape", "\0"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), inner, max_size=4)
+    ),
     max_leaves=6,
 )
 
@@ -100,7 +105,9 @@ def test_any_byte_changed(file: strategies.SafetensorsFile, data: st.DataObject)
     header = bytearray(file.data[8 : 8 + size])
     for _ in range(data.draw(st.integers(1, 3))):
         # No minus: Python reads -0 as 0, which the library refuses.
-        header[data.draw(st.integers(0, size - 1))] = data.draw(st.sampled_from(b'0123456789{}[]",:\\ue. \x00\xff') | st.integers(46, 255))
+        header[data.draw(st.integers(0, size - 1))] = data.draw(
+            st.sampled_from(b'0123456789{}[]",:\\ue. \x00\xff') | st.integers(46, 255)
+        )
     agreed(bytes(header), file.data[8 + size :])
 
 
@@ -198,7 +205,9 @@ def test_files_refused(tmp_path: Path, content: bytes, error: type[errors.Df11Er
 
 
 @given(strategies.safetensors_files(largest=50), st.data())
-def test_a_file_cut_short_is_refused(tmp_path_factory: pytest.TempPathFactory, file: strategies.SafetensorsFile, data: st.DataObject) -> None:
+def test_a_file_cut_short_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, file: strategies.SafetensorsFile, data: st.DataObject
+) -> None:
     path = tmp_path_factory.mktemp("cut") / "a.safetensors"
     path.write_bytes(file.data[: data.draw(st.integers(0, len(file.data) - 1))])
     with pytest.raises(errors.TruncatedFileError):

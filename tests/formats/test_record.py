@@ -96,15 +96,24 @@ def test_compare_finds_any_difference(data: st.DataObject, weights: Weights) -> 
     at = data.draw(st.integers(0, len(weights) - 1))
     other = weights.copy()
     other[at] ^= 1 << data.draw(st.integers(0, 15))
-    with pytest.raises(errors.DifferenceError, match=f"tile {at // 8192}" if segment.coded else "decoded weights differ"):
+    with pytest.raises(
+        errors.DifferenceError, match=f"tile {at // 8192}" if segment.coded else "decoded weights differ"
+    ):
         segment.compare(other)
 
 
-@given(strategies.codes(), st.sampled_from([2047, 2304, 4100, 8191, 8192, 8193, 8450]), st.integers(0, 2**32 - 1), st.integers(0, 255))
+@given(
+    strategies.codes(),
+    st.sampled_from([2047, 2304, 4100, 8191, 8192, 8193, 8450]),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 255),
+)
 def test_any_legal_code_decodes(lengths: dict[int, int], size: int, seed: int, pad: int) -> None:
     # What our encoder would not make: any code, exceptions that it could have coded, any padding. A complete code is a distribution of pairs.
     rng = np.random.default_rng(seed)
-    pairs = rng.choice(list(lengths), size // 2 + 1, p=None if len(lengths) == 1 else [2.0**-length for length in lengths.values()])
+    pairs = rng.choice(
+        list(lengths), size // 2 + 1, p=None if len(lengths) == 1 else [2.0**-length for length in lengths.values()]
+    )
     exponents = np.stack([pairs & 255, pairs >> 8], axis=1).reshape(-1)[:size]
     exponents[rng.integers(0, size, size=20)] = rng.integers(0, 256, size=20)
     weights = (exponents << 7 | rng.integers(0, 65536, size=size) & 0x807F).astype(np.uint16)
@@ -147,7 +156,9 @@ def test_flipped_bytes_are_found(weights: Weights, changes: list[tuple[int, int]
 @given(strategies.weights(9000), flips)
 @settings(max_examples=150)
 @example(np.full(300, 0x3F80, np.uint16), [(80 + 24, 1)])
-def test_flipped_bytes_under_right_checksums_are_found_or_harmless(weights: Weights, changes: list[tuple[int, int]]) -> None:
+def test_flipped_bytes_under_right_checksums_are_found_or_harmless(
+    weights: Weights, changes: list[tuple[int, int]]
+) -> None:
     damaged = forge.resealed(flipped(encode_record(weights, 8192), changes))
     try:
         decoded = read_all(damaged)
@@ -198,7 +209,9 @@ def guarded() -> Guarded:
 
 @given(weights=strategies.weights(9000), changes=flips, at_end=st.booleans())
 @settings(max_examples=150)
-def test_damage_never_makes_the_decoder_read_elsewhere(guarded: Guarded, weights: Weights, changes: list[tuple[int, int]], at_end: bool) -> None:
+def test_damage_never_makes_the_decoder_read_elsewhere(
+    guarded: Guarded, weights: Weights, changes: list[tuple[int, int]], at_end: bool
+) -> None:
     segment = encode_segment(weights)
     damaged = guarded.hold(flipped(segment, changes), at_end=at_end)
     try:

@@ -17,7 +17,14 @@ SECTIONS = dict(re.findall(r"^## (\d+) .*?\n(.*?)(?=^## |\Z)", SPEC, re.MULTILIN
 def tables(text: str) -> list[list[list[str]]]:
     """Every table of a text: rows of cells, without the rule below the first row."""
     blocks = re.findall(r"(?:^\|.*\|\n)+", text + "\n", re.MULTILINE)
-    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if not line.startswith("|---")] for block in blocks]
+    return [
+        [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in block.splitlines()
+            if not line.startswith("|---")
+        ]
+        for block in blocks
+    ]
 
 
 def table_under(title: str) -> list[list[str]]:
@@ -82,7 +89,10 @@ def test_metadata_keys() -> None:
     [
         ("1", f"**tile**: {layout.TILE_WEIGHTS} weights of a segment"),
         ("1", f"the part of a tile that one thread decodes, {layout.LANE_WEIGHTS} weights"),
-        ("1", f"**chunk**: {layout.CHUNK_WEIGHTS} consecutive\n  weights of a tile, {layout.CHUNK_LANE_WEIGHTS} from every lane"),
+        (
+            "1",
+            f"**chunk**: {layout.CHUNK_WEIGHTS} consecutive\n  weights of a tile, {layout.CHUNK_LANE_WEIGHTS} from every lane",
+        ),
         ("1", "up to 2^24 consecutive weights"),
         ("2", f"multiple of {layout.DATA_ALIGNMENT} in the file"),
         ("2", f"multiple of {layout.RECORD_ALIGNMENT} of the data"),
@@ -108,7 +118,9 @@ def test_constants(section: str, sentence: str) -> None:
     assert sentence in SECTIONS[section]
 
 
-@pytest.mark.parametrize(("weights", "alphabet", "lane_bytes"), [(2, 1, 1), (8192, 40, 1), (8193, 3, 2), (1 << 21, 256, 2)])
+@pytest.mark.parametrize(
+    ("weights", "alphabet", "lane_bytes"), [(2, 1, 1), (8192, 40, 1), (8193, 3, 2), (1 << 21, 256, 2)]
+)
 def test_sections_of_a_segment(weights: int, alphabet: int, lane_bytes: int) -> None:
     # The column "starts at", read as Python.
     names = {"K": alphabet, "n": weights, "T": -(-weights // 8192), "lane_bytes": lane_bytes, "align16": layout.align}

@@ -109,7 +109,9 @@ def test_every_error_of_files_has_a_must_fail_vector() -> None:
         below = error.__subclasses__()
         return set().union(*map(leaves, below)) if below else {error.__name__}
 
-    assert {vector["error"] for vector in INDEX["must_fail"]} == leaves(errors.SafetensorsError) | leaves(errors.FormatError)
+    assert {vector["error"] for vector in INDEX["must_fail"]} == leaves(errors.SafetensorsError) | leaves(
+        errors.FormatError
+    )
 
 
 def test_the_golden_files_have_what_decoders_must_know() -> None:
@@ -144,8 +146,16 @@ def exception_kinds(segment: bytes, header: dict[str, int]) -> set[tuple[bool, b
     for tile in range(layout.tile_count(header["element_count"])):
         descriptor = layout.TILE_DESCRIPTOR.unpack(segment, header["tiles_offset"] + 8 * tile)
         at = header["lanes_offset"] + 32 * header["lane_bytes"] * tile
-        excess = sum(segment[at : at + 32]) if header["lane_bytes"] == 1 else sum(struct.unpack_from("<32H", segment, at))
-        start = header["stream_offset"] + 16 * descriptor["stream_position"] + -(-(32 * descriptor["shortest_lane"] + excess) // 32) * 4
-        positions = {layout.EXCEPTION.unpack(segment, start + 4 * i)["position"] for i in range(descriptor["exception_count"])}
+        excess = (
+            sum(segment[at : at + 32]) if header["lane_bytes"] == 1 else sum(struct.unpack_from("<32H", segment, at))
+        )
+        start = (
+            header["stream_offset"]
+            + 16 * descriptor["stream_position"]
+            + -(-(32 * descriptor["shortest_lane"] + excess) // 32) * 4
+        )
+        positions = {
+            layout.EXCEPTION.unpack(segment, start + 4 * i)["position"] for i in range(descriptor["exception_count"])
+        }
         kinds |= {(first in positions, first + 1 in positions) for first in {position & ~1 for position in positions}}
     return kinds

@@ -144,7 +144,9 @@ def test_what_a_killed_writer_left_is_overwritten(target: Path) -> None:
 
 
 @given(chunks=st.lists(st.tuples(st.binary(max_size=50), st.none() | st.integers(0, 200)), max_size=8))
-def test_bytes_lie_where_they_were_written(tmp_path_factory: pytest.TempPathFactory, chunks: list[tuple[bytes, int | None]]) -> None:
+def test_bytes_lie_where_they_were_written(
+    tmp_path_factory: pytest.TempPathFactory, chunks: list[tuple[bytes, int | None]]
+) -> None:
     target = tmp_path_factory.mktemp("writes") / "a.df11"
     expected = bytearray()
     with AtomicWriter(target) as writer:
@@ -234,7 +236,9 @@ def test_write_back_starts_early(target: Path, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 @pytest.mark.parametrize("call", ["pwrite", "fsync"])
-def test_a_disk_that_fails(target: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[errors.Df11Error], call: str) -> None:
+def test_a_disk_that_fails(
+    target: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[errors.Df11Error], call: str
+) -> None:
     target.write_bytes(b"old")
 
     def fail(*_: object) -> int:

@@ -32,7 +32,9 @@ def test_the_workflow_needs_no_secret() -> None:
     assert any("df11 job run --json job.toml" in step.get("run", "") for step in job["steps"])
 
 
-@pytest.mark.parametrize(("codes", "end", "runs"), [([0], 0, 1), ([5, 0], 0, 2), ([5, 5, 5], 5, 3), ([7], 7, 1), ([5, 1], 1, 2)])
+@pytest.mark.parametrize(
+    ("codes", "end", "runs"), [([0], 0, 1), ([5, 0], 0, 2), ([5, 5, 5], 5, 3), ([7], 7, 1), ([5, 1], 1, 2)]
+)
 def test_the_workflow_tries_again_only_where_that_helps(tmp_path: Path, codes: list[int], end: int, runs: int) -> None:
     steps = yaml.safe_load((FOLDER / "github-actions.yml").read_text())["jobs"]["convert"]["steps"]
     script = next(step["run"] for step in steps if "job run" in step.get("run", ""))
@@ -74,7 +76,11 @@ def test_slurm_runs_one_job_file_a_task(tmp_path: Path, code: int, again: bool) 
 
 
 def test_slurm_hands_the_signal_on_and_queues_the_task_again(tmp_path: Path) -> None:
-    stand_in(tmp_path, "df11", f"trap 'echo stopped; exit 130' TERM; touch {tmp_path}/started; while true; do sleep 0.05; done")
+    stand_in(
+        tmp_path,
+        "df11",
+        f"trap 'echo stopped; exit 130' TERM; touch {tmp_path}/started; while true; do sleep 0.05; done",
+    )
     process = start_slurm(tmp_path, 0)
     end = time.monotonic() + 60
     while not (tmp_path / "started").exists():

@@ -35,7 +35,9 @@ def attempt(*command: object, cwd: Path, **variables: str) -> subprocess.Complet
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CC", "MYPYPATH")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def run(*command: object, cwd: Path, **variables: str) -> str:
@@ -67,7 +69,9 @@ def built(checkout, tmp_path_factory) -> tuple[Path, Path]:
 
 def package_files() -> set[str]:
     """What the package must hold, by the checkout."""
-    files = {f"df11/{path.name}" for path in (ROOT / "src" / "df11").iterdir() if path.suffix in (".py", ".pyi", ".typed")}
+    files = {
+        f"df11/{path.name}" for path in (ROOT / "src" / "df11").iterdir() if path.suffix in (".py", ".pyi", ".typed")
+    }
     for room in ROOMS:
         for suffix in (".py", ".pyi", ".md", ".cu", ".css", ".js"):
             files |= {f"df11/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(f"*{suffix}")}
@@ -92,7 +96,11 @@ def test_the_wheel_says_what_it_is(built):
         information = f"df11-{__version__}.dist-info"
         metadata = email.message_from_bytes(file.read(f"{information}/METADATA"))
         scripts = file.read(f"{information}/entry_points.txt").decode()
-    assert (metadata["Name"], metadata["Version"], metadata["License-Expression"]) == ("df11", __version__, "Apache-2.0")
+    assert (metadata["Name"], metadata["Version"], metadata["License-Expression"]) == (
+        "df11",
+        __version__,
+        "Apache-2.0",
+    )
     assert {"convert", "hub", "torch", "cuda12", "cuda13", "all"} <= set(metadata.get_all("Provides-Extra"))
     base = {requirement for requirement in metadata.get_all("Requires-Dist") if "extra" not in requirement}
     assert {requirement.partition(">")[0] for requirement in base} == {"numpy", "xxhash", "zstandard"}
@@ -105,7 +113,9 @@ def test_the_sdist_is_whole(built):
     with tarfile.open(built[0]) as file:
         members = {member.name.partition("/")[2]: member for member in file.getmembers()}
     assert {"pyproject.toml", "README.md", "LICENSE"} <= set(members)
-    sources = {path.relative_to(ROOT).as_posix() for room in ("src/df11", *ROOMS) for path in (ROOT / room).glob("*.[ch]")}
+    sources = {
+        path.relative_to(ROOT).as_posix() for room in ("src/df11", *ROOMS) for path in (ROOT / room).glob("*.[ch]")
+    }
     assert {"src/df11/_kernels.c", "formats/kernels.h"} <= sources
     inside = {name.removeprefix("df11/") for name in package_files()}
     files = {name if name.startswith(ROOMS) else f"src/df11/{name}" for name in inside} | sources
@@ -126,7 +136,18 @@ LIST_PACKAGES = "import sys; sys.path.insert(0, '.'); import build_backend; prin
 
 def install(scripts: Path, *what: object) -> None:
     """Install into a virtual environment, with this one's pip."""
-    run(sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--no-deps", "--no-build-isolation", *what, cwd=scripts)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        scripts / "python",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        *what,
+        cwd=scripts,
+    )
 
 
 def check_use(scripts: Path, folder: Path, home: Path) -> None:
@@ -159,7 +180,18 @@ def test_a_zip_of_the_repository_installs_and_works(checkout, tmp_path):
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a zip has no repository to clone")
 def test_a_clone_needs_no_links(tmp_path):
-    run("git", "-c", "core.symlinks=false", "clone", "--quiet", "--depth", "1", ROOT.as_uri(), tmp_path / "clone", cwd=tmp_path)
+    run(
+        "git",
+        "-c",
+        "core.symlinks=false",
+        "clone",
+        "--quiet",
+        "--depth",
+        "1",
+        ROOT.as_uri(),
+        tmp_path / "clone",
+        cwd=tmp_path,
+    )
     listing = run("git", "ls-files", "--stage", cwd=tmp_path / "clone")
     assert "build_backend.py" in listing
     assert not [line for line in listing.splitlines() if line.startswith("120000")]
@@ -186,7 +218,9 @@ def test_an_editable_install_follows_the_checkout(editable, tmp_path):
     checkout, scripts = editable
     (checkout / "formats" / "brand_new.py").write_text("def answer() -> int:\n    return 42\n")
     code = "from df11.formats import brand_new; print(brand_new.answer.__code__.co_filename)"
-    assert Path(run(scripts / "python", "-c", code, cwd=tmp_path).strip()).samefile(checkout / "formats" / "brand_new.py")
+    assert Path(run(scripts / "python", "-c", code, cwd=tmp_path).strip()).samefile(
+        checkout / "formats" / "brand_new.py"
+    )
     with (checkout / "src" / "df11" / "version.py").open("a") as file:
         file.write('\n__version__ = "9.9"\n')
     try:
@@ -199,14 +233,34 @@ def test_a_breakpoint_in_an_editable_install_is_reached(editable, tmp_path):
     checkout, scripts = editable
     (checkout / "formats" / "stopping.py").write_text("def stop(inner: str) -> None:\n    print(inner)\n")
     (tmp_path / "program.py").write_text("from df11.formats import stopping\nstopping.stop('here')\n")
-    commands = ["-c", f"b {checkout / 'src' / 'df11' / 'formats' / 'stopping.py'}:2", "-c", "c", "-c", "p [inner]", "-c", "q"]
+    commands = [
+        "-c",
+        f"b {checkout / 'src' / 'df11' / 'formats' / 'stopping.py'}:2",
+        "-c",
+        "c",
+        "-c",
+        "p [inner]",
+        "-c",
+        "q",
+    ]
     shown = run(scripts / "python", "-m", "pdb", *commands, "program.py", cwd=tmp_path)
     assert "['here']" in shown
 
 
 def test_mypy_sees_an_editable_install(editable, tmp_path):
     _, scripts = editable
-    command = (sys.executable, "-m", "mypy", "--python-executable", scripts / "python", "--follow-imports", "skip", "--cache-dir", tmp_path, "-c")
+    command = (
+        sys.executable,
+        "-m",
+        "mypy",
+        "--python-executable",
+        scripts / "python",
+        "--follow-imports",
+        "skip",
+        "--cache-dir",
+        tmp_path,
+        "-c",
+    )
     run(*command, "import df11.formats.record, df11.runtime.kernels", cwd=tmp_path)
     assert "import-not-found" in attempt(*command, "import df11.formats.no_such_module", cwd=tmp_path).stdout
 
@@ -229,7 +283,19 @@ def test_an_editable_install_works_where_no_links_can_be_made(tmp_path):
 def test_what_is_in_the_way_of_a_link_is_named(tmp_path):
     checkout = copy_checkout(tmp_path / "df11")
     (checkout / "src" / "df11" / "formats").mkdir()
-    done = attempt(sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", tmp_path, "--editable", ".", cwd=checkout)
+    done = attempt(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        tmp_path,
+        "--editable",
+        ".",
+        cwd=checkout,
+    )
     assert done.returncode
     assert f"{Path('src', 'df11', 'formats')} is in the way of a link" in done.stderr
 
@@ -250,7 +316,9 @@ def test_without_a_compiler_zig_builds(built, bare, tmp_path):
     assert wheel.name == built[1].name
     shutil.unpack_archive(wheel, tmp_path / "package", "zip")
     code = "import df11._kernels as kernels; print(kernels.__file__, kernels.INSTRUCTIONS, sep='\\n')"
-    path, instructions = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "package")).splitlines()
+    path, instructions = run(
+        sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "package")
+    ).splitlines()
     assert Path(path).is_relative_to(tmp_path)
     assert instructions == _kernels.INSTRUCTIONS  # Not slower code than another compiler's.
 
@@ -292,14 +360,32 @@ typedef long long Py_ssize_t;
 """
 
 
-@pytest.mark.parametrize("target", ["x86_64-windows-gnu", "x86_64-macos", "aarch64-macos", "aarch64-linux-gnu.2.17", "x86_64-linux-musl"])
+@pytest.mark.parametrize(
+    "target", ["x86_64-windows-gnu", "x86_64-macos", "aarch64-macos", "aarch64-linux-gnu.2.17", "x86_64-linux-musl"]
+)
 def test_the_extension_compiles_elsewhere_without_a_warning(target, tmp_path):
     headers = Path(sysconfig.get_path("include"))
     if "windows" in target:
         headers = Path(shutil.copytree(headers, tmp_path / "include"))
         (headers / "pyconfig.h").write_text(WINDOWS)
-    flags = ("-c", "-std=c11", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-DPy_LIMITED_API=0x030B0000", f"-I{headers}")
-    for source in ("src/df11/_kernels.c", "formats/cpu.c", "formats/decode.c", "converter/encode.c", "converter/sha256.c"):
+    flags = (
+        "-c",
+        "-std=c11",
+        "-O3",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-Werror",
+        "-DPy_LIMITED_API=0x030B0000",
+        f"-I{headers}",
+    )
+    for source in (
+        "src/df11/_kernels.c",
+        "formats/cpu.c",
+        "formats/decode.c",
+        "converter/encode.c",
+        "converter/sha256.c",
+    ):
         output = tmp_path / f"{Path(source).stem}.o"
         command = (sys.executable, "-m", "ziglang", "cc", "-target", target, *flags, ROOT / source, "-o", output)
         run(*command, cwd=tmp_path, ZIG_GLOBAL_CACHE_DIR=str(ROOT / "build" / "zig"))

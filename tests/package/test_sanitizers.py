@@ -16,7 +16,9 @@ SUITES = ("tests/formats/test_record.py", "tests/formats/test_vectors.py", "test
 
 def run(*command: str | Path, **variables: str) -> str:
     """Run a command that must succeed; returns its standard output."""
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done.stdout
 

@@ -39,7 +39,9 @@ def source(hub: HubServer) -> Repository:
     return repository
 
 
-def write_job(folder: Path, source: str = SOURCE, target: str = TARGET, limits: str = 'threads = 2\nwork = "work"') -> Path:
+def write_job(
+    folder: Path, source: str = SOURCE, target: str = TARGET, limits: str = 'threads = 2\nwork = "work"'
+) -> Path:
     """A job file of one model."""
     path = folder / "job.toml"
     path.write_text(f'[[model]]\nsource = "{source}"\ntarget = "{target}"\n[limits]\n{limits}\n')
@@ -67,7 +69,9 @@ def test_answers_of_another_shape(
     hub: HubServer, source: Repository, tmp_path: Path, repository: str, method: str, pattern: str, body: bytes
 ) -> None:
     hub.create("me/model-df11")
-    hub.inject(method, pattern.format(repository), status(200, {"Content-Type": "application/json"}, body=body), times=99)
+    hub.inject(
+        method, pattern.format(repository), status(200, {"Content-Type": "application/json"}, body=body), times=99
+    )
     commands.run("job", "run", "--quiet", write_job(tmp_path)).error(5, repository)
     assert source.head
 
@@ -81,14 +85,18 @@ def test_answers_of_another_shape(
         ("/commit/", b'{"commitOid": 7, "commitUrl": "x"}'),
     ],
 )
-def test_uploads_answered_with_another_shape(hub: HubServer, source: Repository, tmp_path: Path, pattern: str, body: bytes) -> None:
+def test_uploads_answered_with_another_shape(
+    hub: HubServer, source: Repository, tmp_path: Path, pattern: str, body: bytes
+) -> None:
     hub.inject("POST", pattern, status(200, {"Content-Type": "application/json"}, body=body), times=99)
     commands.run("job", "run", "--quiet", write_job(tmp_path)).error(5)
     assert source.head
 
 
 @pytest.mark.parametrize("place", ["variable", "variable with a line end", "file"])
-def test_a_token_that_the_hub_repeats(hub: HubServer, source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_a_token_that_the_hub_repeats(
+    hub: HubServer, source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     token = "hf_repeatedrepeatedrepeated"
     hub.tokens[token] = "me"
     monkeypatch.delenv("HF_TOKEN")
@@ -116,11 +124,15 @@ def test_merges_in_a_card_do_not_grow() -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".gitattributes", "README.md"])
-def test_a_forged_manifest_removes_containers_only(hub: HubServer, source: Repository, tmp_path: Path, name: str) -> None:
+def test_a_forged_manifest_removes_containers_only(
+    hub: HubServer, source: Repository, tmp_path: Path, name: str
+) -> None:
     commands.run("job", "run", "--quiet", write_job(tmp_path)).fine()
     target = hub.repository("me/model-df11")
     manifest = Manifest.from_bytes(target.read(FILE_NAME), "")
-    forged = dataclasses.replace(manifest, files=(*manifest.files, FileRow(name, 8, "0" * 64, "a.safetensors", 8, "0" * 64)))
+    forged = dataclasses.replace(
+        manifest, files=(*manifest.files, FileRow(name, 8, "0" * 64, "a.safetensors", 8, "0" * 64))
+    )
     target.commit({"notes.txt": b"precious", FILE_NAME: forged.to_bytes()})
     commands.run("job", "run", "--quiet", write_job(tmp_path)).fine()
     assert name in target.files()
@@ -212,8 +224,12 @@ def test_packages_that_are_needed_at_the_end(
 
 
 def test_the_memory_is_looked_at_before(hub: HubServer, source: Repository, tmp_path: Path) -> None:
-    commands.run("job", "plan", write_job(tmp_path, limits='memory = "100MiB"')).error(6, "[limits] memory of at least", "100MiB")
-    line = commands.run("job", "run", "--quiet", write_job(tmp_path, limits='memory = "100MiB"')).error(6, "memory budget")
+    commands.run("job", "plan", write_job(tmp_path, limits='memory = "100MiB"')).error(
+        6, "[limits] memory of at least", "100MiB"
+    )
+    line = commands.run("job", "run", "--quiet", write_job(tmp_path, limits='memory = "100MiB"')).error(
+        6, "memory budget"
+    )
     assert "me/model-df11" not in hub.repositories
     enough = line.partition("at least ")[2].partition(",")[0]
     commands.run("job", "run", "--quiet", write_job(tmp_path, limits=f'memory = "{enough}"\nwork = "work"')).fine()

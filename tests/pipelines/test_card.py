@@ -34,7 +34,9 @@ datasets: [x/y]
 """
 
 
-def render(manifest: Manifest | None = None, source: str | None = SOURCE, fields: CardFields = CardFields(), **options: Any) -> str:  # noqa: B008 - frozen
+def render(
+    manifest: Manifest | None = None, source: str | None = SOURCE, fields: CardFields = CardFields(), **options: Any
+) -> str:  # noqa: B008 - frozen
     manifest = manifest or made.model()
     options = {"repository": "me/name-df11", "plots": card.plot_paths(manifest), "configs": {}} | options
     return card.render_card(manifest, fields, source, **options)
@@ -92,8 +94,12 @@ def test_front_matter_is_carried_over():
 
 def test_licence_is_linked():
     assert "[a licence](https://example.com/a%20licence%29%5D%28x). The source is [owner/name]" in render()
-    assert "[mine](LICENSE.md)." in render(fields=CardFields(license="other", license_name="mine", license_link="LICENSE.md"))
-    assert "\n\nmine. The source is" in render(fields=CardFields(license="other", license_name="mine", license_link="//evil.example"))
+    assert "[mine](LICENSE.md)." in render(
+        fields=CardFields(license="other", license_name="mine", license_link="LICENSE.md")
+    )
+    assert "\n\nmine. The source is" in render(
+        fields=CardFields(license="other", license_name="mine", license_link="//evil.example")
+    )
 
 
 def test_fields_come_first():
@@ -148,7 +154,9 @@ def test_front_matter_with_other_line_ends_and_a_mark():
 
 @pytest.mark.parametrize("value", ["{a: b}", "[[a]]", "5", "null", "2024-01-01", "''", f"'{'x' * 600}'"])
 def test_values_of_the_wrong_kind_are_left_out(value):
-    lines = "".join(f"{key}: {value}\n" for key in ("license", "license_link", "pipeline_tag", "library_name", "language", "tags"))
+    lines = "".join(
+        f"{key}: {value}\n" for key in ("license", "license_link", "pipeline_tag", "library_name", "language", "tags")
+    )
     data, _ = parts(render(source=f"---\n{lines}---\n"))
     assert data == {"base_model": "owner/name", "base_model_relation": "quantized", "tags": list(card.TAGS)}
 
@@ -163,7 +171,11 @@ def test_norwegian_and_several_licences():
 def test_strings_of_strangers_break_nothing():
     evil = 'x"\n---\nlicense: mit\n# | `a` <script> $y$ \u202e'
     source = (
-        "---\n" + yaml.safe_dump({"license": "other", "license_name": evil, "license_link": "javascript:alert(1)", "tags": [evil, "ok"]}) + "---\n"
+        "---\n"
+        + yaml.safe_dump(
+            {"license": "other", "license_name": evil, "license_link": "javascript:alert(1)", "tags": [evil, "ok"]}
+        )
+        + "---\n"
     )
     text = render(made.evil(), source, CardFields(title=evil))
     data, body = parts(text)
@@ -200,12 +212,16 @@ def test_sizes_are_those_of_the_manifest():
         bf16 = [tensor for tensor in own if tensor.dtype == "BF16"]
         assert number(row[1]) == len(own)
         assert number(row[2]) == pytest.approx(sum(file.source_bytes for file in files), rel=0.006)
-        in_bf16 = sum(2 * tensor.elements for tensor in bf16) + sum(tensor.stored_bytes for tensor in own if tensor.dtype != "BF16")
+        in_bf16 = sum(2 * tensor.elements for tensor in bf16) + sum(
+            tensor.stored_bytes for tensor in own if tensor.dtype != "BF16"
+        )
         assert number(row[3]) == pytest.approx(in_bf16, rel=0.006)
         containers = sum(file.bytes for file in files)
         assert number(row[4]) == pytest.approx(containers, rel=0.006)
         assert number(row[5]) == pytest.approx(containers / in_bf16, abs=0.00051)
-        assert number(row[6]) == pytest.approx(8 * sum(tensor.stored_bytes for tensor in bf16) / sum(tensor.elements for tensor in bf16), abs=0.0051)
+        assert number(row[6]) == pytest.approx(
+            8 * sum(tensor.stored_bytes for tensor in bf16) / sum(tensor.elements for tensor in bf16), abs=0.0051
+        )
     assert f"{sum(file.bytes for file in manifest.files) / 1e6:.2f} MB" in body.split("##")[0]
 
 
@@ -216,7 +232,9 @@ def test_source_is_linked_at_its_commit():
 
 def test_pictures():
     _, body = parts(render())
-    assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", body) == [f"df11-plots/{name}.png" for name in ("sizes", "layers", "exponents", "outliers")]
+    assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", body) == [
+        f"df11-plots/{name}.png" for name in ("sizes", "layers", "exponents", "outliers")
+    ]
     assert "![" not in render(plots={})
     assert "![Sizes against BF16](a%20b%28.png)" in render(plots={"sizes": "a b(.png"})
     assert list(card.plot_paths(made.manifest())) == []
@@ -227,7 +245,10 @@ def test_pictures():
 
 def test_changed_values_are_said():
     _, body = parts(render())
-    assert "The source has 2 tensors in F32, rounded to BF16 for this as torch rounds. In 1 of them this **has changed values**." in body
+    assert (
+        "The source has 2 tensors in F32, rounded to BF16 for this as torch rounds. In 1 of them this **has changed values**."
+        in body
+    )
     assert "in 1 of 2 files. **Their F32 originals cannot be restored from here**" in body
     assert "$ df11 restore --bf16 name-df11 restored" in body
     rows = tables(body)[1][1:]
@@ -341,7 +362,10 @@ def results(**changes: Any) -> dict[str, Any]:
         },
     ]
     gpu = {"name": "NVIDIA <H100> | 80GB", "memory_bytes": 85_000_000_000}
-    return {"machine": {"date": "2026-11-30T10:00:00+00:00", "gpu": gpu}, "sections": {"image": {"about": "x", "rows": rows}}} | changes
+    return {
+        "machine": {"date": "2026-11-30T10:00:00+00:00", "gpu": gpu},
+        "sections": {"image": {"about": "x", "rows": rows}},
+    } | changes
 
 
 def save(path: Path, content: Any) -> str:
@@ -354,15 +378,36 @@ def test_speed_only_with_results(tmp_path: Path):
     _, body = parts(render(fields=CardFields(results=save(tmp_path / "r.json", results()))))
     head, bf16, coded = next(table for table in tables(body) if "device" in table[0])
     assert head == ["what", "by", "time", "of BF16's time", "model, GB", "peak, GB", "device", "date"]
-    assert bf16 == ["50 steps | 4096 tokens", "BF16", "20.00 s", "1.000", "8.00", "12.00", "NVIDIA <H100> | 80GB", "2026-11-30"]
-    assert coded == ["50 steps | 4096 tokens", "df11", "20.50 s", "1.025", "5.30", "9.40", "NVIDIA <H100> | 80GB", "2026-11-30"]
+    assert bf16 == [
+        "50 steps | 4096 tokens",
+        "BF16",
+        "20.00 s",
+        "1.000",
+        "8.00",
+        "12.00",
+        "NVIDIA <H100> | 80GB",
+        "2026-11-30",
+    ]
+    assert coded == [
+        "50 steps | 4096 tokens",
+        "df11",
+        "20.50 s",
+        "1.025",
+        "5.30",
+        "9.40",
+        "NVIDIA <H100> | 80GB",
+        "2026-11-30",
+    ]
 
 
 def test_rows_as_the_benchmarks_write_them(tmp_path: Path):
     from benchmarks.gpu import bench
     from benchmarks.gpu.timing import Timing
 
-    row = bench.Bench._row("1,048,576 weights", "df11", Timing.of([5e-6, 6e-6, 7e-6]), 2 << 20) | {"of_floor": 0.9, "times_dfloat11": None}
+    row = bench.Bench._row("1,048,576 weights", "df11", Timing.of([5e-6, 6e-6, 7e-6]), 2 << 20) | {
+        "of_floor": 0.9,
+        "times_dfloat11": None,
+    }
     content = results(sections={"sizes": {"about": "x", "rows": [row]}, "tiles": {"rows": "not looked at"}})
     _, body = parts(render(fields=CardFields(results=save(tmp_path / "r.json", content))))
     head, only = next(table for table in tables(body) if "device" in table[0])

@@ -64,8 +64,12 @@ def test_the_events_of_a_conversion(model, tmp_path):
     # Once more: nothing is left to do.
     *files, done = commands.run("convert", model, out, "--json", "--cast", "bf16").fine().events
     assert [file["status"] for file in files] == ["skipped", "skipped"]
-    assert [file["output_bytes"] for file in files] == [(out / f"{name}.df11").stat().st_size for name in ("a", "sub/b")]
-    assert [file["source_sha256"] for file in files] == [sources.sha256(model / f"{name}.safetensors") for name in ("a", "sub/b")]
+    assert [file["output_bytes"] for file in files] == [
+        (out / f"{name}.df11").stat().st_size for name in ("a", "sub/b")
+    ]
+    assert [file["source_sha256"] for file in files] == [
+        sources.sha256(model / f"{name}.safetensors") for name in ("a", "sub/b")
+    ]
     assert [(file["tensors"], file["cast_tensors"], file["exact_tensors"]) for file in files] == [(2, 0, 0), (2, 2, 1)]
     assert (done["files"], done["copied"]) == (2, 1)
 
@@ -82,7 +86,11 @@ def test_the_description_of_a_container(model, tmp_path):
         "format_version": 1,
         "writer": f"df11 {df11.__version__}",
         "bytes": (out / "a.df11").stat().st_size,
-        "source": {"sha256": sources.sha256(model / "a.safetensors"), "bytes": (model / "a.safetensors").stat().st_size, "cast": None},
+        "source": {
+            "sha256": sources.sha256(model / "a.safetensors"),
+            "bytes": (model / "a.safetensors").stat().st_size,
+            "cast": None,
+        },
         "tensors": [
             {
                 "name": "a",
@@ -92,7 +100,14 @@ def test_the_description_of_a_container(model, tmp_path):
                 "stored_bytes": stored,
                 "bits_per_weight": round(8 * stored / 15_000, 4),
             },
-            {"name": "b", "dtype": "I64", "shape": [3], "encoding": "verbatim", "stored_bytes": 24, "bits_per_weight": 64.0},
+            {
+                "name": "b",
+                "dtype": "I64",
+                "shape": [3],
+                "encoding": "verbatim",
+                "stored_bytes": 24,
+                "bits_per_weight": 64.0,
+            },
         ],
     }
     assert 10 < first["tensors"][0]["bits_per_weight"] < 12
@@ -118,7 +133,13 @@ def test_the_description_for_people(tmp_path):
 
 def test_text_is_for_people_and_goes_to_standard_error(model, tmp_path):
     out, back = tmp_path / "out", tmp_path / "back"
-    for arguments in (["convert", model, out], ["convert", model, out], ["verify", out], ["verify", out, "--against", model], ["restore", out, back]):
+    for arguments in (
+        ["convert", model, out],
+        ["convert", model, out],
+        ["verify", out],
+        ["verify", out, "--against", model],
+        ["restore", out, back],
+    ):
         result = commands.run(*arguments).fine()
         assert not result.out
         assert result.err
@@ -160,7 +181,9 @@ def in_terminal(*arguments, **variables: str) -> tuple[int, str]:
     main, other = pty.openpty()
     termios.tcsetwinsize(other, (24, 100))
     arguments = [*commands.COMMAND, *map(str, arguments)]
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=other, env=commands.environment(**variables)) as process:
+    with subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=other, env=commands.environment(**variables)
+    ) as process:
         os.close(other)
         shown = b""
         while True:
@@ -214,7 +237,11 @@ def test_version_and_help():
 
 
 def test_every_documented_option_is_there():
-    text = commands.run_process("convert", "--help", env=commands.environment(COLUMNS="200", TERM="dumb", NO_COLOR="1")).fine().out
+    text = (
+        commands.run_process("convert", "--help", env=commands.environment(COLUMNS="200", TERM="dumb", NO_COLOR="1"))
+        .fine()
+        .out
+    )
     documented = "--threads -j --max-memory --cast --verify --no-verify --resume --no-resume --force --dry-run --json --quiet --debug"
     for option in documented.split():
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), option
@@ -224,9 +251,13 @@ def test_every_documented_option_is_there():
 def test_the_entry_points(entry, model, tmp_path):
     function, before = {"df11-convert": ("convert_main", []), "df11": ("main", ["convert"])}[entry]
     code = f"import sys; from df11.__main__ import {function}; sys.argv[0] = {entry!r}; {function}()"
-    result = commands.run_process(*before, model, tmp_path / "out", "--json", command=[sys.executable, "-c", code]).fine()
+    result = commands.run_process(
+        *before, model, tmp_path / "out", "--json", command=[sys.executable, "-c", code]
+    ).fine()
     assert result.events[-1]["event"] == "done"
-    commands.run_process(*before, model / "none", tmp_path / "out", command=[sys.executable, "-c", code]).error(4, "none")
+    commands.run_process(*before, model / "none", tmp_path / "out", command=[sys.executable, "-c", code]).error(
+        4, "none"
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,7 +287,20 @@ def test_a_call_that_makes_no_sense(arguments, model, tmp_path):
     assert tree_bytes(tmp_path) == before
 
 
-@pytest.mark.parametrize("size", ["268435456", "256MiB", "256mib", "0.25GiB", "262144K i".replace(" ", ""), "300MB", "0.3 GB", "1T", "9" * 400 + "T"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        "268435456",
+        "256MiB",
+        "256mib",
+        "0.25GiB",
+        "262144K i".replace(" ", ""),
+        "300MB",
+        "0.3 GB",
+        "1T",
+        "9" * 400 + "T",
+    ],
+)
 def test_sizes_of_memory(size, model, tmp_path):
     commands.run("convert", model / "a.safetensors", tmp_path / "x.df11", "--max-memory", size).fine()
 
@@ -300,7 +344,13 @@ def test_any_name_of_a_file(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["convert", "SRC", "new.df11", "--dry-run"], ["inspect", "DST"], ["restore", "DST", "back"], ["convert", "none", "x"]]
+    "arguments",
+    [
+        ["convert", "SRC", "new.df11", "--dry-run"],
+        ["inspect", "DST"],
+        ["restore", "DST", "back"],
+        ["convert", "none", "x"],
+    ],
 )
 def test_a_name_that_is_no_text_can_be_printed(arguments, tmp_path):
     name = NAMES[-1]
@@ -319,7 +369,9 @@ def test_nobody_reads_the_output(command, model, tmp_path):
     read, write = os.pipe()
     os.close(read)
     arguments = [*commands.COMMAND, command, str(source), *map(str, target)]
-    done = subprocess.run(arguments, stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=commands.environment())
+    done = subprocess.run(
+        arguments, stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=commands.environment()
+    )
     os.close(write)
     # Not 1, which says that data differ; no traceback; nothing half-written.
     commands.Result(done.returncode, "", done.stderr).error(2)
@@ -340,7 +392,9 @@ def test_a_missing_extra_is_one_line(model, tmp_path):
 def test_where_nothing_can_be_locked_it_reads_and_says_that_it_does_not_write(model, tmp_path):
     """Windows has no fcntl."""
     commands.run("convert", model, tmp_path / "out").fine()
-    line = commands.run_without(["fcntl"], tmp_path / "hide", "convert", model / "a.safetensors", tmp_path / "x.df11", "--quiet").error(2)
+    line = commands.run_without(
+        ["fcntl"], tmp_path / "hide", "convert", model / "a.safetensors", tmp_path / "x.df11", "--quiet"
+    ).error(2)
     assert "Windows" in line
     assert "WSL" in line
     assert not list(tmp_path.glob("*x.df11*"))
@@ -367,7 +421,9 @@ def test_an_import_is_light(module):
 
 
 def test_every_public_name_is_there():
-    code = "import df11; print(all(getattr(df11, name) is not None for name in df11.__all__)); df11.runtime; df11.nonsense"
+    code = (
+        "import df11; print(all(getattr(df11, name) is not None for name in df11.__all__)); df11.runtime; df11.nonsense"
+    )
     result = commands.run_process(command=[sys.executable, "-c", code])
     assert result.out == "True\n"
     assert "AttributeError: module 'df11' has no attribute 'nonsense'" in result.err
@@ -382,6 +438,10 @@ def test_inspect_needs_nothing_but_the_base(model, tmp_path):
 
 def test_json_is_one_object_a_line(model, tmp_path):
     commands.run("convert", model, tmp_path / "out").fine()
-    for arguments in (["inspect", tmp_path / "out"], ["verify", tmp_path / "out"], ["restore", tmp_path / "out", tmp_path / "back"]):
+    for arguments in (
+        ["inspect", tmp_path / "out"],
+        ["verify", tmp_path / "out"],
+        ["restore", tmp_path / "out", tmp_path / "back"],
+    ):
         lines = commands.run(*arguments, "--json").fine().out.splitlines()
         assert all(isinstance(json.loads(line), dict) for line in lines)

@@ -119,7 +119,9 @@ DENIED = [
 
 
 @pytest.mark.parametrize(("where", "target", "code", "word"), DENIED)
-def test_what_cannot_be(hub: HubServer, source: Repository, tmp_path: Path, where: str, target: str, code: int, word: str) -> None:
+def test_what_cannot_be(
+    hub: HubServer, source: Repository, tmp_path: Path, where: str, target: str, code: int, word: str
+) -> None:
     hub.create("lab/gated", gated=True).commit(models.model(1))
     hub.create("lab/private", private=True).commit(models.model(1))
     hub.create("me/weights").commit({"model.safetensors": models.shard(1)})
@@ -133,7 +135,9 @@ def test_what_cannot_be(hub: HubServer, source: Repository, tmp_path: Path, wher
 def test_without_a_token(hub: HubServer, source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     commands.run("job", "plan", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).fine()
-    commands.run("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).error(3, "hf auth login")
+    commands.run("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).error(
+        3, "hf auth login"
+    )
     assert "me/model-df11" not in hub.repositories
     assert source.head
 
@@ -161,7 +165,9 @@ def test_the_card_is_checked_before_anything_is_done(hub: HubServer, source: Rep
 
 def test_an_index_that_is_none(hub: HubServer, source: Repository, tmp_path: Path) -> None:
     source.commit({"model.safetensors.index.json": b"[]"})
-    commands.run("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).error(2, "not an index")
+    commands.run("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).error(
+        2, "not an index"
+    )
     assert "me/model-df11" not in hub.repositories
 
 
@@ -178,7 +184,9 @@ def test_a_silent_server(hub: HubServer, source: Repository, tmp_path: Path, mon
 
 def test_no_network(source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    commands.run("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).error(5, "hf://lab/model")
+    commands.run("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).error(
+        5, "hf://lab/model"
+    )
     assert source.head
 
 
@@ -200,7 +208,11 @@ def test_the_second_job_on_a_target_stops(hub: HubServer, source: Repository, tm
     env = {**commands.environment(), **hub.environment(tmp_path / "home")}
     hub.inject("PUT", "/upload/", slow(3), after=1)  # The first job stands still before its second shard.
     first = subprocess.Popen(
-        [*commands.COMMAND, "job", "run", "--json", str(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*commands.COMMAND, "job", "run", "--json", str(job)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     commands.wait_until(lambda: len(hub.repository("me/model-df11").commits) > 1, first)
     hub.inject("POST", "me/model-df11/commit/", slow(4), times=1)  # The second one is slower still.
@@ -219,7 +231,9 @@ def test_two_jobs_on_one_machine(source: Repository, tmp_path: Path, hub: HubSer
     job = write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))
     env = {**commands.environment(), **hub.environment(tmp_path / "home")}
     hub.inject("PUT", "/upload/", slow(30), times=1)
-    first = subprocess.Popen([*commands.COMMAND, "job", "run", str(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [*commands.COMMAND, "job", "run", str(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     commands.wait_until(lambda: hub.count("PUT", "/upload/") > 0, first)
     commands.run("job", "run", "--quiet", job).error(7, "another job is filling this target")
     first.kill()
@@ -229,7 +243,9 @@ def test_two_jobs_on_one_machine(source: Repository, tmp_path: Path, hub: HubSer
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_nothing_behind(hub: HubServer, source: Repository, tmp_path: Path, number: signal.Signals) -> None:
+def test_interrupted_it_leaves_nothing_behind(
+    hub: HubServer, source: Repository, tmp_path: Path, number: signal.Signals
+) -> None:
     job = write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))
     env = {**commands.environment(), **hub.environment(tmp_path / "home")}
     hub.inject("PUT", "/upload/", slow(30), after=1)
@@ -252,12 +268,16 @@ def test_interrupted_it_leaves_nothing_behind(hub: HubServer, source: Repository
 
 
 @pytest.mark.parametrize("shard", ["00001", "00002"])
-def test_interrupted_it_waits_for_no_silent_source(hub: HubServer, source: Repository, tmp_path: Path, shard: str) -> None:
+def test_interrupted_it_waits_for_no_silent_source(
+    hub: HubServer, source: Repository, tmp_path: Path, shard: str
+) -> None:
     """Which is read in another thread, be it the first one or one that is converted while the one before is uploaded."""
     job = write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))
     env = {**commands.environment(), **hub.environment(tmp_path / "home")}
     hub.inject("GET", f"/cdn/.*{shard}", hang, after=2, times=99)  # Its header is read twice before.
-    process = subprocess.Popen([*commands.COMMAND, "job", "run", str(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*commands.COMMAND, "job", "run", str(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     commands.wait_until(lambda: hub.count("GET", f"/cdn/.*{shard}") > 2, process)
     process.send_signal(signal.SIGTERM)
     started = time.monotonic()
@@ -275,7 +295,9 @@ def test_the_token_is_never_printed(
     hub.tokens["hf_secretsecretsecret"] = "me"
     if fault is not None:
         hub.inject("POST", "/commit/|/preupload/|/batch", fault, times=99)
-    result = commands.run("job", "run", "--json", "--debug", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11")))
+    result = commands.run(
+        "job", "run", "--json", "--debug", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))
+    )
     assert (result.code == 0) is (fault is None)
     assert "secretsecret" not in result.out + result.err
     assert any("hf_secretsecretsecret" in request.headers.get("authorization", "") for request in hub.requests)
@@ -284,10 +306,14 @@ def test_the_token_is_never_printed(
 
 def test_memory_does_not_grow_from_shard_to_shard(hub: HubServer, tmp_path: Path) -> None:
     shards = [
-        sources.write_large(tmp_path / f"model-{number:05}-of-00006.safetensors", "BF16", 80 << 20, name=f"w{number}") for number in range(1, 7)
+        sources.write_large(tmp_path / f"model-{number:05}-of-00006.safetensors", "BF16", 80 << 20, name=f"w{number}")
+        for number in range(1, 7)
     ]
     hub.create("lab/large").commit({path.name: path for path in shards})
-    assert commands.peak_memory("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/large", "hf://me/large-df11"))) <= 300 << 20
+    assert (
+        commands.peak_memory("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/large", "hf://me/large-df11")))
+        <= 300 << 20
+    )
     assert len([name for name in hub.repository("me/large-df11").hashes() if name.endswith(".df11")]) == 6
 
 

@@ -86,7 +86,10 @@ MODEL = '[[model]]\nsource = "hf://a/b"\ntarget = "hf://me/b"\n'
         (MODEL + "[uploads]\n", ["unknown keys", "uploads", "[upload]"]),
         (MODEL + MODEL, ["1 and 2", "same target"]),
         (MODEL + '[[model]]\nsource = "hf://c/d"\ntarget = "hf://ME/b@main"\n', ["1 and 2", "same target"]),
-        ('[[model]]\nsource = "a"\ntarget = "t"\n[[model]]\nsource = "b"\ntarget = "x/../t"\n', ["1 and 2", "same target"]),
+        (
+            '[[model]]\nsource = "a"\ntarget = "t"\n[[model]]\nsource = "b"\ntarget = "x/../t"\n',
+            ["1 and 2", "same target"],
+        ),
         ('[[model]]\nsource = "a"\ntarget = ""\n', ["target", "a folder"]),
         ('[[model]]\nsource = " "\ntarget = "b"\n', ["source", "a folder"]),
         ('[[model]]\nsource = "a"\ntarget = "b\\u0000"\n', ["target", "a folder"]),

@@ -53,7 +53,9 @@ class Events:
         return [one for one in self.list if one["event"] == event]
 
 
-def run(tmp_path: Path, *, log: Any = lambda *_, **__: None, source: str = SOURCE, target: str = TARGET, **options: Any) -> None:
+def run(
+    tmp_path: Path, *, log: Any = lambda *_, **__: None, source: str = SOURCE, target: str = TARGET, **options: Any
+) -> None:
     """Run a job of one model to success, or raise its error."""
     report = run_job(models.a_job(source, target, tmp_path / "work", **options), log=log)
     for _, error in report.failures:
@@ -91,15 +93,17 @@ def test_a_model_from_the_hub_to_the_hub(hub: HubServer, source: Repository, tmp
     assert target.private
     # One commit for each shard, and for the large file; the rest, the index among it, comes last.
     paths = [set(commit.paths) for commit in reversed(list(target.history("main")))][1:]
-    assert [{path for path in changed if path != FILE_NAME} for changed in paths[:4]] == [{f"{name}.df11"} for name in SHARDS] + [
-        {"tokenizer/tokenizer.json"}
-    ]
+    assert [{path for path in changed if path != FILE_NAME} for changed in paths[:4]] == [
+        {f"{name}.df11"} for name in SHARDS
+    ] + [{"tokenizer/tokenizer.json"}]
     assert {"model.df11.index.json", "README.md", "config.json", "LICENSE"} <= paths[4]
     assert len(paths) == 5
     converted = log.of("file")
     assert [event["file"] for event in converted] == [*(f"{name}.df11" for name in SHARDS), "tokenizer/tokenizer.json"]
     assert set(converted[0]["seconds"]) == {"convert", "verify", "deliver"}
-    assert log.of("checked") == [{"event": "checked", "target": TARGET, "files": len(target.files()) - 1}]  # All but .gitattributes.
+    assert log.of("checked") == [
+        {"event": "checked", "target": TARGET, "files": len(target.files()) - 1}
+    ]  # All but .gitattributes.
 
 
 def test_the_card_says_what_it_is(hub: HubServer, source: Repository, tmp_path: Path) -> None:
@@ -124,7 +128,9 @@ def test_run_again_it_does_nothing(hub: HubServer, tmp_path: Path) -> None:
     run(tmp_path)
     assert target.head == before
     again = hub.requests[count:]
-    assert not [request for request in again if "safetensors" in request.path and "index" not in request.path and request.cdn]
+    assert not [
+        request for request in again if "safetensors" in request.path and "index" not in request.path and request.cdn
+    ]
     assert not [request for request in again if request.method in ("POST", "PUT")]
 
 
@@ -165,18 +171,27 @@ def break_off(tmp_path: Path, commits: int) -> None:
 
 
 @pytest.mark.parametrize("commits", [1, 2])
-def test_shards_that_are_gone_are_removed_by_a_job_that_goes_on(hub: HubServer, source: Repository, tmp_path: Path, commits: int) -> None:
+def test_shards_that_are_gone_are_removed_by_a_job_that_goes_on(
+    hub: HubServer, source: Repository, tmp_path: Path, commits: int
+) -> None:
     run(tmp_path)
     source.commit({**dict.fromkeys(models.model(3)), **models.model(2)})
     break_off(tmp_path, commits)
     target = hub.repository("me/model-df11")
-    assert {f"{name}.df11" for name in SHARDS} <= target.files().keys()  # What was there can be loaded until the other is whole.
+    assert {
+        f"{name}.df11" for name in SHARDS
+    } <= target.files().keys()  # What was there can be loaded until the other is whole.
     run(tmp_path)
-    assert {name for name in target.files() if name.endswith(".df11")} == {"model-00001-of-00002.df11", "model-00002-of-00002.df11"}
+    assert {name for name in target.files() if name.endswith(".df11")} == {
+        "model-00001-of-00002.df11",
+        "model-00002-of-00002.df11",
+    }
     assert len(Manifest.from_bytes(target.read(FILE_NAME), "").files) == 2
 
 
-def test_pictures_are_of_the_new_revision_also_of_a_job_that_goes_on(hub: HubServer, source: Repository, tmp_path: Path) -> None:
+def test_pictures_are_of_the_new_revision_also_of_a_job_that_goes_on(
+    hub: HubServer, source: Repository, tmp_path: Path
+) -> None:
     run(tmp_path)
     source.commit({f"{SHARDS[1]}.safetensors": models.shard(2, rows=770)})
     break_off(tmp_path, 1)  # The manifest is that of the new revision already.
@@ -227,7 +242,10 @@ def test_a_cast(hub: HubServer, tmp_path: Path) -> None:
     run(tmp_path, cast="bf16")
     assert hub.repository("me/model-df11").head == before
     run(tmp_path)  # Without the cast it is another conversion.
-    assert {row.dtype for row in Manifest.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "").tensors} == {"F32", "I64"}
+    assert {row.dtype for row in Manifest.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "").tensors} == {
+        "F32",
+        "I64",
+    }
 
 
 def test_several_shards_in_a_commit(hub: HubServer, source: Repository, tmp_path: Path) -> None:
@@ -255,7 +273,9 @@ def test_many_small_files_do_not_come_at_once(hub: HubServer, tmp_path: Path, mo
     hub.repository("lab/model").commit({f"notes/{number}.txt": b"%d" % number * 1_000 for number in range(10)})
     run(tmp_path)
     target = hub.repository("me/model-df11")
-    sizes = [sum(len(target.read(path)) for path in commit.paths if path.startswith("notes/")) for commit in target.commits]
+    sizes = [
+        sum(len(target.read(path)) for path in commit.paths if path.startswith("notes/")) for commit in target.commits
+    ]
     assert sum(sizes) == 10_000
     assert max(sizes) <= 5_000
     before = target.head
@@ -333,12 +353,25 @@ FAULTS: list[tuple[str, str, Action, int, int | None]] = [
 
 
 # Each at the first request, and at the second one where there is one.
-CASES = [(*fault, after) for fault in FAULTS for after in (0, 1) if not (after and fault[1] in ("/api/repos/create", "/api/validate-yaml"))]
+CASES = [
+    (*fault, after)
+    for fault in FAULTS
+    for after in (0, 1)
+    if not (after and fault[1] in ("/api/repos/create", "/api/validate-yaml"))
+]
 
 
 @pytest.mark.parametrize(("method", "pattern", "action", "times", "code", "after"), CASES)
 def test_faults(
-    hub: HubServer, source: Repository, tmp_path: Path, method: str, pattern: str, action: Action, times: int, code: int | None, after: int
+    hub: HubServer,
+    source: Repository,
+    tmp_path: Path,
+    method: str,
+    pattern: str,
+    action: Action,
+    times: int,
+    code: int | None,
+    after: int,
 ) -> None:
     hub.inject(method, pattern, action, times=times, after=after)
     try:

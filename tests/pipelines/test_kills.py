@@ -40,7 +40,11 @@ def assert_nothing_was_done_twice(target: Repository, requests: list[Request]) -
         for path in commit.paths:
             if path.endswith(".df11"):
                 shard = f"filename={path.removesuffix('.df11')}.safetensors"
-                assert not [one for one in requests if one.cdn and one.method == "GET" and shard in one.path and one.time > commit.time], path
+                assert not [
+                    one
+                    for one in requests
+                    if one.cdn and one.method == "GET" and shard in one.path and one.time > commit.time
+                ], path
 
 
 @pytest.mark.timeout(900)

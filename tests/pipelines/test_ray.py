@@ -32,7 +32,9 @@ def cluster(here: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = [sys.executable, "-m", "tests.support.hub.ray_cluster"]
     env = {**commands.environment(), **here.environment(tmp_path_factory.mktemp("home"))}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env['PYTHONPATH']}"
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=env) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=env
+    ) as process:
         assert process.stdout is not None and process.stdin is not None
         try:
             yield process.stdout.readline().strip()
@@ -57,9 +59,22 @@ def write_job(folder: Path, source: object, target: object, limits: str = "threa
 
 
 def start(
-    folder: Path, source: object, target: object, cluster: str, env: dict[str, str] | None = None, limits: str = "threads = 1"
+    folder: Path,
+    source: object,
+    target: object,
+    cluster: str,
+    env: dict[str, str] | None = None,
+    limits: str = "threads = 1",
 ) -> subprocess.Popen[str]:
-    command = [*commands.COMMAND, "job", "run", "--json", "--engine", "ray", str(write_job(folder, source, target, limits))]
+    command = [
+        *commands.COMMAND,
+        "job",
+        "run",
+        "--json",
+        "--engine",
+        "ray",
+        str(write_job(folder, source, target, limits)),
+    ]
     env = {**commands.environment(), **(env or {}), "RAY_ADDRESS": cluster}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
@@ -110,7 +125,9 @@ def test_from_the_hub_to_the_hub(tmp_path: Path, here: HubServer, source: Path, 
     commands.finish(process).fine()
     with_ray = here.repository("me/model-df11")
     commits = list(with_ray.history("main"))[::-1][1:5]
-    assert [set(commit.paths) - {FILE_NAME} for commit in commits] == [{f"model-{number:05}-of-00004.df11"} for number in (1, 2, 3, 4)]
+    assert [set(commit.paths) - {FILE_NAME} for commit in commits] == [
+        {f"model-{number:05}-of-00004.df11"} for number in (1, 2, 3, 4)
+    ]
     env = {**commands.environment(), **here.environment(tmp_path / "home")}
     commands.run_process("job", "run", write_job(tmp_path, "hf://lab/model", "hf://me/plain"), env=env).fine()
     mine, theirs = here.repository("me/plain").hashes(), with_ray.hashes()

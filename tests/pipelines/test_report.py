@@ -29,7 +29,15 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.contents: dict[str, list[str]] = {"script": [], "style": [], "h1": [], "pre": [], "text": [], "desc": [], "code": []}
+        self.contents: dict[str, list[str]] = {
+            "script": [],
+            "style": [],
+            "h1": [],
+            "pre": [],
+            "text": [],
+            "desc": [],
+            "code": [],
+        }
         self.tables: dict[str, list[list[str]]] = {}
         self._open: list[str] = []
         self.feed(text)
@@ -90,7 +98,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
     )
     sources.write(
-        folder / "model" / "vae" / "part.safetensors", [sources.f32("exact", (300, 300), 3, exact=True), sources.f32("rounded", (300, 300), 4)]
+        folder / "model" / "vae" / "part.safetensors",
+        [sources.f32("exact", (300, 300), 3, exact=True), sources.f32("rounded", (300, 300), 4)],
     )
     df11.convert(folder / "model", folder / "model-df11", cast="bf16")
     (folder / "model-df11" / manifests.FILE_NAME).unlink(missing_ok=True)
@@ -189,7 +198,13 @@ def test_one_container(tree: Path):
 def test_files_are_written(tree: Path, tmp_path: Path):
     out = tmp_path / "new" / "folder"
     written = report.write_report(tree / "model-df11", out)
-    assert [path.name for path in written] == ["report.html", "sizes.png", "layers.png", "exponents.png", "outliers.png"]
+    assert [path.name for path in written] == [
+        "report.html",
+        "sizes.png",
+        "layers.png",
+        "exponents.png",
+        "outliers.png",
+    ]
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in written)
     before = sources.tree_bytes(out)
     assert Page(before["report.html"].decode()).contents["h1"] == ["model-df11"]
@@ -205,16 +220,35 @@ def test_page_loads_nothing_and_allows_only_its_own_script_and_style(build):
     text = report.render_report(build(), "title")
     page = Page(text)
     for tag, attributes in page.elements:
-        assert not {"src", "srcset", "style", "action", "poster", "data", "background"} & attributes.keys(), (tag, attributes)
+        assert not {"src", "srcset", "style", "action", "poster", "data", "background"} & attributes.keys(), (
+            tag,
+            attributes,
+        )
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
         for name in ("href", "xlink:href"):
             target = attributes.get(name)
             if target is not None:
-                assert target.startswith("#") or (tag == "a" and target.startswith("https://huggingface.co/")), (tag, target)
-        assert tag not in ("link", "iframe", "img", "image", "base", "object", "embed", "foreignobject", "animate", "set"), tag
+                assert target.startswith("#") or (tag == "a" and target.startswith("https://huggingface.co/")), (
+                    tag,
+                    target,
+                )
+        assert tag not in (
+            "link",
+            "iframe",
+            "img",
+            "image",
+            "base",
+            "object",
+            "embed",
+            "foreignobject",
+            "animate",
+            "set",
+        ), tag
     assert "@import" not in text
     assert set(re.findall(r"url\(([^)]*)\)", text)) <= {f"#{name}" for name in page.attributes("id")}
-    policies = [attributes["content"] or "" for tag, attributes in page.elements if tag == "meta" and "http-equiv" in attributes]
+    policies = [
+        attributes["content"] or "" for tag, attributes in page.elements if tag == "meta" and "http-equiv" in attributes
+    ]
     assert len(policies) == 1
     assert policies[0].startswith("default-src 'none'; ")
     for kind in ("script", "style"):
@@ -230,7 +264,9 @@ def test_identifiers_are_unique_and_found(build):
     assert len(names) == len(set(names))
     for value in page.attributes("href"):
         assert not value.startswith("#") or value[1:] in names
-    for value in [word for attribute in ("aria-labelledby",) for text in page.attributes(attribute) for word in text.split()]:
+    for value in [
+        word for attribute in ("aria-labelledby",) for text in page.attributes(attribute) for word in text.split()
+    ]:
         assert value in names
     pictures = [attributes for tag, attributes in page.elements if tag == "svg"]
     assert len(pictures) == 4
@@ -254,7 +290,9 @@ def test_few_colours_are_enough_for_pictures():
     for plot in plots.plots(made.model()):
         with Image.open(io.BytesIO(plot.png())) as image:
             pixels = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0).astype(int)
-        for role in set(re.findall(r"var\(--([a-z0-9]+)\)", plot.svg())) - {"grid"}:  # Its lines are thinner than a pixel.
+        for role in set(re.findall(r"var\(--([a-z0-9]+)\)", plot.svg())) - {
+            "grid"
+        }:  # Its lines are thinner than a pixel.
             wanted = [int(canvas.LIGHT[role][index : index + 2], 16) for index in (1, 3, 5)]
             assert np.abs(pixels - wanted).max(axis=1).min() <= 4, (plot.name, role)
 
@@ -284,13 +322,17 @@ def test_strange_names_are_text():
     assert any("$x$" in text for text in page.contents["text"])  # As it is, not as a formula.
     source = next(row for row in page.elements if row[0] == "dd")
     assert source is not None
-    assert not [attributes for tag, attributes in page.elements if tag == "a" and "huggingface" in (attributes["href"] or "")]  # No such repository.
+    assert not [
+        attributes for tag, attributes in page.elements if tag == "a" and "huggingface" in (attributes["href"] or "")
+    ]  # No such repository.
 
 
 @pytest.mark.parametrize("name", made.EVIL_NAMES)
 def test_strange_names_are_drawn(name):
     """As a file, a stack, a kind of matrix, a matrix of its own and an outlier: none makes matplotlib warn, which would be an error here."""
-    rows = [made.tensor("a/b.df11", f"w{index}", (300, 300)) for index in range(9)] + [made.tensor("a/b.df11", name, (600, 600), bits=14.0)]
+    rows = [made.tensor("a/b.df11", f"w{index}", (300, 300)) for index in range(9)] + [
+        made.tensor("a/b.df11", name, (600, 600), bits=14.0)
+    ]
     rows += [made.tensor(f"{name}.df11/c.df11", f"{name}.{layer}.{name}", (300, 300)) for layer in range(3)]
     manifest = made.manifest(*rows)
     assert len(plots.draw_plots(manifest)) == 4
@@ -312,7 +354,9 @@ def test_machine_settings_do_not_matter():
     import matplotlib
 
     before = plots.draw_plots(made.model())
-    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "text.usetex": True, "axes.facecolor": "red", "svg.fonttype": "path"}):
+    with matplotlib.rc_context(
+        {"font.size": 30, "lines.linewidth": 9, "text.usetex": True, "axes.facecolor": "red", "svg.fonttype": "path"}
+    ):
         assert plots.draw_plots(made.model()) == before
 
 
@@ -332,7 +376,11 @@ def test_pictures(build):
 
 def test_2000_tensors_fit():
     rows = [
-        made.tensor(f"part/model-{index // 250:05}-of-00008.df11", f"model.layers.{index // 20}.{'n' * 280}.{index % 20}.weight", (256, 257))
+        made.tensor(
+            f"part/model-{index // 250:05}-of-00008.df11",
+            f"model.layers.{index // 20}.{'n' * 280}.{index % 20}.weight",
+            (256, 257),
+        )
         for index in range(2000)
     ]
     text = report.render_report(made.manifest(*rows), "large")
@@ -373,7 +421,9 @@ def test_little_to_show(rows, names):
 def test_only_zeros():
     zeros = np.zeros(256, np.int64)
     zeros[0] = 90_000
-    row = dataclasses.replace(made.tensor("a.df11", "w", (300, 300)), exponent_counts=manifests.ExponentCounts.of(zeros), exponent_entropy=0.0)
+    row = dataclasses.replace(
+        made.tensor("a.df11", "w", (300, 300)), exponent_counts=manifests.ExponentCounts.of(zeros), exponent_entropy=0.0
+    )
     page = render(made.manifest(row))
     assert page.tables["Exponents by part"][1][1:4] == ["100.0 %", "1", "-127 (100.0 %)"]
     assert page.tables["Exponents by part"][1][5:] == ["1", "0"]
@@ -429,12 +479,18 @@ def test_outlier():
 
 def test_small_and_usual_tensors_are_no_outliers():
     rows = [made.tensor("a.df11", f"w{index}", (300, 300), bits=10.7 + 0.02 * (index % 2)) for index in range(9)]
-    rows += [made.tensor("a.df11", "small", (100, 100), bits=14.0), made.tensor("a.df11", "near", (300, 300), bits=10.9)]
+    rows += [
+        made.tensor("a.df11", "small", (100, 100), bits=14.0),
+        made.tensor("a.df11", "near", (300, 300), bits=10.9),
+    ]
     assert summary.outliers(made.manifest(*rows)).tensors == []
 
 
 def test_exponents_and_quartiles():
-    first, second = made.tensor("a/x.df11", "w", (300, 300), center=120), made.tensor("b/x.df11", "w", (400, 400), center=125)
+    first, second = (
+        made.tensor("a/x.df11", "w", (300, 300), center=120),
+        made.tensor("b/x.df11", "w", (400, 400), center=125),
+    )
     rows = render(made.manifest(first, second)).tables["Exponents by part"][1:]
     assert [row[0] for row in rows] == ["a", "b", "all"]
     for row, center, elements in ((rows[0], 120, 90_000), (rows[1], 125, 160_000)):
@@ -477,7 +533,9 @@ def test_names_in_words():
 
 def test_checksum_list_leaves_out_names_that_sha256sum_spells_otherwise():
     rows = [made.tensor(name, "w", (3, 3)) for name in ("fine name.df11", "new\nline.df11", "back\\slash.df11")]
-    assert [line.split("  ")[1] for line in summary.checksum_list(made.manifest(*rows)).splitlines()] == ["fine name.safetensors"]
+    assert [line.split("  ")[1] for line in summary.checksum_list(made.manifest(*rows)).splitlines()] == [
+        "fine name.safetensors"
+    ]
 
 
 # What cannot be
@@ -525,7 +583,10 @@ def test_entropy_that_is_missing_gives_no_floor():
     row = dataclasses.replace(made.tensor("a.df11", "w", (30, 30)), exponent_entropy=None)
     assert summary.total(made.manifest(row)).floor_bits is None
     assert render(made.manifest(row)).tables["Sizes by part"][1][10] == "-"
-    assert math.isclose(summary.floor_bits([made.tensor("a.df11", "w", (30, 30))]), 8 + made.tensor("a.df11", "w", (30, 30)).exponent_entropy)
+    assert math.isclose(
+        summary.floor_bits([made.tensor("a.df11", "w", (30, 30))]),
+        8 + made.tensor("a.df11", "w", (30, 30)).exponent_entropy,
+    )
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -536,7 +597,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     names = ["report.html", *(f"{name}.png" for name in plots.NAMES), "card.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     assert "card.md" in capsys.readouterr().out
-    assert Page((tmp_path / "report.html").read_text()).contents["h1"] == ["Synthetic stand-in of the shape of OmniGen2, scale 0.0005"]
+    assert Page((tmp_path / "report.html").read_text()).contents["h1"] == [
+        "Synthetic stand-in of the shape of OmniGen2, scale 0.0005"
+    ]
     card = (tmp_path / "card.md").read_text()
     assert "**These are not OmniGen2's weights.**" in card
     assert "load_pipeline(" in card

@@ -149,7 +149,9 @@ def test_every_product_sees_its_weight(seed: int, switching: bool) -> None:
 @pytest.mark.parametrize("broken", range(5))
 def test_each_event_is_needed(broken: int) -> None:
     # Two of each buffer, and one more; without any of them something goes wrong in some order.
-    assert any(drive(Streams(seed, broken), seed, switching=switching) for seed in range(200) for switching in (False, True))
+    assert any(
+        drive(Streams(seed, broken), seed, switching=switching) for seed in range(200) for switching in (False, True)
+    )
 
 
 def test_an_order_that_is_kept_is_learnt() -> None:

@@ -44,7 +44,9 @@ class manual_cast:  # noqa: N801 - ComfyUI's name
             weight = self.weight.to(input.device, input.dtype)
             for function in self.weight_function:
                 weight = function(weight)
-            return nn.functional.linear(input, weight, None if self.bias is None else self.bias.to(input.device, input.dtype))
+            return nn.functional.linear(
+                input, weight, None if self.bias is None else self.bias.to(input.device, input.dtype)
+            )
 
         def forward(self, *args):
             return self.forward_comfy_cast_weights(*args)
@@ -84,7 +86,9 @@ class Patcher:
                 module.weight_function = [patch]
                 continue
             self.backup[name] = module.weight.to(device=CPU, copy=False)
-            module.weight = nn.Parameter(patch(module.weight.to(torch.float32, copy=True)).to(module.weight.dtype), requires_grad=False)
+            module.weight = nn.Parameter(
+                patch(module.weight.to(torch.float32, copy=True)).to(module.weight.dtype), requires_grad=False
+            )
         self.model.to(self.load_device)
 
     def unload(self) -> None:
@@ -96,7 +100,9 @@ class Patcher:
         self.backup.clear()
 
 
-def load_state_dict(sd: dict[str, torch.Tensor], model_options: dict[str, Any], disable_dynamic: bool) -> Patcher | None:
+def load_state_dict(
+    sd: dict[str, torch.Tensor], model_options: dict[str, Any], disable_dynamic: bool
+) -> Patcher | None:
     assert disable_dynamic
     if "up.weight" not in sd:
         return None
@@ -119,7 +125,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("diffusion_models")
     FOLDERS["diffusion_models"] = ([str(folder)], {".safetensors"})
     torch.manual_seed(0)
-    values = {name: (0.05 * torch.randn(value.shape)).to(torch.bfloat16) for name, value in Diffusion(manual_cast).state_dict().items()}
+    values = {
+        name: (0.05 * torch.randn(value.shape)).to(torch.bfloat16)
+        for name, value in Diffusion(manual_cast).state_dict().items()
+    }
     fused = values.pop("fused.weight")
     values |= {"first.weight": fused[:256].clone(), "second.weight": fused[256:].clone()}
     for name, tensors in (("model", values), ("other", {"weight": torch.zeros(2)})):
@@ -176,7 +185,9 @@ def weight(patcher: Patcher) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def original(models: Path) -> Patcher:
-    loaded = load_state_dict(df11.runtime.load_file(models / "model.df11", "cpu"), {"custom_operations": manual_cast}, True)
+    loaded = load_state_dict(
+        df11.runtime.load_file(models / "model.df11", "cpu"), {"custom_operations": manual_cast}, True
+    )
     assert loaded is not None
     return loaded
 
@@ -205,7 +216,10 @@ def test_outputs_are_the_same(node: Any, original: Patcher, mode: Callable[[], A
         original.model.convolution.to(dtype)
         assert torch.equal(patcher.model(X.to(dtype)), original.model(X.to(dtype)))
         original.model.convolution.to(torch.bfloat16)
-    assert compressed(patcher) == ["up.weight", "down.weight"]  # Others are small, no linear layer, or made of two as they are loaded.
+    assert compressed(patcher) == [
+        "up.weight",
+        "down.weight",
+    ]  # Others are small, no linear layer, or made of two as they are loaded.
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -258,7 +272,14 @@ def test_a_weight_is_the_tensor_that_it_decodes_to(node: Any, original: Patcher,
 
 def test_it_moves_and_is_copied_as_a_record(patcher: Patcher, weight: torch.Tensor) -> None:
     kind = type(weight)
-    for copied in (weight.detach(), weight.clone(), copy.deepcopy(weight), weight.to(CPU, copy=True), weight.to(torch.bfloat16), weight.data):
+    for copied in (
+        weight.detach(),
+        weight.clone(),
+        copy.deepcopy(weight),
+        weight.to(CPU, copy=True),
+        weight.to(torch.bfloat16),
+        weight.data,
+    ):
         assert isinstance(copied, kind)
         assert torch.equal(copied.compressed.record, weight.compressed.record)
     record = weight.compressed.record
@@ -294,7 +315,9 @@ def test_an_unknown_model_is_refused(node: Any) -> None:
         node.load("other.df11")
 
 
-def test_an_older_comfyui_has_no_dynamic_loading(package: ModuleType, node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_comfyui_has_no_dynamic_loading(
+    package: ModuleType, node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert package
     given: list[Any] = []
 

@@ -137,12 +137,20 @@ extern "C" __global__ void copy(const uint4* in, uint4* out, unsigned n) {
 
 
 @ON_ALL
-@pytest.mark.parametrize(("stores", "store"), [(1, "#define STORE(p, v) *(p) = (v)"), (3, "#define STORE(p, v) __stcs(p, v)")])
+@pytest.mark.parametrize(
+    ("stores", "store"), [(1, "#define STORE(p, v) *(p) = (v)"), (3, "#define STORE(p, v) __stcs(p, v)")]
+)
 def test_the_inner_loop_is_found_and_counted(architecture, stores, store):
     toys = compile_toys(f"{store}\n{LOOPS.replace('STORES', str(stores))}", architecture)
     loop = toys["decode"].loop
     assert loop is not None
-    assert (loop.wide_stores, loop.global_stores, loop.shared_loads, loop.global_loads, loop.calls) == (stores, stores, 4 * stores, 1, 0)
+    assert (loop.wide_stores, loop.global_stores, loop.shared_loads, loop.global_loads, loop.calls) == (
+        stores,
+        stores,
+        4 * stores,
+        1,
+        0,
+    )
     # A look-up is at least a mask, a load, a shift and an exclusive or, the last two in one or two instructions.
     assert 3 * 4 * stores < loop.instructions < 8 * 4 * stores + 20
     assert loop.instructions_per_weight == loop.instructions / (8 * stores)
@@ -152,7 +160,10 @@ def test_the_inner_loop_is_found_and_counted(architecture, stores, store):
 
 def listing(*lines: str) -> str:
     """As from nvdisasm: labels end with a colon."""
-    code = "".join(line + "\n" if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;\n" for i, line in enumerate(lines))
+    code = "".join(
+        line + "\n" if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;\n"
+        for i, line in enumerate(lines)
+    )
     return f'\t.section\t.text.toy,"ax",@progbits\n\t.align\t128\ntoy:\n{code}'
 
 
@@ -161,21 +172,44 @@ ROUND = ["LDS R4, [R5]", "STG.E.128 desc[UR4][R2.64], R4"]
 
 def test_rare_code_behind_the_function_belongs_to_the_loop():
     text = listing(
-        *("S2R R0, SR_TID.X", ".L_1:", *ROUND, "@P1 BRA `(.L_3)", ".L_2:", "IADD3 R2, R2, 0x1, RZ", "@!P0 BRA `(.L_1)", "EXIT"),
+        *(
+            "S2R R0, SR_TID.X",
+            ".L_1:",
+            *ROUND,
+            "@P1 BRA `(.L_3)",
+            ".L_2:",
+            "IADD3 R2, R2, 0x1, RZ",
+            "@!P0 BRA `(.L_1)",
+            "EXIT",
+        ),
         *(".L_3:", "LDG.E R7, [R8.64]", "STG.E [R8.64], R7", "BRA `(.L_2)", ".L_4:", "BRA `(.L_4)", "NOP", "NOP"),
     )
     function = cubins.parse(text)["toy"]
     assert [len(body) for body in function.loops()] == [8]
     loop = function.hot_loop()
     assert loop is not None
-    assert (loop.instructions, loop.shared_loads, loop.global_loads, loop.global_stores, loop.wide_stores) == (8, 1, 1, 2, 1)
+    assert (loop.instructions, loop.shared_loads, loop.global_loads, loop.global_stores, loop.wide_stores) == (
+        8,
+        1,
+        1,
+        2,
+        1,
+    )
     assert loop.instructions_per_weight == 8 / 8
     assert "LDG.E R7, [R8.64]" in [line.strip() for line in loop.listing]
 
 
 def test_the_detour_of_lanes_that_came_apart_does_not_belong_to_the_loop():
     text = listing(
-        *(".L_1:", *ROUND, "BRA.DIV UR4, `(.L_3)", "SHFL.IDX PT, R1, R2, R3, R4", ".L_2:", "BRA.U UP0, `(.L_1)", "EXIT"),
+        *(
+            ".L_1:",
+            *ROUND,
+            "BRA.DIV UR4, `(.L_3)",
+            "SHFL.IDX PT, R1, R2, R3, R4",
+            ".L_2:",
+            "BRA.U UP0, `(.L_1)",
+            "EXIT",
+        ),
         *(".L_3:", "WARPSYNC.COLLECTIVE R6, `(.L_4)", ".L_4:", "SHFL.IDX PT, R1, R2, R3, R4", "BRA `(.L_2)"),
     )
     assert [len(body) for body in cubins.parse(text)["toy"].loops()] == [5]
@@ -183,7 +217,19 @@ def test_the_detour_of_lanes_that_came_apart_does_not_belong_to_the_loop():
 
 def test_of_nested_loops_the_inner_one_counts_and_of_others_the_one_that_stores_most():
     inner = [".L_2:", *ROUND, "@P0 BRA `(.L_2)"]
-    text = listing(".L_1:", "NOP", *inner, *ROUND, *ROUND, "@P1 BRA `(.L_1)", ".L_3:", *ROUND, ROUND[1], "@P2 BRA P3, `(.L_3)", "EXIT")
+    text = listing(
+        ".L_1:",
+        "NOP",
+        *inner,
+        *ROUND,
+        *ROUND,
+        "@P1 BRA `(.L_1)",
+        ".L_3:",
+        *ROUND,
+        ROUND[1],
+        "@P2 BRA P3, `(.L_3)",
+        "EXIT",
+    )
     function = cubins.parse(text)["toy"]
     assert sorted(len(body) for body in function.loops()) == [3, 4, 9]
     loop = function.hot_loop()
@@ -203,8 +249,19 @@ def test_what_is_not_understood_is_an_error():
 @pytest.mark.parametrize(
     ("architecture", "registers", "shared_bytes", "threads", "blocks"),
     [
-        *(("80", 8, 3333, 96, 21), ("90", 8, 0, 32, 32), ("86", 8, 0, 32, 16), ("89", 8, 0, 32, 24), ("120", 8, 0, 32, 24)),
-        *(("80", 47, 16665, 128, 9), ("86", 47, 16665, 128, 5), ("100", 47, 16665, 128, 10), ("100", 65, 16665, 128, 7)),
+        *(
+            ("80", 8, 3333, 96, 21),
+            ("90", 8, 0, 32, 32),
+            ("86", 8, 0, 32, 16),
+            ("89", 8, 0, 32, 24),
+            ("120", 8, 0, 32, 24),
+        ),
+        *(
+            ("80", 47, 16665, 128, 9),
+            ("86", 47, 16665, 128, 5),
+            ("100", 47, 16665, 128, 10),
+            ("100", 65, 16665, 128, 7),
+        ),
         *(("90", 35, 16665, 544, 2), ("80", 98, 46662, 704, 0), ("89", 113, 3333, 32, 16), ("120", 185, 13332, 64, 4)),
         *(("80", 32, 0, 256, 8), ("86", 32, 0, 256, 6), ("90", 32, 49152, 256, 4), ("120", 32, 49152, 256, 2)),
     ],

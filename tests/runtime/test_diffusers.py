@@ -77,8 +77,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    sizes = {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 256, "intermediate_size": 512}
-    clip = transformers.CLIPTextConfig(**sizes, max_position_embeddings=32, projection_dim=256, bos_token_id=0, eos_token_id=1)
+    sizes = {
+        "vocab_size": 300,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+    }
+    clip = transformers.CLIPTextConfig(
+        **sizes, max_position_embeddings=32, projection_dim=256, bos_token_id=0, eos_token_id=1
+    )
     t5 = transformers.T5Config(vocab_size=300, d_model=256, d_kv=64, d_ff=512, num_layers=2, num_heads=4)
     pipeline = diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
@@ -109,7 +117,13 @@ def transformer(folder: Path, **options: Any) -> Any:
 def image(pipeline: Any) -> torch.Tensor:
     ids = torch.arange(10)[None]
     pooled, prompt = pipeline.text_encoder(ids).pooler_output, pipeline.text_encoder_2(ids)[0]
-    options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    options = {
+        "num_inference_steps": 2,
+        "height": 32,
+        "width": 32,
+        "output_type": "pt",
+        "generator": torch.Generator().manual_seed(0),
+    }
     found: torch.Tensor = pipeline(prompt_embeds=prompt, pooled_prompt_embeds=pooled, **options).images
     return found
 
@@ -145,7 +159,11 @@ def test_a_pipeline(pipeline: Any, expected: torch.Tensor, folders: tuple[Path, 
 def test_a_model(folders: tuple[Path, Path]) -> None:
     latents = torch.randn(1, 4, 8, 8).to(BF16)
     decoded = []
-    for folder, options in ((folders[0] / "vae", {}), (folders[1] / "vae", {}), (folders[1], {"subfolder": "vae", "device_map": "cpu"})):
+    for folder, options in (
+        (folders[0] / "vae", {}),
+        (folders[1] / "vae", {}),
+        (folders[1], {"subfolder": "vae", "device_map": "cpu"}),
+    ):
         vae = diffusers.AutoencoderKL.from_pretrained(folder, dtype=BF16, **options)
         with torch.no_grad():
             decoded.append(vae.decode(latents).sample)
@@ -157,7 +175,8 @@ def test_a_model(folders: tuple[Path, Path]) -> None:
 def test_dtypes(folders: tuple[Path, Path], pipeline: Any, expected: torch.Tensor) -> None:
     for options in ({}, {"dtype": torch.float16}):  # {} is F32.
         with pytest.raises(
-            MismatchError, match=r"model\.df11: \d+ compressed tensors are BF16 and cannot be loaded as torch\.float.*pass dtype=torch\.bfl"
+            MismatchError,
+            match=r"model\.df11: \d+ compressed tensors are BF16 and cannot be loaded as torch\.float.*pass dtype=torch\.bfl",
         ):
             diffusers.AutoencoderKL.from_pretrained(folders[1] / "vae", **options)
     with pytest.raises(FrozenWeightError, match="stay BF16"):
@@ -166,17 +185,24 @@ def test_dtypes(folders: tuple[Path, Path], pipeline: Any, expected: torch.Tenso
 
 
 @pytest.mark.parametrize("options", [{"max_shard_size": "1MB"}, {"variant": "x"}], ids=["shards", "variant"])
-def test_shards_and_variants(options: dict[str, str], folders: tuple[Path, Path], pipeline: Any, expected: torch.Tensor, tmp_path: Path) -> None:
+def test_shards_and_variants(
+    options: dict[str, str], folders: tuple[Path, Path], pipeline: Any, expected: torch.Tensor, tmp_path: Path
+) -> None:
     transformer(folders[0]).save_pretrained(tmp_path / "plain" / "transformer", **options)
     df11.convert(tmp_path / "plain", tmp_path / "converted")
-    assert any((tmp_path / "converted" / "transformer" / name).is_file() for name in (f"{NAME}.df11.index.json", f"{NAME}.x.df11"))
+    assert any(
+        (tmp_path / "converted" / "transformer" / name).is_file()
+        for name in (f"{NAME}.df11.index.json", f"{NAME}.x.df11")
+    )
     pipeline.transformer = transformer(tmp_path / "converted", variant=options.get("variant"))
     assert torch.equal(image(pipeline), expected)
     pipeline.transformer.save_pretrained(tmp_path / "saved" / "transformer", **options)
     assert weights(tmp_path / "saved") == weights(tmp_path / "plain")
 
 
-def test_a_repository(folders: tuple[Path, Path], expected: torch.Tensor, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository(
+    folders: tuple[Path, Path], expected: torch.Tensor, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As the Hub's client leaves it in its cache.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     revision = "0123456789abcdef0123456789abcdef01234567"
@@ -193,7 +219,9 @@ def test_a_repository(folders: tuple[Path, Path], expected: torch.Tensor, pipeli
     pipeline.transformer = found
     assert torch.equal(image(pipeline), expected)
     with pytest.raises(OSError):
-        diffusers.FluxTransformer2DModel.from_pretrained("me/other", subfolder="transformer", cache_dir=tmp_path, local_files_only=True)
+        diffusers.FluxTransformer2DModel.from_pretrained(
+            "me/other", subfolder="transformer", cache_dir=tmp_path, local_files_only=True
+        )
 
 
 # What does not fit.
@@ -204,7 +232,10 @@ def test_a_repository(folders: tuple[Path, Path], expected: torch.Tensor, pipeli
     [
         ({"num_layers": 2}, r"not in the container: transformer_blocks\.1\..* and \d+ more"),
         ({"num_single_layers": 0}, r"not in the model: single_transformer_blocks\.0\."),
-        ({"joint_attention_dim": 128}, r"other shapes: context_embedder\.weight \(256, 256\) in the container, \(256, 128\) in the model"),
+        (
+            {"joint_attention_dim": 128},
+            r"other shapes: context_embedder\.weight \(256, 256\) in the container, \(256, 128\) in the model",
+        ),
     ],
 )
 def test_mismatches_are_errors(change: dict[str, int], message: str, folders: tuple[Path, Path]) -> None:
@@ -236,7 +267,9 @@ def group(how: str, **options: Any) -> Callable[[Any, Path], None]:
         if how == "disk":
             options.update(offload_to_disk_path=str(folder))
         for name in ("transformer",) if how == "disk" else ("transformer", "vae", "text_encoder_2"):
-            diffusers.hooks.apply_group_offloading(getattr(pipeline, name), onload_device=CPU, offload_device=CPU, **options)
+            diffusers.hooks.apply_group_offloading(
+                getattr(pipeline, name), onload_device=CPU, offload_device=CPU, **options
+            )
 
     return apply
 
@@ -247,7 +280,9 @@ OFFLOADS: dict[str, Callable[[Any, Path], Any]] = {
     "groups, disk": group("disk", offload_type="leaf_level"),
     "models": lambda pipeline, _: pipeline.enable_model_cpu_offload(device="cpu"),
     "accelerate, cpu": lambda pipeline, _: accelerate.cpu_offload(pipeline.transformer, execution_device=CPU),
-    "accelerate, disk": lambda pipeline, folder: accelerate.disk_offload(pipeline.transformer, folder, execution_device=CPU),
+    "accelerate, disk": lambda pipeline, folder: accelerate.disk_offload(
+        pipeline.transformer, folder, execution_device=CPU
+    ),
     "tiling": lambda pipeline, _: pipeline.vae.enable_tiling(),
 }
 
@@ -260,14 +295,22 @@ def test_offloading(name: str, pipeline: Any, expected: torch.Tensor, tmp_path: 
 
 
 @pytest.mark.parametrize("where", ["cpu", "auto", "disk", "split"])
-def test_device_maps(where: str, folders: tuple[Path, Path], pipeline: Any, expected: torch.Tensor, tmp_path: Path) -> None:
-    parts = {name: "disk" if name == "single_transformer_blocks" else "cpu" for name, _ in pipeline.transformer.named_children()}
+def test_device_maps(
+    where: str, folders: tuple[Path, Path], pipeline: Any, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    parts = {
+        name: "disk" if name == "single_transformer_blocks" else "cpu"
+        for name, _ in pipeline.transformer.named_children()
+    }
     device_map = {"disk": {"": "disk"}, "split": parts}.get(where, where)
     pipeline.transformer = transformer(folders[1], device_map=device_map, offload_folder=str(tmp_path))
     assert torch.equal(image(pipeline), expected)
     on_disk = where in ("disk", "split")
     assert any(parameter.is_meta for parameter in pipeline.transformer.parameters()) == on_disk
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 0.05 * (folders[1] / "transformer" / f"{NAME}.df11").stat().st_size
+    assert (
+        sum(path.stat().st_size for path in tmp_path.iterdir())
+        < 0.05 * (folders[1] / "transformer" / f"{NAME}.df11").stat().st_size
+    )
 
 
 # LoRA and saving.
@@ -278,8 +321,12 @@ def test_lora(folders: tuple[Path, Path], pipeline: Any, expected: torch.Tensor,
     for number in (1, 2):
         torch.manual_seed(number)
         adapted = transformer(folders[0])
-        adapted.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "to_out.0", "proj_out", "proj_mlp"], init_lora_weights=False))
-        layers = {name: 0.1 * torch.randn_like(value) for name, value in peft.get_peft_model_state_dict(adapted).items()}
+        adapted.add_adapter(
+            peft.LoraConfig(r=4, target_modules=["to_q", "to_out.0", "proj_out", "proj_mlp"], init_lora_weights=False)
+        )
+        layers = {
+            name: 0.1 * torch.randn_like(value) for name, value in peft.get_peft_model_state_dict(adapted).items()
+        }
         diffusers.FluxPipeline.save_lora_weights(tmp_path / str(number), transformer_lora_layers=layers)
         images = []
         for one in (pipeline, plain):
@@ -298,7 +345,9 @@ def test_lora(folders: tuple[Path, Path], pipeline: Any, expected: torch.Tensor,
     assert torch.equal(image(pipeline), expected)
 
 
-def test_saving_gives_the_original_checkpoint(pipeline: Any, folders: tuple[Path, Path], expected: torch.Tensor, tmp_path: Path) -> None:
+def test_saving_gives_the_original_checkpoint(
+    pipeline: Any, folders: tuple[Path, Path], expected: torch.Tensor, tmp_path: Path
+) -> None:
     pipeline.save_pretrained(tmp_path / "saved")
     assert weights(tmp_path / "saved") == weights(folders[0])
     assert torch.equal(image(load(tmp_path / "saved")), expected)

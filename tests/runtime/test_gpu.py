@@ -27,7 +27,9 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "A GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(name="A GPU", multi_processor_count=132))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(name="A GPU", multi_processor_count=132)
+    )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(gpu, "_gpus", {})
     monkeypatch.setattr(gpu, "_is_installed", lambda name: name == "cupy-cuda12x")
@@ -120,12 +122,17 @@ def test_first_use_within_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
     with (
-        pytest.raises(errors.BudgetError, match=r"too little memory on cuda:0 \(expected 5,000 bytes, found 1,000 free\)"),
+        pytest.raises(
+            errors.BudgetError, match=r"too little memory on cuda:0 \(expected 5,000 bytes, found 1,000 free\)"
+        ),
         gpu.enough_memory(CUDA, 5000),
     ):
         raise torch.OutOfMemoryError
     assert errors.BudgetError.exit_code == 6
-    with pytest.raises(errors.BudgetError, match="too little memory on cpu"), gpu.enough_memory(torch.device("cpu"), 1 << 60):
+    with (
+        pytest.raises(errors.BudgetError, match="too little memory on cpu"),
+        gpu.enough_memory(torch.device("cpu"), 1 << 60),
+    ):
         torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="something else"), gpu.enough_memory(CUDA, 1):
         raise RuntimeError("something else")
@@ -162,7 +169,9 @@ def test_each_tile_has_its_block() -> None:
                     segment * segment_tiles + tile
                     for block in range(blocks)
                     for segment in [first // elements + block // blocks_per_segment]
-                    for tile in range(block % blocks_per_segment * tiles, min((block % blocks_per_segment + 1) * tiles, segment_tiles))
+                    for tile in range(
+                        block % blocks_per_segment * tiles, min((block % blocks_per_segment + 1) * tiles, segment_tiles)
+                    )
                 ]
                 assert len(covered) == len(set(covered))
                 assert set(range(first // 8192, (last - 1) // 8192 + 1)) <= set(covered)

@@ -68,7 +68,11 @@ def test_a_machine_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_weights_have_the_entropy_that_is_claimed() -> None:
-    for make, low, high in ((weights.gaussian, 10.6, 10.7), (weights.spread, 11.5, 11.9), (weights.random_bits, 16, 16.1)):
+    for make, low, high in (
+        (weights.gaussian, 10.6, 10.7),
+        (weights.spread, 11.5, 11.9),
+        (weights.random_bits, 16, 16.1),
+    ):
         original = make(1 << 20, 1, "cpu")
         assert low <= 8 * weights.compress(original).record.numel() / original.numel() <= high
     assert sum(rows * columns for rows, columns in weights.block_shapes().values()) == 104_670_720

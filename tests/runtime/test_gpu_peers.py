@@ -119,7 +119,13 @@ def test_gaussian_weights_of_odd_sizes(n: int) -> None:
     weights = strategies.make("gaussian", n, n)
     encoded = encode(weights)
     assert np.array_equal(decode_slowly(encoded), weights)
-    assert encoded.luts.dtype == encoded.encoded_exponent.dtype == encoded.sign_mantissa.dtype == encoded.gaps.dtype == np.uint8
+    assert (
+        encoded.luts.dtype
+        == encoded.encoded_exponent.dtype
+        == encoded.sign_mantissa.dtype
+        == encoded.gaps.dtype
+        == np.uint8
+    )
     assert encoded.output_positions.dtype == np.uint32
     assert encoded.luts.shape[1] == 256
     assert len(encoded.gaps) == 320 * encoded.blocks
@@ -156,7 +162,12 @@ def with_bits(total: int, last_bits: int) -> Weights:
     bits = sum(code[int(exponent)][0] for exponent in rare)
     assert code[100][0] == 1
     exponents = np.concatenate([rest, np.full(total - bits, 100), [last]])
-    assert dfloat11_peer.choose_code(dict(zip(*map(np.ndarray.tolist, np.unique(exponents, return_counts=True)), strict=True)))[last][0] == last_bits
+    assert (
+        dfloat11_peer.choose_code(
+            dict(zip(*map(np.ndarray.tolist, np.unique(exponents, return_counts=True)), strict=True))
+        )[last][0]
+        == last_bits
+    )
     return (exponents << 7 | np.arange(len(exponents)) % 128).astype(np.uint16)
 
 

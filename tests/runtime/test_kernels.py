@@ -31,7 +31,9 @@ BATCHES, BATCH = 10, 1000
 def constant(name: str) -> int:
     found = re.search(rf"constexpr u32 {name} = (.*?);", SOURCE)
     assert found, name
-    return int(eval(found[1], {n: constant(n) for n in re.findall(r"\b[A-Z][A-Z_]+\b", found[1])}))  # arithmetic with other constants
+    return int(
+        eval(found[1], {n: constant(n) for n in re.findall(r"\b[A-Z][A-Z_]+\b", found[1])})
+    )  # arithmetic with other constants
 
 
 def whole(record: Bytes, weights: Weights, segment_elements: int) -> Part:
@@ -50,19 +52,36 @@ def golden_records() -> Iterator[tuple[str, Bytes, Weights, int]]:
             for name in container.keys():
                 if container.info(name).encoding == "df11":
                     record = container.record(name)
-                    yield f"{path.stem}/{name}", record.read_whole(), container.tensor(name).reshape(-1), record.segment_elements
+                    yield (
+                        f"{path.stem}/{name}",
+                        record.read_whole(),
+                        container.tensor(name).reshape(-1),
+                        record.segment_elements,
+                    )
 
 
 # What the host and the device must agree on.
 
 
 def test_constants_are_those_of_the_format() -> None:
-    assert (constant("LANES"), constant("TILE_WEIGHTS"), constant("CODE_LIMIT")) == (layout.LANES, layout.TILE_WEIGHTS, layout.CODE_LIMIT)
+    assert (constant("LANES"), constant("TILE_WEIGHTS"), constant("CODE_LIMIT")) == (
+        layout.LANES,
+        layout.TILE_WEIGHTS,
+        layout.CODE_LIMIT,
+    )
     assert (constant("CHUNK_WEIGHTS"), constant("STREAM_END")) == (layout.CHUNK_WEIGHTS, layout.STREAM_END)
     sizes = (layout.RECORD_HEADER.size, layout.DIRECTORY_ENTRY.size, layout.SEGMENT_HEADER.size)
-    assert (constant("RECORD_HEADER_BYTES"), constant("DIRECTORY_ENTRY_BYTES"), constant("SEGMENT_HEADER_BYTES")) == sizes
+    assert (
+        constant("RECORD_HEADER_BYTES"),
+        constant("DIRECTORY_ENTRY_BYTES"),
+        constant("SEGMENT_HEADER_BYTES"),
+    ) == sizes
     assert constant("MOST_RANGES") == kernels.MOST_RANGES
-    assert {DECODE: constant("WIDE_THREADS"), DECODE_SMALL: constant("SMALL_THREADS"), GATHER_ROWS: constant("SMALL_THREADS")} == kernels.THREADS
+    assert {
+        DECODE: constant("WIDE_THREADS"),
+        DECODE_SMALL: constant("SMALL_THREADS"),
+        GATHER_ROWS: constant("SMALL_THREADS"),
+    } == kernels.THREADS
     assert kernels.DAMAGE.keys() == {int(value) for value in re.findall(r"constexpr u32 BAD_\w+ = (\d+);", SOURCE)}
     assert set(kernels.THREADS) == set(re.findall(r"\n    (df11_\w+)\(", SOURCE))
 
@@ -82,7 +101,10 @@ def test_a_stage_holds_what_can_be_read_from_it() -> None:
 def test_golden_vectors(kernel: str) -> None:
     vectors = list(golden_records())
     assert len(vectors) > 30
-    launches = [cases.decode_case([whole(record, weights, s)], kernel=kernel, seed=i) for i, (_, record, weights, s) in enumerate(vectors)]
+    launches = [
+        cases.decode_case([whole(record, weights, s)], kernel=kernel, seed=i)
+        for i, (_, record, weights, s) in enumerate(vectors)
+    ]
     for (name, _, weights, _), outcome in zip(vectors, cases.run(launches), strict=True):
         assert outcome.status == 0, name
         np.testing.assert_array_equal(outcome.weights[0], weights, name)
@@ -99,7 +121,9 @@ def test_generated_records(batch: int) -> None:
         aligned = np.zeros(len(record) + 16, np.uint8)
         aligned = aligned[-aligned.ctypes.data % 16 :][: len(record)]
         aligned[:] = record
-        Cpu().decode([Range(aligned.ctypes.data, len(record), len(weights), segment_elements, 0, len(weights), out.ctypes.data)])
+        Cpu().decode(
+            [Range(aligned.ctypes.data, len(record), len(weights), segment_elements, 0, len(weights), out.ctypes.data)]
+        )
         np.testing.assert_array_equal(out, weights)
         part = whole(record, weights, segment_elements)
         launches.append(cases.decode_case([part], kernel=(DECODE, DECODE_SMALL)[i % 2], tiles=8 + 8 * (i % 3), seed=i))
@@ -109,7 +133,9 @@ def test_generated_records(batch: int) -> None:
 
 @BOTH
 def test_tiles_too_large_for_the_stage(kernel: str) -> None:
-    weights = strategies.make("random_bits", 3 * 8192, 1) & 0x87FF | 0x3000  # 16 exponents, equally frequent: 4 bits each
+    weights = (
+        strategies.make("random_bits", 3 * 8192, 1) & 0x87FF | 0x3000
+    )  # 16 exponents, equally frequent: 4 bits each
     record = records.encode(weights)
     stream = layout.SEGMENT_HEADER.unpack(record[80:112].tobytes())
     assert (stream["segment_size"] - stream["stream_offset"]) / 3 > constant("STAGE_TILE")
@@ -123,7 +149,9 @@ def test_several_tiles_a_warp(kernel: str) -> None:
     weights[8192 * 9 : 8192 * 12] = strategies.make("random_bits", 3 * 8192, 1) & 0x87FF | 0x3000
     record = records.encode(weights)
     launches = [
-        cases.decode_case([whole(record, weights, 1 << 21)], kernel=kernel, tiles=tiles, seed=seed) for tiles in (32, 41, 64) for seed in range(4)
+        cases.decode_case([whole(record, weights, 1 << 21)], kernel=kernel, tiles=tiles, seed=seed)
+        for tiles in (32, 41, 64)
+        for seed in range(4)
     ]
     for outcome in cases.run(launches):
         assert_decoded(outcome, weights)
@@ -134,7 +162,10 @@ def test_many_records_in_one_launch(kernel: str) -> None:
     made = [records.generate(seed, 9000) for seed in range(kernels.MOST_RANGES)]
     for count in (2, 3, 33, 63, 64):
         parts = [whole(record, weights, s) for weights, s, record in made[:count]]
-        assert_decoded(cases.run([cases.decode_case(parts, kernel=kernel, seed=count)])[0], *(weights for weights, _, _ in made[:count]))
+        assert_decoded(
+            cases.run([cases.decode_case(parts, kernel=kernel, seed=count)])[0],
+            *(weights for weights, _, _ in made[:count]),
+        )
 
 
 @BOTH
@@ -162,7 +193,9 @@ def test_rows() -> None:
     launches, expected = [], []
     for seed in range(200):
         rows, columns = int(rng.integers(1, 40)), int(rng.choice([1, 3, 8, 320, 2520]))
-        weights = strategies.make(str(rng.choice(["gaussian", "rare", "random_bits", "unequal_lanes"])), rows * columns, seed)
+        weights = strategies.make(
+            str(rng.choice(["gaussian", "rare", "random_bits", "unequal_lanes"])), rows * columns, seed
+        )
         segment_elements = int(rng.choice([8192, 3 * 8192, 1 << 21]))
         ids = rng.integers(0, rows, int(rng.integers(1, 9)))
         part = whole(records.encode(weights, segment_elements), weights, segment_elements)
@@ -202,7 +235,8 @@ def damaged(seed: int) -> tuple[Weights, int, Bytes]:
 def test_damaged_records(batch: int) -> None:
     made = [damaged(seed) for seed in range(10**6 + batch * BATCH, 10**6 + (batch + 1) * BATCH)]
     launches = [
-        cases.decode_case([whole(record, weights, s)], kernel=(DECODE, DECODE_SMALL)[i % 2], seed=i) for i, (weights, s, record) in enumerate(made)
+        cases.decode_case([whole(record, weights, s)], kernel=(DECODE, DECODE_SMALL)[i % 2], seed=i)
+        for i, (weights, s, record) in enumerate(made)
     ]
     noticed = wrong = 0
     for (weights, _, _), outcome in zip(made, cases.run(launches), strict=True):
@@ -226,7 +260,9 @@ def test_a_directory_that_is_not_there(kernel: str) -> None:
 @BOTH
 def test_code_tables_of_any_bytes(kernel: str) -> None:
     # The largest alphabet there may be: its grid can claim 65,536 codes, of any length.
-    [(_, original, weights, segment_elements)] = [found for found in golden_records() if found[0].startswith("largest_alphabet/")]
+    [(_, original, weights, segment_elements)] = [
+        found for found in golden_records() if found[0].startswith("largest_alphabet/")
+    ]
     header = layout.SEGMENT_HEADER.unpack(original[80:112].tobytes())
     assert header["alphabet_size"] == 256
     grid = slice(80 + 32 + 256, 80 + header["tiles_offset"])
@@ -252,7 +288,11 @@ def test_every_weight_is_written_whatever_the_bytes(monkeypatch: pytest.MonkeyPa
     runs = []
     for unwritten in (0x5A5A, 0xA5A5):
         monkeypatch.setattr(cases, "UNWRITTEN", unwritten)
-        runs.append(cases.run([cases.decode_case([whole(record, weights, s)], seed=i) for i, (weights, s, record) in enumerate(made)]))
+        runs.append(
+            cases.run(
+                [cases.decode_case([whole(record, weights, s)], seed=i) for i, (weights, s, record) in enumerate(made)]
+            )
+        )
     for one, other in zip(*runs, strict=True):
         assert not ((one.weights[0] == 0x5A5A) & (other.weights[0] == 0xA5A5)).any()
 
@@ -269,7 +309,10 @@ def test_files_that_must_fail() -> None:
                     if container.info(name).encoding == "df11" and elements and end > begin:
                         record = np.empty(end - begin, np.uint8)
                         container.read(begin, record)
-                        launches += [cases.decode_case([Part(record, elements, 1 << 21, 0, elements)], kernel=k) for k in (DECODE, DECODE_SMALL)]
+                        launches += [
+                            cases.decode_case([Part(record, elements, 1 << 21, 0, elements)], kernel=k)
+                            for k in (DECODE, DECODE_SMALL)
+                        ]
         except errors.Df11Error:
             continue
     assert len(launches) > 60
@@ -322,7 +365,10 @@ def test_what_is_noticed(what: str, status: int, kernel: str) -> None:
         counts = [int.from_bytes(record[tiles + 8 * t + 6 : tiles + 8 * t + 8].tobytes(), "little") for t in range(8)]
         tile = next(t for t in range(8) if counts[t])
         at = tiles + 8 * tile
-        position, shortest = int.from_bytes(record[at : at + 4].tobytes(), "little"), int.from_bytes(record[at + 4 : at + 6].tobytes(), "little")
+        position, shortest = (
+            int.from_bytes(record[at : at + 4].tobytes(), "little"),
+            int.from_bytes(record[at + 4 : at + 6].tobytes(), "little"),
+        )
         bits = 32 * shortest + int(record[lanes + 32 * tile : lanes + 32 * tile + 32].astype(int).sum())
         exception = 80 + header["stream_offset"] + 16 * position + math.ceil(bits / 32) * 4
         record[exception : exception + 2] = 255

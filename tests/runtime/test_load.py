@@ -127,7 +127,9 @@ def test_pieces_hold_each_byte_once(capacity: int, container: Path) -> None:
                 verbatim[raw.name] += raw.size
         for name in opened.keys():
             info = opened.info(name)
-            assert (weights[name], verbatim[name]) == ((info.elements, 0) if info.encoding == "df11" else (0, info.stored_bytes))
+            assert (weights[name], verbatim[name]) == (
+                (info.elements, 0) if info.encoding == "df11" else (0, info.stored_bytes)
+            )
 
 
 def flipped(path: Path, target: Path, place: int) -> Path:
@@ -138,7 +140,9 @@ def flipped(path: Path, target: Path, place: int) -> Path:
 
 
 @pytest.mark.parametrize("name", ["b.large", "f32"])
-def test_damage_is_found(name: str, container: Path, tmp_path: Path, decoder: Any, tensors: dict[str, torch.Tensor]) -> None:
+def test_damage_is_found(
+    name: str, container: Path, tmp_path: Path, decoder: Any, tensors: dict[str, torch.Tensor]
+) -> None:
     with Container(container) as opened:
         header = opened.size - max(opened.span(other)[1] for other in opened.keys())
         begin, end = opened.span(name)
@@ -146,7 +150,9 @@ def test_damage_is_found(name: str, container: Path, tmp_path: Path, decoder: An
     with pytest.raises(errors.ChecksumError, match=f"bad.df11.*{name}"):
         runtime.load_file(bad, device="cpu") if decoder is operators.decoder_of(CPU) else None
         with Container(bad) as opened:
-            load.load_through_ring(opened, {key: torch.empty_like(tensor) for key, tensor in tensors.items()}, CPU, decoder, 1 << 20)
+            load.load_through_ring(
+                opened, {key: torch.empty_like(tensor) for key, tensor in tensors.items()}, CPU, decoder, 1 << 20
+            )
 
 
 def test_a_file_that_ends_early(container: Path, tmp_path: Path) -> None:
@@ -168,7 +174,11 @@ def test_decoding(decoder: Any, tensors: dict[str, torch.Tensor], container: Pat
         for name in ("a.bf16", "b.large", "all bf16", "zeros", "small.3"):
             if opened.info(name).encoding == "df11":
                 tensor = runtime.CompressedTensor.load(opened, name, "cpu")
-                assert (tensor.shape, tensor.device, tensor.elements) == (tensors[name].shape, CPU, tensors[name].numel())
+                assert (tensor.shape, tensor.device, tensor.elements) == (
+                    tensors[name].shape,
+                    CPU,
+                    tensors[name].numel(),
+                )
                 for background in (False, True):
                     assert same(tensor.decode(background=background), tensors[name])
                 out = torch.zeros_like(tensors[name])
@@ -257,7 +267,11 @@ def test_what_is_no_record(record: torch.Tensor, shape: list[int], segment_eleme
 
 def test_wrong_outputs() -> None:
     tensor = compressed(torch.randn(16, 8).to(torch.bfloat16))
-    for out in (torch.empty(16, 8), torch.empty(8, 16, dtype=torch.bfloat16).t(), torch.empty(127, dtype=torch.bfloat16)):
+    for out in (
+        torch.empty(16, 8),
+        torch.empty(8, 16, dtype=torch.bfloat16).t(),
+        torch.empty(127, dtype=torch.bfloat16),
+    ):
         with pytest.raises(errors.UsageError):
             tensor.decode(out)
     with pytest.raises(errors.UsageError, match="other sizes"):
@@ -292,7 +306,9 @@ def test_a_graph_holds_the_operators() -> None:
 
     x, ids = torch.randn(3, 50).to(torch.bfloat16), torch.tensor([5, 6])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for found, expected in zip(compiled(x, ids), (torch.nn.functional.linear(x, weights), weights[ids] + weights[:2]), strict=True):
+    for found, expected in zip(
+        compiled(x, ids), (torch.nn.functional.linear(x, weights), weights[ids] + weights[:2]), strict=True
+    ):
         assert torch.equal(found, expected)
 
 

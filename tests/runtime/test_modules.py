@@ -76,7 +76,9 @@ def original() -> Model:
 @pytest.fixture(scope="module")
 def path(original: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    return convert({name: value for name, value in original.state_dict().items() if name != "head.weight"}, folder / "model.df11")
+    return convert(
+        {name: value for name, value in original.state_dict().items() if name != "head.weight"}, folder / "model.df11"
+    )
 
 
 def convert(tensors: dict[str, torch.Tensor], path: Path) -> Path:
@@ -101,7 +103,17 @@ def model(path: Path) -> Model:
 def test_outputs_are_the_same(model: Model, original: Model) -> None:
     assert torch.equal(model(IDS), original(IDS))
     compressed = [name for name, _ in modules.compressed_modules(model)]
-    assert compressed == ["embed", "blocks.0", "blocks.0.up", "blocks.0.down", "blocks.1", "blocks.1.up", "blocks.1.down", "convolution", "head"]
+    assert compressed == [
+        "embed",
+        "blocks.0",
+        "blocks.0.up",
+        "blocks.0.down",
+        "blocks.1",
+        "blocks.1.up",
+        "blocks.1.down",
+        "convolution",
+        "head",
+    ]
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
@@ -270,12 +282,17 @@ def test_mismatches_are_listed(path: Path) -> None:
     assert {name: id(value) for name, value in model.named_parameters()} == before
     with torch.device("meta"):
         wide = Model()
-    with pytest.raises(MismatchError, match=r"other dtypes.*BF16 in the container, torch.float32 in the model.*bfloat16\) before"):
+    with pytest.raises(
+        MismatchError, match=r"other dtypes.*BF16 in the container, torch.float32 in the model.*bfloat16\) before"
+    ):
         runtime.load_model(wide, path, "cpu")
 
 
 def test_renaming(original: Model, tmp_path: Path) -> None:
-    other = convert({f"old.{name}": value for name, value in original.state_dict().items() if name != "head.weight"}, tmp_path / "x.df11")
+    other = convert(
+        {f"old.{name}": value for name, value in original.state_dict().items() if name != "head.weight"},
+        tmp_path / "x.df11",
+    )
     model = runtime.load_model(empty(), other, "cpu", rename=lambda name: name.removeprefix("old."))
     assert torch.equal(model(IDS), original(IDS))
     with pytest.raises(MismatchError, match="two tensors have the name"):
@@ -373,7 +390,9 @@ def test_decoding_ahead_sees_new_records(model: Model, original: Model) -> None:
         assert torch.equal(model(IDS), original(IDS))
     # The first layer, which has been decoded for the next pass already. Other signs: a record of the same size.
     negative = changed.blocks[0].up.weight.data.neg_()
-    model.blocks[0].up.payload().copy_(torch.from_numpy(records.encode(negative.reshape(-1).view(torch.int16).numpy().view(np.uint16)).copy()))
+    model.blocks[0].up.payload().copy_(
+        torch.from_numpy(records.encode(negative.reshape(-1).view(torch.int16).numpy().view(np.uint16)).copy())
+    )
     assert torch.equal(model(IDS), changed(IDS))
     assert not torch.equal(model(IDS), original(IDS))
 

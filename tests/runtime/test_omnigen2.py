@@ -92,22 +92,38 @@ def loaded(family: Family) -> Any:
         return family.load()
 
 
-TASKS = {"text to image": (None, 2), "edit": ([picture(1, 48, 32)], 1), "in context": ([picture(1), picture(2, 48, 32)], 1)}
+TASKS = {
+    "text to image": (None, 2),
+    "edit": ([picture(1, 48, 32)], 1),
+    "in context": ([picture(1), picture(2, 48, 32)], 1),
+}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_images_are_the_same(task: str, loaded: Any, expected: Any) -> None:
     images, count = TASKS[task]
-    assert torch.equal(run(loaded, images, num_images_per_prompt=count), run(expected, images, num_images_per_prompt=count))
+    assert torch.equal(
+        run(loaded, images, num_images_per_prompt=count), run(expected, images, num_images_per_prompt=count)
+    )
 
 
 def test_weights_are_compressed_in_all_parts(loaded: Any, expected: Any) -> None:
     names = compressed_names(loaded.transformer)
     for block in ("layers.0", "layers.2", "noise_refiner.0", "ref_image_refiner.0", "context_refiner.0"):
-        parts = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3"]
+        parts = [
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "feed_forward.linear_1",
+            "feed_forward.linear_2",
+            "feed_forward.linear_3",
+        ]
         assert {f"{block}.{part}" for part in parts} <= names
         assert (f"{block}.norm1.linear" in names) == (not block.startswith("context"))
-    assert {"lm_head", "model.language_model.embed_tokens", "model.visual.blocks.1.attn.qkv"} <= compressed_names(loaded.mllm)
+    assert {"lm_head", "model.language_model.embed_tokens", "model.visual.blocks.1.attn.qkv"} <= compressed_names(
+        loaded.mllm
+    )
     assert "decoder.mid_block.resnets.0.conv1" in compressed_names(loaded.vae)
     for name in ("transformer", "mllm", "vae"):
         part, other = getattr(loaded, name), getattr(expected, name)
@@ -123,7 +139,10 @@ def test_weights_are_compressed_in_all_parts(loaded: Any, expected: Any) -> None
 def test_understanding(family: Family) -> None:
     found, expected = family.load(chat=True), family.ordinary(chat=True)
     images = [picture(3, 84, 56), picture(4, 56, 56)]
-    answers = [pipeline(prompt="Describe the images.", input_images=images, height=32, width=32).text for pipeline in (found, expected)]
+    answers = [
+        pipeline(prompt="Describe the images.", input_images=images, height=32, width=32).text
+        for pipeline in (found, expected)
+    ]
     assert answers[0] == answers[1]
     assert answers[0]
 
@@ -148,12 +167,19 @@ IDS = torch.tensor([[5, 17, 200, 3, 9]])
 def test_hidden_states_without_logits(loaded: Any, expected: Any) -> None:
     called: list[Any] = []
     handle = loaded.mllm.lm_head.register_forward_pre_hook(lambda *_: called.append(1))
-    ours, theirs = (pipeline.mllm(IDS, attention_mask=torch.ones_like(IDS), output_hidden_states=True) for pipeline in (loaded, expected))
+    ours, theirs = (
+        pipeline.mllm(IDS, attention_mask=torch.ones_like(IDS), output_hidden_states=True)
+        for pipeline in (loaded, expected)
+    )
     assert ours.logits.shape == (1, 5, 0)
     assert len(ours.hidden_states) == len(theirs.hidden_states) == 3
     assert all(torch.equal(one, other) for one, other in zip(ours.hidden_states, theirs.hidden_states, strict=True))
     assert not called
-    for options in ({}, {"output_hidden_states": True, "logits_to_keep": 0}, {"output_hidden_states": True, "labels": IDS}):
+    for options in (
+        {},
+        {"output_hidden_states": True, "logits_to_keep": 0},
+        {"output_hidden_states": True, "labels": IDS},
+    ):
         assert torch.equal(loaded.mllm(IDS, **options).logits, expected.mllm(IDS, **options).logits)
     assert len(called) == 3
     handle.remove()
@@ -161,7 +187,13 @@ def test_hidden_states_without_logits(loaded: Any, expected: Any) -> None:
 
 @torch.no_grad()
 def test_generation_with_hidden_states(loaded: Any, expected: Any) -> None:
-    options = {"max_new_tokens": 4, "do_sample": False, "output_hidden_states": True, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "output_hidden_states": True,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     ours, theirs = loaded.mllm.generate(IDS, **options), expected.mllm.generate(IDS, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert all(torch.equal(one, other) for one, other in zip(ours.logits, theirs.logits, strict=True))
@@ -228,9 +260,13 @@ def test_lora(family: Family, tmp_path: Path) -> None:
     pipelines = [family.load(), family.ordinary()]
     plain = run(pipelines[1])
     for pipeline in pipelines:
-        config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
+        config = peft.LoraConfig(
+            r=4, lora_alpha=4, init_lora_weights=False, target_modules=["to_k", "to_q", "to_v", "to_out.0"]
+        )
         pipeline.transformer.add_adapter(config)
-    states = [{name: value for name, value in one.transformer.state_dict().items() if "lora" in name} for one in pipelines]
+    states = [
+        {name: value for name, value in one.transformer.state_dict().items() if "lora" in name} for one in pipelines
+    ]
     assert states[0].keys() == states[1].keys()
     pipelines[1].transformer.load_state_dict(states[0], strict=False)
     found, expected = run(pipelines[0]), run(pipelines[1])
@@ -259,7 +295,9 @@ def test_sequential_offloading(family: Family, expected: Any, tmp_path: Path) ->
     assert all(value.is_meta for part in models for value in part.parameters())
     pipeline = family.load()
     for name in omnigen2._MODELS:
-        importlib.import_module("accelerate").disk_offload(getattr(pipeline, name), str(tmp_path / name), torch.device("cpu"))
+        importlib.import_module("accelerate").disk_offload(
+            getattr(pipeline, name), str(tmp_path / name), torch.device("cpu")
+        )
     assert torch.equal(run(pipeline, [picture(1)]), run(expected, [picture(1)]))
 
 
@@ -280,7 +318,9 @@ def test_an_mllm_that_lies_on_a_disk(family: Family, expected: Any, tmp_path: Pa
 
 def test_copies(family: Family, expected: Any) -> None:
     loaded = family.load()
-    pickled = pickle.dumps([loaded.mllm, loaded.transformer])  # Before it runs: transformers then adds hooks that nobody can pickle.
+    pickled = pickle.dumps(
+        [loaded.mllm, loaded.transformer]
+    )  # Before it runs: transformers then adds hooks that nobody can pickle.
     for mllm, transformer in (copy.deepcopy((loaded.mllm, loaded.transformer)), pickle.loads(pickled)):
         pipeline = type(loaded)(**{**loaded.components, "mllm": mllm, "transformer": transformer})
         pipeline.set_progress_bar_config(disable=True)
@@ -307,7 +347,9 @@ def test_components_of_the_user(family: Family, loaded: Any, tmp_path: Path) -> 
 def no_omnigen2(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if OmniGen2's package had not been imported and were not installed."""
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "omnigen2"}
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not SOURCE or Path(entry).resolve() != Path(SOURCE).resolve()])
+    monkeypatch.setattr(
+        sys, "path", [entry for entry in sys.path if not SOURCE or Path(entry).resolve() != Path(SOURCE).resolve()]
+    )
     for name in before:
         del sys.modules[name]
     yield
@@ -340,7 +382,9 @@ def with_processor(tree: Path, library: str) -> Path:
 
 @pytest.mark.usefixtures("no_omnigen2")
 def test_without_classes(small: Family, tmp_path: Path) -> None:
-    with pytest.raises(errors.MissingExtraError, match=r"OmniGen2Pipeline is not installed; git clone .* and pass classes=[^;]*$"):
+    with pytest.raises(
+        errors.MissingExtraError, match=r"OmniGen2Pipeline is not installed; git clone .* and pass classes=[^;]*$"
+    ):
         omnigen2.load_pipeline(small.df11, "cpu")
     with pytest.raises(errors.MissingError, match="no checkout of OmniGen2's repository"):
         omnigen2.load_pipeline(small.df11, "cpu", classes=tmp_path)
@@ -374,14 +418,19 @@ def test_remote_code_runs_only_if_it_is_allowed_by_name(small: Family, tmp_path:
     for path, text in code.items():
         (tree / path).write_text(note + text)
     allowed = [Path(path).stem for path in code]
-    with pytest.raises(errors.MissingExtraError, match=r"own code \(.*'transformer_omnigen2'.*\) is executed only if trust_remote_code names it"):
+    with pytest.raises(
+        errors.MissingExtraError,
+        match=r"own code \(.*'transformer_omnigen2'.*\) is executed only if trust_remote_code names it",
+    ):
         omnigen2.load_pipeline(tree, "cpu")
     with pytest.raises(errors.UsageError, match="remote code is allowed by name"):
         omnigen2.load_pipeline(tree, "cpu", trust_remote_code=True)
     with pytest.raises(errors.MissingExtraError, match="OmniGen2Pipeline is not installed"):
         omnigen2.load_pipeline(tree, "cpu", trust_remote_code="transformer_omnigen2")
     assert not ran.exists()
-    with pytest.raises(errors.NotAllowedError, match="imports code that is not allowed; add 'blocks' to trust_remote_code"):
+    with pytest.raises(
+        errors.NotAllowedError, match="imports code that is not allowed; add 'blocks' to trust_remote_code"
+    ):
         omnigen2.load_pipeline(tree, "cpu", trust_remote_code=[name for name in allowed if name != "blocks"])
     assert "blocks" not in ran.read_text()
     pipeline = omnigen2.load_pipeline(tree, "cpu", trust_remote_code=allowed)
@@ -393,14 +442,18 @@ def test_remote_code_runs_only_if_it_is_allowed_by_name(small: Family, tmp_path:
 
 
 def test_folders_that_cannot_be_loaded(small: Family, tmp_path: Path) -> None:
-    with pytest.raises(errors.MissingError, match="OmniGen2-df11: no such folder; on the Hub it would be hf://owner/name"):
+    with pytest.raises(
+        errors.MissingError, match="OmniGen2-df11: no such folder; on the Hub it would be hf://owner/name"
+    ):
         omnigen2.load_pipeline("OmniGen2-df11", "cpu", classes=stand_in)
     with pytest.raises(errors.MissingError, match=r"model_index\.json"):
         omnigen2.load_pipeline(tmp_path, "cpu", classes=stand_in)
     with pytest.raises(errors.MissingError, match=r"no \.df11 file in this folder; df11-convert --cast bf16"):
         omnigen2.load_pipeline(small.tree, "cpu", classes=stand_in)
     (tmp_path / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
-    with pytest.raises(errors.MissingError, match="not an OmniGen2 pipeline: no mllm, processor, scheduler, transformer"):
+    with pytest.raises(
+        errors.MissingError, match="not an OmniGen2 pipeline: no mllm, processor, scheduler, transformer"
+    ):
         omnigen2.load_pipeline(tmp_path, "cpu", classes=stand_in)
     tree = Path(shutil.copytree(small.df11, tmp_path / "tree"))
     shutil.rmtree(tree / "vae")
@@ -431,7 +484,9 @@ KEPT.append(pipeline.to("cpu"))
 """
 
 
-def test_a_script_as_it_is(small: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_as_it_is(
+    small: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = tmp_path / "script.py"
     kept: list[Any] = []
     script.write_text(SCRIPT)
@@ -455,7 +510,18 @@ def test_a_script_as_it_is(small: Family, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def flags(family: Family, checkout: Path, *more: str) -> list[str]:
-    size = ["--num_inference_step", "2", "--height", "32", "--width", "32", "--device", "cpu", "--omnigen2", str(checkout)]
+    size = [
+        "--num_inference_step",
+        "2",
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--device",
+        "cpu",
+        "--omnigen2",
+        str(checkout),
+    ]
     return ["--model_path", str(family.df11), *size, *more]
 
 
@@ -466,20 +532,37 @@ def example(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-def test_examples(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkout = Path(SOURCE) if family.real else checkout_of_the_stand_in(tmp_path / "checkout")
     if not family.real:
         with_processor(family.df11, "omnigen2.processing")
-        monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name.partition(".")[0] != "omnigen2"})
+        monkeypatch.setattr(
+            sys,
+            "modules",
+            {name: module for name, module in sys.modules.items() if name.partition(".")[0] != "omnigen2"},
+        )
         monkeypatch.setattr(sys, "path", list(sys.path))
     inputs = [str(tmp_path / f"{i}.png") for i in range(2)]
     for i, file in enumerate(inputs):
         picture(i).save(file)
     out = tmp_path / "out"
-    example("text_to_image", flags(family, checkout, "--num_images_per_prompt", "2", "--output_image_path", str(out / "t2i.png")), monkeypatch)
+    example(
+        "text_to_image",
+        flags(family, checkout, "--num_images_per_prompt", "2", "--output_image_path", str(out / "t2i.png")),
+        monkeypatch,
+    )
     assert Image.open(out / "t2i.png").size == (64, 32)
     assert Image.open(out / "t2i_1.png").size == (32, 32)
-    edit = ["--input_image_path", inputs[0], "--output_image_path", str(out / "edit.png"), "--enable_teacache", "--enable_model_cpu_offload"]
+    edit = [
+        "--input_image_path",
+        inputs[0],
+        "--output_image_path",
+        str(out / "edit.png"),
+        "--enable_teacache",
+        "--enable_model_cpu_offload",
+    ]
     example("edit", flags(family, checkout, *edit), monkeypatch)
     assert Image.open(out / "edit.png").size == (32, 32)
     peft = importlib.import_module("peft")
@@ -515,13 +598,38 @@ def test_omnigen2s_own_script(more: list[str], family: Family, expected: Any, tm
     if not family.real:
         pytest.skip("its own classes only")
     size = ["--num_inference_step", "2", "--height", "32", "--width", "32", "--num_images_per_prompt", "2"]
-    script = ["inference.py", "--model_path", str(family.df11), "--output_image_path", str(tmp_path / "out.png"), *size, *more]
-    command = [sys.executable, "-m", "df11.runtime.omnigen2", *script, "--instruction", "A dog", "--negative_prompt", "blurry"]
+    script = [
+        "inference.py",
+        "--model_path",
+        str(family.df11),
+        "--output_image_path",
+        str(tmp_path / "out.png"),
+        *size,
+        *more,
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "df11.runtime.omnigen2",
+        *script,
+        "--instruction",
+        "A dog",
+        "--negative_prompt",
+        "blurry",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SOURCE, env=environment)
     assert done.returncode == 0, done.stderr
-    options = {"height": 32, "width": 32, "num_inference_steps": 2, "text_guidance_scale": 5.0, "image_guidance_scale": 2.0}
+    options = {
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 2,
+        "text_guidance_scale": 5.0,
+        "image_guidance_scale": 2.0,
+    }
     generator = torch.Generator().manual_seed(0)
-    images = expected("A dog", "blurry", num_images_per_prompt=2, generator=generator, max_sequence_length=1024, **options).images
+    images = expected(
+        "A dog", "blurry", num_images_per_prompt=2, generator=generator, max_sequence_length=1024, **options
+    ).images
     for i, image in enumerate(images):
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"out_{i}.png")), np.asarray(image))

@@ -49,7 +49,11 @@ def empty() -> nn.Sequential:
 
 def tree(folder: Path, *, under: str = "") -> dict[str, bytes | Path | None]:
     """The files of a folder, without the manifest, which nothing loads."""
-    return {f"{under}{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file() and path.name not in JUNK}
+    return {
+        f"{under}{path.relative_to(folder).as_posix()}": path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in JUNK
+    }
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +90,21 @@ def switch_off(monkeypatch: pytest.MonkeyPatch, hub: HubServer) -> Iterator[Any]
 def cached(tmp_path: Path, name: str = "me/model") -> set[str]:
     """The files of a repository in the client's cache."""
     snapshots = tmp_path / "hf-home" / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
-    return {path.relative_to(commit).as_posix() for commit in snapshots.iterdir() for path in commit.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(commit).as_posix()
+        for commit in snapshots.iterdir()
+        for path in commit.rglob("*")
+        if path.is_file()
+    }
 
 
 def fetched(hub: HubServer, since: int = 0) -> list[str]:
     """The files whose contents were asked for."""
-    return [request.path for request in hub.requests[since:] if request.method == "GET" and not request.path.startswith("/api/")]
+    return [
+        request.path
+        for request in hub.requests[since:]
+        if request.method == "GET" and not request.path.startswith("/api/")
+    ]
 
 
 def same(found: dict[str, torch.Tensor], seed: int = 0) -> bool:
@@ -122,14 +135,18 @@ def test_a_file(hub: HubServer, files: dict[str, Path], tmp_path: Path, switch_o
     assert hub.count("GET", "/api/.*/tree/") == 0
     switch_off()
     assert same(runtime.load_file("hf://me/model/part/model.df11", "cpu"))
-    with pytest.raises(errors.RetryLaterError, match=r"hf://me/model/model\.df11: the Hub is switched off by HF_HUB_OFFLINE"):
+    with pytest.raises(
+        errors.RetryLaterError, match=r"hf://me/model/model\.df11: the Hub is switched off by HF_HUB_OFFLINE"
+    ):
         runtime.load_file("hf://me/model/model.df11", "cpu")
 
 
 @pytest.mark.usefixtures("client")
 @pytest.mark.parametrize("address", ["hf://me/model", "hf://me/model/model.safetensors"])
 def test_an_address_of_no_df11_file(hub: HubServer, address: str) -> None:
-    with pytest.raises(errors.UsageError, match=r"this names no \.df11 file \(expected hf://me/model/model\.df11, for example\)"):
+    with pytest.raises(
+        errors.UsageError, match=r"this names no \.df11 file \(expected hf://me/model/model\.df11, for example\)"
+    ):
         runtime.load_file(address, "cpu")
     assert not hub.requests
 
@@ -174,7 +191,9 @@ def test_offline_without_all_files(hub: HubServer, files: dict[str, Path], switc
     switch_off()
     with pytest.raises(errors.RetryLaterError, match="hf://me/model: the Hub is switched off by HF_HUB_OFFLINE"):
         runtime.load_model(empty(), "hf://me/model", "cpu")
-    with pytest.raises(errors.RetryLaterError, match="hf://me/other: not in the cache, and the Hub could not be reached"):
+    with pytest.raises(
+        errors.RetryLaterError, match="hf://me/other: not in the cache, and the Hub could not be reached"
+    ):
         runtime.load_model(empty(), "hf://me/other", "cpu")
 
 
@@ -216,7 +235,10 @@ def test_errors(hub: HubServer, case: str) -> None:
 def test_no_connection(hub: HubServer) -> None:
     while hub.servers:
         hub.servers.pop().stop()
-    for call in (lambda path: runtime.load_file(f"{path}/x.df11", "cpu"), lambda path: runtime.load_model(empty(), path, "cpu")):
+    for call in (
+        lambda path: runtime.load_file(f"{path}/x.df11", "cpu"),
+        lambda path: runtime.load_model(empty(), path, "cpu"),
+    ):
         with pytest.raises(errors.RetryLaterError, match=r"hf://me/model.*: no connection to the Hub"):
             call("hf://me/model")
 
@@ -224,10 +246,16 @@ def test_no_connection(hub: HubServer) -> None:
 @pytest.mark.usefixtures("client")
 def test_incomplete_downloads_and_a_cache_that_is_none(hub: HubServer, files: dict[str, Path]) -> None:
     hub.create("me/model").commit({"model.df11": files["one"]})
-    calls = (lambda: runtime.load_file("hf://me/model/model.df11", "cpu"), lambda: runtime.load_model(empty(), "hf://me/model", "cpu"))
+    calls = (
+        lambda: runtime.load_file("hf://me/model/model.df11", "cpu"),
+        lambda: runtime.load_model(empty(), "hf://me/model", "cpu"),
+    )
     for call in calls:
         hub.inject("GET", "/cdn/", truncated(10))
-        with pytest.raises(errors.RetryLaterError, match=r"hf://me/model.*: the download has come incomplete; run the same command again$"):
+        with pytest.raises(
+            errors.RetryLaterError,
+            match=r"hf://me/model.*: the download has come incomplete; run the same command again$",
+        ):
             call()
     assert same(calls[0]())  # type: ignore[arg-type]
     shutil.rmtree(Path(os.environ["HF_HOME"]) / "hub")
@@ -244,7 +272,9 @@ def test_without_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: runtime.load_model(empty(), "hf://me/model", "cpu"),
         lambda: omnigen2.load_pipeline("me/model", "cpu"),
     ):
-        with pytest.raises(errors.MissingExtraError, match=r"'huggingface_hub' is not installed; run: pip install 'df11\[hub\]'"):
+        with pytest.raises(
+            errors.MissingExtraError, match=r"'huggingface_hub' is not installed; run: pip install 'df11\[hub\]'"
+        ):
             call()
 
 
@@ -256,10 +286,16 @@ def test_damage(hub: HubServer, files: dict[str, Path], what: str) -> None:
         hub.inject("GET", "/cdn/", corrupt(offset))
 
         def load() -> Any:
-            return runtime.load_file("hf://me/model/model.df11", "cpu") if what == "file" else runtime.load_model(empty(), "hf://me/model", "cpu")
+            return (
+                runtime.load_file("hf://me/model/model.df11", "cpu")
+                if what == "file"
+                else runtime.load_model(empty(), "hf://me/model", "cpu")
+            )
 
         for _ in range(2):  # The second time it comes from the cache.
-            with pytest.raises((errors.FormatError, errors.SafetensorsError), match="if the download was damaged, delete ") as caught:
+            with pytest.raises(
+                (errors.FormatError, errors.SafetensorsError), match="if the download was damaged, delete "
+            ) as caught:
                 load()
         assert caught.value.hint
         Path(caught.value.hint.split("delete ")[1].split(" and load")[0]).unlink()
@@ -335,10 +371,19 @@ def of_components(family: Any, *names: str) -> set[str]:
 
 
 @pytest.mark.usefixtures("client", "small_weights")
-def test_an_omnigen2_pipeline(hub: HubServer, family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch_off: Any) -> None:
+def test_an_omnigen2_pipeline(
+    hub: HubServer, family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switch_off: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     repository = hub.create("me/omni", private=True)
-    junk = {"README.md", "assets/one.png", "vae/picture.png", "vae/df11-manifest.parquet", "mllm/pytorch_model.bin", "other/model.df11"}
+    junk = {
+        "README.md",
+        "assets/one.png",
+        "vae/picture.png",
+        "vae/df11-manifest.parquet",
+        "mllm/pytorch_model.bin",
+        "other/model.df11",
+    }
     template = {"processor/additional_chat_templates/short.jinja": b"{{ messages }}"}
     commit = repository.commit({**tree(family.df11), **template, **JUNK, **dict.fromkeys(junk, b"\0")})
     options = {"classes": family.classes}
@@ -365,22 +410,31 @@ def test_components_of_ones_own(hub: HubServer, family: Any, tmp_path: Path) -> 
     pipeline = omnigen2.load_pipeline("hf://me/omni/part", "cpu", classes=family.classes, **components)
     assert pipeline.vae is ready.vae
     assert first_weights(pipeline) == first_weights(ready)
-    assert cached(tmp_path, "me/omni") == {"part/model_index.json"} | {f"part/{name}" for name in of_components(family, "scheduler", "processor")}
+    assert cached(tmp_path, "me/omni") == {"part/model_index.json"} | {
+        f"part/{name}" for name in of_components(family, "scheduler", "processor")
+    }
     assert cached(tmp_path, "me/transformer") == set(tree(family.df11 / "transformer"))
 
 
 @pytest.mark.usefixtures("client")
-def test_pipelines_that_cannot_be_loaded(hub: HubServer, family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipelines_that_cannot_be_loaded(
+    hub: HubServer, family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     hub.create("me/omni").commit(tree(family.df11))
     hub.create("me/plain").commit(tree(family.tree))
     with pytest.raises(errors.MissingExtraError, match="is not installed"):
-        omnigen2.load_pipeline("me/omni", "cpu", classes=nn)  # Which has none of the classes: found out before anything large is downloaded.
+        omnigen2.load_pipeline(
+            "me/omni", "cpu", classes=nn
+        )  # Which has none of the classes: found out before anything large is downloaded.
     hint = r"hf://me/plain@[0-9a-f]{40}/mllm: no \.df11 file here; df11-convert --cast bf16 hf://me/plain plain-df11"
     with pytest.raises(errors.MissingError, match=hint):
         omnigen2.load_pipeline("me/plain", "cpu", classes=family.classes)
     assert hub.count("GET", "/cdn/") == 0
-    with pytest.raises(errors.MissingError, match=r"hf://me/nothing: the repository is missing.*; there is no folder of this name either"):
+    with pytest.raises(
+        errors.MissingError,
+        match=r"hf://me/nothing: the repository is missing.*; there is no folder of this name either",
+    ):
         omnigen2.load_pipeline("me/nothing", "cpu", classes=family.classes)
 
 
@@ -389,13 +443,20 @@ def test_a_script_of_omnigen2(hub: HubServer, family: Any, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     index = json.loads((family.df11 / "model_index.json").read_text())
     index["processor"][0] = "tests.support.omnigen2_stand_in"
-    files = {**tree(family.df11), **JUNK, "model_index.json": json.dumps(index).encode(), "transformer/transformer_omnigen2.py": b"raise SystemExit"}
+    files = {
+        **tree(family.df11),
+        **JUNK,
+        "model_index.json": json.dumps(index).encode(),
+        "transformer/transformer_omnigen2.py": b"raise SystemExit",
+    }
     commit = hub.create("me/omni").commit(files)
     hub.create("me/plain").commit(tree(family.tree))
     expected = first_weights(omnigen2.load_pipeline(family.df11, "cpu", classes=family.classes))
     with omnigen2.loading_df11():
         for path, options in (("me/omni", {"revision": commit}), ("hf://me/omni", {})):
-            pipeline = stand_in.OmniGen2Pipeline.from_pretrained(path, torch_dtype=BF16, trust_remote_code=True, **options)
+            pipeline = stand_in.OmniGen2Pipeline.from_pretrained(
+                path, torch_dtype=BF16, trust_remote_code=True, **options
+            )
             assert first_weights(pipeline) == expected
             load = stand_in.OmniGen2Transformer2DModel.from_pretrained
             assert load(path, subfolder="transformer", torch_dtype=BF16, **options) is pipeline.transformer
@@ -417,8 +478,16 @@ def test_a_script_of_omnigen2(hub: HubServer, family: Any, tmp_path: Path, monke
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`one`, `many`: a language model as transformers writes it, in a file and in shards; `one-df11`, `many-df11`: converted."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
-    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)).to(BF16)
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    made = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
+    ).to(BF16)
     folder = tmp_path_factory.mktemp("llama")
     for name, options in (("one", {}), ("many", {"max_shard_size": "500KB"})):
         made.save_pretrained(folder / name, **options)
@@ -449,7 +518,9 @@ def test_transformers(hub: HubServer, llama: Path, tmp_path: Path, name: str, sw
     count = len(fetched(hub))
     assert torch.equal(logits(language_model("me/model", revision=commit, use_safetensors=True)), expected)
     assert len(fetched(hub)) == count
-    assert hub.count("GET", "/discussions") == 0  # where transformers looks before it asks a bot to convert the repository
+    assert (
+        hub.count("GET", "/discussions") == 0
+    )  # where transformers looks before it asks a bot to convert the repository
     repository.tags["v1"] = commit
     options = {"cache_dir": tmp_path / "cache", "token": "hf_test", "revision": "v1"}
     assert torch.equal(logits(language_model("me/model", **options)), expected)
@@ -476,12 +547,30 @@ def test_transformers_and_damage(hub: HubServer, llama: Path) -> None:
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`plain`: a pipeline as diffusers writes it, the transformer in shards, all else also as a variant x; `df11`: converted."""
     torch.manual_seed(0)
-    sizes = {"num_layers": 1, "num_single_layers": 0, "attention_head_dim": 32, "num_attention_heads": 8, "axes_dims_rope": (8, 12, 12)}
-    transformer = diffusers.FluxTransformer2DModel(**sizes, in_channels=16, joint_attention_dim=256, pooled_projection_dim=256)
-    text = {"vocab_size": 300, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 256, "intermediate_size": 512}
+    sizes = {
+        "num_layers": 1,
+        "num_single_layers": 0,
+        "attention_head_dim": 32,
+        "num_attention_heads": 8,
+        "axes_dims_rope": (8, 12, 12),
+    }
+    transformer = diffusers.FluxTransformer2DModel(
+        **sizes, in_channels=16, joint_attention_dim=256, pooled_projection_dim=256
+    )
+    text = {
+        "vocab_size": 300,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+    }
     clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**text, max_position_embeddings=32))
-    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=300, d_model=256, d_kv=64, d_ff=512, num_layers=1, num_heads=4))
-    pipeline = diffusers.FluxPipeline(diffusers.FlowMatchEulerDiscreteScheduler(), None, clip.to(BF16), None, t5.to(BF16), None, transformer.to(BF16))
+    t5 = transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=300, d_model=256, d_kv=64, d_ff=512, num_layers=1, num_heads=4)
+    )
+    pipeline = diffusers.FluxPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(), None, clip.to(BF16), None, t5.to(BF16), None, transformer.to(BF16)
+    )
     folder = tmp_path_factory.mktemp("flux")
     pipeline.save_pretrained(folder / "plain")
     pipeline.save_pretrained(folder / "plain", variant="x")
@@ -495,18 +584,29 @@ PARTS = ("transformer", "text_encoder", "text_encoder_2")
 
 
 def load_flux(path: str | Path, **options: Any) -> Any:
-    return diffusers.DiffusionPipeline.from_pretrained(path, **{"dtype": BF16, "vae": None, "tokenizer": None, "tokenizer_2": None} | options)
+    return diffusers.DiffusionPipeline.from_pretrained(
+        path, **{"dtype": BF16, "vae": None, "tokenizer": None, "tokenizer_2": None} | options
+    )
 
 
 def equal_parts(found: Any, expected: Any, parts: tuple[str, ...] = PARTS) -> bool:
     for name in parts:
         assert list(modules.compressed_modules(getattr(found, name))), name
-    states = [{f"{name}.{key}": value for name in parts for key, value in values(getattr(one, name)).items()} for one in (found, expected)]
-    return states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+    states = [
+        {f"{name}.{key}": value for name in parts for key, value in values(getattr(one, name)).items()}
+        for one in (found, expected)
+    ]
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][key], states[1][key]) for key in states[1]
+    )
 
 
 def values(part: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: module.weight.data + 0 for name, module in part.named_modules() if isinstance(getattr(module, "weight", None), torch.Tensor)}
+    return {
+        name: module.weight.data + 0
+        for name, module in part.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+    }
 
 
 def weights_in(names: set[str]) -> set[str]:
@@ -548,10 +648,16 @@ def test_a_variant_of_a_diffusers_pipeline(hub: HubServer, flux: Path, tmp_path:
 def test_a_diffusers_pipeline_with_other_weights_besides(hub: HubServer, flux: Path, tmp_path: Path) -> None:
     expected = load_flux(flux / "plain")
     torch.save(expected.text_encoder_2.state_dict(), tmp_path / "pytorch_model.bin")
-    files = {name: path for name, path in tree(flux / "df11").items() if not name.startswith("text_encoder_2/model") and ".x." not in name}
+    files = {
+        name: path
+        for name, path in tree(flux / "df11").items()
+        if not name.startswith("text_encoder_2/model") and ".x." not in name
+    }
     hub.create("me/model").commit({**files, "text_encoder_2/pytorch_model.bin": tmp_path / "pytorch_model.bin"})
     assert equal_parts(load_flux("me/model"), expected, PARTS[:2])
-    hub.create("me/both").commit({**tree(flux / "plain"), **tree(flux / "df11")})  # Then diffusers takes what it always took.
+    hub.create("me/both").commit(
+        {**tree(flux / "plain"), **tree(flux / "df11")}
+    )  # Then diffusers takes what it always took.
     assert not list(modules.compressed_modules(load_flux("me/both").transformer))
     assert not [name for name in cached(tmp_path, "me/both") if ".df11" in name]
 
@@ -563,7 +669,12 @@ def test_a_diffusers_model(hub: HubServer, flux: Path, tmp_path: Path, switch_of
     for variant in (None, "x"):
         options = {"subfolder": "transformer", "revision": commit, "variant": variant, "dtype": BF16}
         expected.loaded = diffusers.FluxTransformer2DModel.from_pretrained("me/model", **options)
-        assert torch.equal(*(torch.cat([value.flatten() for value in values(one).values()]) for one in (expected.loaded, expected.transformer)))
+        assert torch.equal(
+            *(
+                torch.cat([value.flatten() for value in values(one).values()])
+                for one in (expected.loaded, expected.transformer)
+            )
+        )
         assert list(modules.compressed_modules(expected.loaded))
     assert cached(tmp_path) == {name for name in tree(flux / "df11") if name.startswith("transformer/")}
     count = len(fetched(hub))
@@ -579,7 +690,9 @@ def test_diffusers_and_damage(hub: HubServer, flux: Path) -> None:
     for variant in (None, "x"):  # In shards, and in one file.
         hub.inject("GET", "/cdn/.*diffusion_pytorch_model", corrupt(100_000))
         with pytest.raises(errors.ChecksumError, match="if the download was damaged, delete "):
-            diffusers.FluxTransformer2DModel.from_pretrained("me/model", subfolder="transformer", variant=variant, dtype=BF16)
+            diffusers.FluxTransformer2DModel.from_pretrained(
+                "me/model", subfolder="transformer", variant=variant, dtype=BF16
+            )
 
 
 OTHERS = """
@@ -605,17 +718,30 @@ for name in ("me/nothing", "me/one"):
 
 
 def test_other_models_are_left_alone(hub: HubServer, llama: Path, flux: Path, tmp_path: Path) -> None:
-    for name, folder in (("one", llama / "one"), ("many", llama / "many"), ("plain", flux / "plain"), ("single", flux / "plain")):
+    for name, folder in (
+        ("one", llama / "one"),
+        ("many", llama / "many"),
+        ("plain", flux / "plain"),
+        ("single", flux / "plain"),
+    ):
         hub.create(f"me/{name}").commit(tree(folder))
     seen = []
     for how in ("plain", "df11"):
-        done = subprocess.run([sys.executable, "-c", OTHERS, how], capture_output=True, text=True, check=False, env=hub.environment(tmp_path / how))
+        done = subprocess.run(
+            [sys.executable, "-c", OTHERS, how],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=hub.environment(tmp_path / how),
+        )
         assert done.returncode == 0, done.stderr
         requests = [f"{request.method} {request.path.partition('?')[0]}" for request in hub.requests]
         hub.requests.clear()
         seen.append((done.stdout, sorted(request for request in requests if "df11" not in request)))
         extra = [request for request in requests if "df11" in request]
         assert all(request.startswith("HEAD") for request in extra)
-        assert len(extra) == (0 if how == "plain" else 3)  # For an index, once a model, and for the file of the model that is none.
+        assert len(extra) == (
+            0 if how == "plain" else 3
+        )  # For an index, once a model, and for the file of the model that is none.
     assert seen[0] == seen[1]
     assert hub.count(".*", ".*") == 0

@@ -141,7 +141,9 @@ def test_text_and_image(model: Any, original: Any) -> None:
     assert len([name for name, _ in modules.compressed_modules(model)]) == 25
     assert 0.6 < runtime.report(model).compressed / runtime.report(model).bf16 < 0.7
     assert model.lm_head.payload() is model.model.language_model.embed_tokens.payload()
-    assert {name: value for name, value in model.named_buffers() if value.dtype == torch.float32}  # the rotary frequencies
+    assert {
+        name: value for name, value in model.named_buffers() if value.dtype == torch.float32
+    }  # the rotary frequencies
     for (name, found), (_, expected) in zip(model.named_buffers(), original.named_buffers(), strict=True):
         assert torch.equal(found, expected), name
     assert (model.dtype, model.device, model.training) == (BF16, CPU, False)
@@ -154,7 +156,8 @@ def test_dtypes(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert load(folders[1], dtype="auto").dtype == BF16
     for dtype in (torch.float16, "float32"):
         with pytest.raises(
-            MismatchError, match=r"model\.df11: 24 compressed tensors are BF16 and cannot be loaded as torch\.float\d\d; pass .*bfloat16"
+            MismatchError,
+            match=r"model\.df11: 24 compressed tensors are BF16 and cannot be loaded as torch\.float\d\d; pass .*bfloat16",
         ):
             load(folders[1], dtype=dtype)
     for path in folders[1].iterdir():  # A config that does not tell the dtype.
@@ -184,7 +187,9 @@ def test_shards_and_variants(options: dict[str, str], original: Any, tmp_path: P
     assert files(tmp_path / "saved") == files(tmp_path / "plain")
 
 
-def test_a_repository(folders: tuple[Path, Path], original: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository(
+    folders: tuple[Path, Path], original: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As the Hub's client leaves it in its cache.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     revision = "0123456789abcdef0123456789abcdef01234567"
@@ -232,7 +237,9 @@ def test_a_look_at_a_dtype_decodes_nothing(tmp_path: Path, monkeypatch: pytest.M
     plain, converted = pair(transformers.T5EncoderModel(config), tmp_path)
     original, model = (transformers.T5EncoderModel.from_pretrained(path, dtype=BF16) for path in (plain, converted))
     decode, calls = CompressedModule.decode, []
-    monkeypatch.setattr(CompressedModule, "decode", lambda self, name="weight": calls.append(name) or decode(self, name))
+    monkeypatch.setattr(
+        CompressedModule, "decode", lambda self, name="weight": calls.append(name) or decode(self, name)
+    )
     ids = torch.arange(10)[None]
     with torch.no_grad():
         assert torch.equal(model(ids)[0], original(ids)[0])
@@ -270,7 +277,10 @@ def test_damage_and_missing_shards(folders: tuple[Path, Path], original: Any, tm
     data[-70_000] ^= 1
     (tmp_path / "model.df11").write_bytes(data)
     (tmp_path / "config.json").write_bytes((folders[1] / "config.json").read_bytes())
-    for options in ({}, {"device_map": SPLIT, "offload_folder": str(tmp_path / "offload")}):  # Also where records stay in their file.
+    for options in (
+        {},
+        {"device_map": SPLIT, "offload_folder": str(tmp_path / "offload")},
+    ):  # Also where records stay in their file.
         with pytest.raises(errors.ChecksumError, match=r"model\.df11, tensor "):
             load(tmp_path, **options)
     original.save_pretrained(tmp_path / "plain", max_shard_size="2MB")
@@ -288,7 +298,11 @@ def test_shards_that_do_not_belong_together(folders: tuple[Path, Path], original
     with pytest.raises(MismatchError, match="two shards hold this tensor"):
         load(tmp_path / "shards")
     index = tmp_path / "shards" / "model.df11.index.json"
-    for text, what in (("[", "not an index"), ('{"weight_map": {}}', "not an index"), ('{"weight_map": {"a": "../x.df11"}}', "another folder")):
+    for text, what in (
+        ("[", "not an index"),
+        ('{"weight_map": {}}', "not an index"),
+        ('{"weight_map": {"a": "../x.df11"}}', "another folder"),
+    ):
         index.write_text(text)
         with pytest.raises(errors.FormatError, match=what):
             load(tmp_path / "shards")
@@ -381,7 +395,9 @@ def test_device_maps(name: str, folders: tuple[Path, Path], original: Any, tmp_p
         assert written < 0.2 * (folders[1] / "model.df11").stat().st_size
     if name == "split":  # What is not on disk has left the file for memory.
         held = [module.payload() for part, module in modules.compressed_modules(model) if "layers.0." in part]
-        assert held and all(payload.data_ptr() % 64 == 0 and payload.untyped_storage().nbytes() == payload.numel() for payload in held)
+        assert held and all(
+            payload.data_ptr() % 64 == 0 and payload.untyped_storage().nbytes() == payload.numel() for payload in held
+        )
     model.save_pretrained(tmp_path / "saved")
     assert files(tmp_path / "saved") == files(folders[0])
 
@@ -394,7 +410,9 @@ def test_disk_without_a_folder(folders: tuple[Path, Path]) -> None:
 OFFLOADS: dict[str, Callable[[Any, Path], Any]] = {
     "cpu_offload": lambda model, _: accelerate.cpu_offload(model, execution_device=CPU),
     "disk_offload": lambda model, folder: accelerate.disk_offload(model, folder / "offload", execution_device=CPU),
-    "dispatch_model": lambda model, folder: accelerate.dispatch_model(model, SPLIT, offload_dir=folder / "offload", main_device="cpu"),
+    "dispatch_model": lambda model, folder: accelerate.dispatch_model(
+        model, SPLIT, offload_dir=folder / "offload", main_device="cpu"
+    ),
 }
 
 
@@ -408,7 +426,9 @@ def test_accelerate(name: str, model: Any, original: Any, tmp_path: Path) -> Non
 # Saving.
 
 
-def test_saving_gives_the_original_checkpoint(model: Any, original: Any, folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_saving_gives_the_original_checkpoint(
+    model: Any, original: Any, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path / "saved")
     assert files(tmp_path / "saved") == files(folders[0])
     assert torch.equal(logits(load(tmp_path / "saved")), logits(original))
@@ -440,7 +460,9 @@ def test_lora(how: str, model: Any, folders: tuple[Path, Path], original: Any, t
     assert not torch.equal(logits(adapted[0]), before)
     for one, folder in zip(adapted, ("a", "b"), strict=True):
         one.save_pretrained(tmp_path / folder)
-    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (tmp_path / "b" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()
     if how == "peft":
         with pytest.raises(FrozenWeightError, match="materialize"):
             adapted[0].merge_and_unload()
@@ -450,7 +472,9 @@ def test_training_a_lora(model: Any, folders: tuple[Path, Path]) -> None:
     gradients = []
     for one in (model, load(folders[0])):
         torch.manual_seed(3)
-        adapted = peft.get_peft_model(one, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        adapted = peft.get_peft_model(
+            one, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        )
         adapted(**inputs()).logits.float().pow(2).sum().backward()
         gradients.append([parameter.grad for parameter in adapted.parameters() if parameter.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0

@@ -62,7 +62,10 @@ class Plain(QuantizeMethodBase):
     """What a layer has without a quantization method."""
 
     def create_weights(self, layer, input_size_per_partition, output_partition_sizes, *_sizes, weight_loader):
-        layer.weight = nn.Parameter(torch.zeros(sum(output_partition_sizes), input_size_per_partition, dtype=torch.bfloat16), requires_grad=False)
+        layer.weight = nn.Parameter(
+            torch.zeros(sum(output_partition_sizes), input_size_per_partition, dtype=torch.bfloat16),
+            requires_grad=False,
+        )
         layer.weight.weight_loader = weight_loader
 
     def apply(self, layer, x, bias=None):
@@ -72,12 +75,23 @@ class Plain(QuantizeMethodBase):
 class LinearBase(nn.Module):
     """A linear layer whose parts lie below each other, cut for ``ranks`` processes."""
 
-    def __init__(self, config: Any, columns: int, parts: dict[Any, int], *, bias: bool = False, dtype: torch.dtype = torch.bfloat16, ranks: int = 1):
+    def __init__(
+        self,
+        config: Any,
+        columns: int,
+        parts: dict[Any, int],
+        *,
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        ranks: int = 1,
+    ):
         super().__init__()
         self.parts = parts
         self.quant_method = Plain() if config is None else config.get_quant_method(self, "layer")
         sizes = [rows // ranks for rows in parts.values()]
-        self.quant_method.create_weights(self, columns, sizes, columns, sum(parts.values()), dtype, weight_loader=self.place)
+        self.quant_method.create_weights(
+            self, columns, sizes, columns, sum(parts.values()), dtype, weight_loader=self.place
+        )
         self.bias = nn.Parameter(torch.zeros(sum(sizes), dtype=dtype), requires_grad=False) if bias else None
 
     def place(self, param: nn.Parameter, loaded: torch.Tensor, loaded_shard_id: Any = None) -> None:
@@ -147,7 +161,13 @@ def plugin() -> Iterator[ModuleType]:
 
 # A model as vLLM writes them.
 
-FUSED = {"q_proj": ("qkv", "q"), "k_proj": ("qkv", "k"), "v_proj": ("qkv", "v"), "gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1)}
+FUSED = {
+    "q_proj": ("qkv", "q"),
+    "k_proj": ("qkv", "k"),
+    "v_proj": ("qkv", "v"),
+    "gate_proj": ("gate_up", 0),
+    "up_proj": ("gate_up", 1),
+}
 
 
 class Model(nn.Module):
@@ -200,7 +220,10 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    return write({name: (0.05 * torch.randn(shape)).to(torch.bfloat16) for name, shape in SHAPES.items()}, tmp_path_factory.mktemp("model"))
+    return write(
+        {name: (0.05 * torch.randn(shape)).to(torch.bfloat16) for name, shape in SHAPES.items()},
+        tmp_path_factory.mktemp("model"),
+    )
 
 
 def write(tensors: dict[str, torch.Tensor], folder: Path) -> Path:
@@ -242,14 +265,18 @@ def test_a_tensor_that_the_model_changes_stays_bf16(path: Path, expected: torch.
     model.change = lambda name, value: changes[name](value) if name in changes else value
     loader().load_model(model, path)
     assert torch.equal(model(IDS), expected)
-    assert {name for name, value in model.named_parameters() if value.dtype == torch.uint8} == {f"qkv.weight_df11_{part}" for part in range(3)}
+    assert {name for name, value in model.named_parameters() if value.dtype == torch.uint8} == {
+        f"qkv.weight_df11_{part}" for part in range(3)
+    }
 
 
 def test_a_layer_that_is_fused_in_the_file_is_one_record(plugin: ModuleType, tmp_path: Path) -> None:  # noqa: ARG001
     matrix = torch.randn(2 * INNER, HIDDEN).to(torch.bfloat16)
     folder = write({"weight": matrix}, tmp_path)
     layer = LinearBase(config(), HIDDEN, {0: INNER, 1: INNER})
-    layer.load_weights = lambda weights: [layer.weight.weight_loader(layer.weight, value) for _, value in weights] and None
+    layer.load_weights = lambda weights: (
+        [layer.weight.weight_loader(layer.weight, value) for _, value in weights] and None
+    )
     loader().load_model(layer, folder)
     x = torch.randn(3, HIDDEN).to(torch.bfloat16)
     assert torch.equal(layer(x), nn.functional.linear(x, matrix))
@@ -281,7 +308,11 @@ def test_the_operator_can_be_compiled(plugin: ModuleType, path: Path) -> None:
     records = [value for name, value in layer.named_parameters() if "df11" in name]
     x = torch.randn(2, 3, HIDDEN).to(torch.bfloat16)
     for bias in (None, layer.bias):
-        torch.library.opcheck(plugin.linear, (x, records, layer.df11_rows, layer.df11_segments, bias), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            plugin.linear,
+            (x, records, layer.df11_rows, layer.df11_segments, bias),
+            test_utils=("test_schema", "test_faketensor"),
+        )
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(x), layer(x))

@@ -84,10 +84,18 @@ def run(*arguments: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def run_process(*arguments: object, env: Mapping[str, str] | None = None, command: Sequence[str] = COMMAND, cwd: Path | None = None) -> Result:
+def run_process(
+    *arguments: object, env: Mapping[str, str] | None = None, command: Sequence[str] = COMMAND, cwd: Path | None = None
+) -> Result:
     """Run ``df11``, or another command, in a process of its own."""
     done = subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, errors="surrogateescape", check=False, env=env or environment(), cwd=cwd
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        check=False,
+        env=env or environment(),
+        cwd=cwd,
     )
     return Result(done.returncode, done.stdout, done.stderr)
 

@@ -108,7 +108,9 @@ def ask_to_decode(segment: Segment) -> tuple[bytes, bytes]:
         header = {"lane_bytes": segment.lane_bytes, **sections}
 
         def pass_over(*, compare: bool) -> tuple[int, int]:
-            return kernels.decode_tiles(segment.data, table, segment.elements, header, segment.first, segment.last, weights, compare=compare)
+            return kernels.decode_tiles(
+                segment.data, table, segment.elements, header, segment.first, segment.last, weights, compare=compare
+            )
 
         answer += numbers(*pass_over(compare=False), count) + weights.tobytes()
         answer += numbers(*pass_over(compare=True))
@@ -132,7 +134,9 @@ def ask_to_count(weights: Weights) -> tuple[bytes, bytes]:
 
 def ask_to_hash(before: Bytes, weights: Weights, after: Bytes) -> tuple[bytes, bytes]:
     """Bytes around the weights of a segment: a question, and its answer by hashlib and by an encoder that counts for itself."""
-    question = b"H" + numbers(len(before), len(weights), len(after)) + before.tobytes() + weights.tobytes() + after.tobytes()
+    question = (
+        b"H" + numbers(len(before), len(weights), len(after)) + before.tobytes() + weights.tobytes() + after.tobytes()
+    )
     code = Encoder().build_code(weights)
     digest = hashlib.sha256(before.tobytes() + weights.tobytes() + after.tobytes()).digest()
     return question, digest + numbers(code.bits) + code.section.tobytes()
@@ -167,7 +171,11 @@ def damaged_segment(seed: int) -> Segment | None:
     descriptors = data[sections["tiles_offset"] :][: 8 * layout.tile_count(segment.elements)].view("<u4").reshape(-1, 2)
     listing = np.flatnonzero(descriptors[:, 1] >> 16)
     if len(listing) and rng.random() < 0.5:  # A position that is beyond the tile, or out of order.
-        end = sections["stream_offset"] + 16 * int(descriptors[listing[0] + 1, 0]) if listing[0] + 1 < len(descriptors) else len(data) - 16
+        end = (
+            sections["stream_offset"] + 16 * int(descriptors[listing[0] + 1, 0])
+            if listing[0] + 1 < len(descriptors)
+            else len(data) - 16
+        )
         data[end - 16 : end] = rng.integers(256, size=16)
         return segment
     for _ in range(int(rng.integers(1, 4))):
@@ -202,5 +210,9 @@ def questions(seed: int, scale: int = 1) -> list[tuple[bytes, bytes]]:
     for count in (0, 1, 7, 64, 1000):
         asked.append(ask_to_cast(rng.integers(256, size=4 * count, dtype=np.uint8)))
         asked.append(ask_to_count(rng.integers(65536, size=count, dtype=np.uint16)))
-    asked.append(ask_to_cast((np.arange(1 << 16, dtype=np.uint32) << 16 | rng.integers(2, size=1 << 16, dtype=np.uint32)).view(np.uint8)))
+    asked.append(
+        ask_to_cast(
+            (np.arange(1 << 16, dtype=np.uint32) << 16 | rng.integers(2, size=1 << 16, dtype=np.uint32)).view(np.uint8)
+        )
+    )
     return asked

@@ -61,14 +61,21 @@ def tensor(
     known = entropy(counts.tolist()) if elements else None
     stored = round(elements * bits / 8) if coded else 2 * elements
     stored_xxh3, decoded_xxh3 = ((1, 2), (3, 4)) if coded else ((7,), (7,))
-    return TensorRow(file, name, dtype, shape, "df11" if coded else "verbatim", stored, known, kept, exact, stored_xxh3, decoded_xxh3)
+    return TensorRow(
+        file, name, dtype, shape, "df11" if coded else "verbatim", stored, known, kept, exact, stored_xxh3, decoded_xxh3
+    )
 
 
 def file(name: str, rows: Sequence[TensorRow], sha256: str | None = None) -> FileRow:
     """The row of the file that holds these tensors: 1,000 bytes of header in the container, 500 in the source."""
     source = sum(row.elements * 4 if row.exact is not None else row.decoded_bytes for row in rows)
     return FileRow(
-        name, 1000 + sum(row.stored_bytes for row in rows), sha256, name.replace(".df11", ".safetensors"), 500 + source, f"{len(name):064x}"
+        name,
+        1000 + sum(row.stored_bytes for row in rows),
+        sha256,
+        name.replace(".df11", ".safetensors"),
+        500 + source,
+        f"{len(name):064x}",
     )
 
 
@@ -82,7 +89,10 @@ def manifest(*tensors: TensorRow, origin: Origin | None = None, cast: bool = Fal
 def model(layers: int = 12, *, origin: Origin | None = None) -> Manifest:
     """A small model of two parts, with layers, an outlier, tensors that were cast, and some that are no BF16."""
     text = "text/model.df11"
-    rows = [tensor(text, "model.embed.weight", (1000, 512), center=122), tensor(text, "model.norm.weight", (512,), bits=16)]
+    rows = [
+        tensor(text, "model.embed.weight", (1000, 512), center=122),
+        tensor(text, "model.norm.weight", (512,), bits=16),
+    ]
     for layer in range(layers):
         bits = 12.5 if layer == 3 else 10.7 + layer / 1000
         rows += [
@@ -102,7 +112,12 @@ def model(layers: int = 12, *, origin: Origin | None = None) -> Manifest:
 def evil() -> Manifest:
     """Names that nobody should give, each of a tensor and some of files."""
     rows = [
-        tensor(f"part {index % 3}/we|ird`<{index % 3}>.df11", name, (300, 300), bits=10.7 + (index == 1)) for index, name in enumerate(EVIL_NAMES)
+        tensor(f"part {index % 3}/we|ird`<{index % 3}>.df11", name, (300, 300), bits=10.7 + (index == 1))
+        for index, name in enumerate(EVIL_NAMES)
     ]
-    rows += [tensor("part 0/we|ird`<0>.df11", f"{name}.{layer}.<b>$w$</b>", (300, 300)) for name in EVIL_NAMES[:3] for layer in range(4)]
+    rows += [
+        tensor("part 0/we|ird`<0>.df11", f"{name}.{layer}.<b>$w$</b>", (300, 300))
+        for name in EVIL_NAMES[:3]
+        for layer in range(4)
+    ]
     return manifest(*rows, origin=Origin('owner/name"><script>', "<commit>", "a`|b"))

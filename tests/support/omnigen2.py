@@ -33,7 +33,16 @@ TRANSFORMER = {
     "text_feat_dim": 256,
     "timestep_scale": 1000.0,
 }
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|img|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|img|>",
+]
 MLLM = {
     "text_config": {
         "vocab_size": 256 + len(SPECIAL),
@@ -140,7 +149,11 @@ def make_tree(family: Family) -> None:
 def randomized(module: Any) -> Any:
     # Some weights start as zeros, which would hide errors in what they are multiplied with.
     for name, parameter in module.named_parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and parameter.dim() == 1 and name.endswith("weight") else 0.0, std=0.05)
+        torch.nn.init.normal_(
+            parameter,
+            mean=1.0 if "norm" in name and parameter.dim() == 1 and name.endswith("weight") else 0.0,
+            std=0.05,
+        )
     return module.eval()
 
 
@@ -151,8 +164,12 @@ def make_processor(family: Family, folder: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     pixels = {"min_pixels": 56 * 56, "max_pixels": 56 * 84}
     if family.real:
-        images = importlib.import_module("transformers.models.qwen2_vl.image_processing_qwen2_vl").Qwen2VLImageProcessor(**pixels)
-        videos = importlib.import_module("transformers.models.qwen2_vl.video_processing_qwen2_vl").Qwen2VLVideoProcessor()
+        images = importlib.import_module(
+            "transformers.models.qwen2_vl.image_processing_qwen2_vl"
+        ).Qwen2VLImageProcessor(**pixels)
+        videos = importlib.import_module(
+            "transformers.models.qwen2_vl.video_processing_qwen2_vl"
+        ).Qwen2VLVideoProcessor()
         transformers.Qwen2_5_VLProcessor(images, tokenizer, videos).save_pretrained(folder)
     else:
         tokenizer.save_pretrained(folder)

@@ -178,10 +178,17 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.teacache_rel_l1_thresh = 0.05
         self.cache = SimpleNamespace()
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor, references: list[Any] | None = None) -> Tensor:
+    def forward(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor, references: list[Any] | None = None
+    ) -> Tensor:
         """Latents [batch, channels, height, width], states of the text [batch, tokens, width] and their mask; a list of latents a sample."""
         samples = [
-            self._sample(latents[i : i + 1], timestep[i : i + 1], text[i : i + 1, : int(mask[i].sum())], (references or {i: None})[i] or [])
+            self._sample(
+                latents[i : i + 1],
+                timestep[i : i + 1],
+                text[i : i + 1, : int(mask[i].sum())],
+                (references or {i: None})[i] or [],
+            )
             for i in range(len(latents))
         ]
         return torch.cat(samples)
@@ -201,7 +208,11 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
             rotary = self._rotary(torch.stack([torch.full_like(rows, position), rows, columns], dim=-1).flatten(0, 1))
             patches = self._patches(image[None])
-            x = self.x_embedder(patches) if is_noise else self.ref_image_patch_embedder(patches) + self.image_index_embedding[i]
+            x = (
+                self.x_embedder(patches)
+                if is_noise
+                else self.ref_image_patch_embedder(patches) + self.image_index_embedding[i]
+            )
             for block in self.noise_refiner if is_noise else self.ref_image_refiner:
                 x = block(x, rotary, time)
             parts.append(x)
@@ -210,7 +221,11 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x = self._layers(torch.cat(parts, dim=1), torch.cat(rotaries), time)
         x = self.norm_out(x, time)[:, -height * width :]
         size = self.config.patch_size
-        return x.view(1, height, width, size, size, -1).permute(0, 5, 1, 3, 2, 4).reshape(1, -1, height * size, width * size)
+        return (
+            x.view(1, height, width, size, size, -1)
+            .permute(0, 5, 1, 3, 2, 4)
+            .reshape(1, -1, height * size, width * size)
+        )
 
     def _layers(self, x: Tensor, rotary: Tensor, time: Tensor) -> Tensor:
         if self.enable_teacache:
@@ -316,7 +331,9 @@ class OmniGen2Pipeline(DiffusionPipeline):
         turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
         text = self.processor.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
         found = self.processor.tokenizer([text], return_tensors="pt").to(self._execution_device)
-        states = self.mllm(found.input_ids, attention_mask=found.attention_mask, output_hidden_states=True).hidden_states[-1]
+        states = self.mllm(
+            found.input_ids, attention_mask=found.attention_mask, output_hidden_states=True
+        ).hidden_states[-1]
         return states.to(self.mllm.dtype).expand(count, -1, -1), found.attention_mask.expand(count, -1)
 
     def encode(self, image: Image.Image) -> Tensor:
@@ -352,7 +369,12 @@ class OmniGen2Pipeline(DiffusionPipeline):
         if len(images) == 1:
             height, width = (self.factor * side for side in images[0].shape[-2:])
         references = [images] * num_images_per_prompt if images else None
-        shape = (num_images_per_prompt, self.transformer.config.in_channels, height // self.factor, width // self.factor)
+        shape = (
+            num_images_per_prompt,
+            self.transformer.config.in_channels,
+            height // self.factor,
+            width // self.factor,
+        )
         latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.mllm.dtype)
         self.scheduler.set_timesteps(num_inference_steps, latents.device, num_tokens=shape[-1] * shape[-2])
         self.transformer.enable_taylorseer = self.enable_taylorseer
@@ -365,7 +387,9 @@ class OmniGen2Pipeline(DiffusionPipeline):
                 without = self.predict(caches[1], latents, texts[1], None)
                 if references and image_guidance_scale > 1:
                     only_images = self.predict(caches[2], latents, texts[1], references)
-                    guided = image_guidance_scale * (only_images - without) + text_guidance_scale * (prediction - only_images)
+                    guided = image_guidance_scale * (only_images - without) + text_guidance_scale * (
+                        prediction - only_images
+                    )
                 else:
                     guided = text_guidance_scale * (prediction - without)
                 prediction = without + guided
@@ -381,8 +405,12 @@ class OmniGen2ChatPipeline(OmniGen2Pipeline):
 
     @torch.no_grad()
     def __call__(self, prompt: str, input_images: list[Image.Image] | None = None, **_: Any) -> Any:
-        seen = "".join(f"<img{i + 1}>: <|vision_start|>{IMAGE_TOKEN}<|vision_end|>" for i in range(len(input_images or [])))
+        seen = "".join(
+            f"<img{i + 1}>: <|vision_start|>{IMAGE_TOKEN}<|vision_end|>" for i in range(len(input_images or []))
+        )
         text = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{seen}{prompt}<|im_end|>\n<|im_start|>assistant\n"
         inputs = {name: value.to(self.mllm.device) for name, value in self.processor(text, input_images).items()}
         made = self.mllm.generate(**inputs, max_new_tokens=8, do_sample=False)
-        return SimpleNamespace(text=self.processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :]), images=None)
+        return SimpleNamespace(
+            text=self.processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :]), images=None
+        )

@@ -19,8 +19,12 @@ def encode(weights: Weights, segment_elements: int = layout.DEFAULT_SEGMENT_WEIG
     parts: list[bytes] = []
     for first in range(0, len(weights), segment_elements):
         part = weights[first : first + segment_elements]
-        segment = _ENCODER.encode(part, np.empty(layout.raw_segment_size(len(part)) + ENCODE_SLACK, np.uint8), verify=False)
-        places.append(SegmentPlace(0, len(segment.data), len(part), segment.stored_checksum, segment.decoded_checksum, first))
+        segment = _ENCODER.encode(
+            part, np.empty(layout.raw_segment_size(len(part)) + ENCODE_SLACK, np.uint8), verify=False
+        )
+        places.append(
+            SegmentPlace(0, len(segment.data), len(part), segment.stored_checksum, segment.decoded_checksum, first)
+        )
         parts.append(segment.data.tobytes())
     return np.frombuffer(pack_front(places, segment_elements) + b"".join(parts), np.uint8)
 
@@ -28,7 +32,11 @@ def encode(weights: Weights, segment_elements: int = layout.DEFAULT_SEGMENT_WEIG
 def generate(seed: int, largest: int = 2 * 8192 + 1) -> tuple[Weights, int, Bytes]:
     """Weights of a random flavour and size, boundaries often; the weights of a segment, often few; their record."""
     rng = np.random.default_rng(seed)
-    size = int(rng.choice(strategies.BOUNDARY_SIZES) if rng.random() < 0.4 else rng.integers(1, 1 + int(largest ** rng.uniform(0.3, 1))))
+    size = int(
+        rng.choice(strategies.BOUNDARY_SIZES)
+        if rng.random() < 0.4
+        else rng.integers(1, 1 + int(largest ** rng.uniform(0.3, 1)))
+    )
     weights = strategies.make(str(rng.choice(sorted(strategies.FLAVOURS))), size, seed)
     segment_elements = int(rng.choice([layout.TILE_WEIGHTS, 2 * layout.TILE_WEIGHTS, layout.DEFAULT_SEGMENT_WEIGHTS]))
     return weights, segment_elements, encode(weights, segment_elements)

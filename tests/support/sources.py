@@ -109,7 +109,11 @@ def header(
     entries = {}
     position = 0
     for tensor in tensors:
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + len(tensor.data)]}
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + len(tensor.data)],
+        }
         position += len(tensor.data)
     names = [tensors[index].name for index in (order if order is not None else range(len(tensors)))]
     document: dict[str, object] = {}
@@ -129,9 +133,13 @@ def framed(json_header: bytes, data: bytes, *, padding: int | None = None) -> by
     return len(json_header).to_bytes(8, "little") + json_header + data
 
 
-def file_bytes(tensors: Sequence[Tensor], *, padding: int | None = None, metadata: Mapping[str, str] | None = None, **options) -> bytes:
+def file_bytes(
+    tensors: Sequence[Tensor], *, padding: int | None = None, metadata: Mapping[str, str] | None = None, **options
+) -> bytes:
     """A whole file of these tensors; ``options`` as in :func:`header`."""
-    return framed(header(tensors, metadata=metadata, **options), b"".join(tensor.data for tensor in tensors), padding=padding)
+    return framed(
+        header(tensors, metadata=metadata, **options), b"".join(tensor.data for tensor in tensors), padding=padding
+    )
 
 
 def write(path: Path, tensors: Sequence[Tensor], **options) -> Path:
@@ -141,7 +149,9 @@ def write(path: Path, tensors: Sequence[Tensor], **options) -> Path:
     return path
 
 
-def write_large(path: Path, dtype: str, size: int, *, name: str = "weight", uniform: bool = False, sparse: bool = False) -> Path:
+def write_large(
+    path: Path, dtype: str, size: int, *, name: str = "weight", uniform: bool = False, sparse: bool = False
+) -> Path:
     """A file of one tensor of ``size`` bytes, quickly: one block of random values again and again, or, if ``sparse``, a hole."""
     elements = size * 8 // DTYPES[dtype]
     text = json.dumps({name: {"dtype": dtype, "shape": [elements], "data_offsets": [0, size]}}).encode()
@@ -169,7 +179,9 @@ def sha256(path: Path) -> str:
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:
     """All files below a folder, hidden ones too: relative path -> content."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 # One file of every kind.
@@ -184,7 +196,11 @@ def _every_dtype() -> bytes:
 def _every_dtype_large() -> bytes:
     tensors = []
     for seed, dtype in enumerate(DTYPES):
-        tensors += [bf16("t.BF16", (300, 100), seed)] if dtype == "BF16" else [random_tensor(f"t.{dtype}", dtype, (300, 100), seed)]
+        tensors += (
+            [bf16("t.BF16", (300, 100), seed)]
+            if dtype == "BF16"
+            else [random_tensor(f"t.{dtype}", dtype, (300, 100), seed)]
+        )
     return file_bytes(tensors)
 
 
@@ -231,11 +247,17 @@ def _names() -> bytes:
         "é",
         "x" * 5000,
     ]
-    return file_bytes([bf16(name, (600 + index,), index) for index, name in enumerate(names)], metadata={"über": "ключ 🗝", "": ""})
+    return file_bytes(
+        [bf16(name, (600 + index,), index) for index, name in enumerate(names)], metadata={"über": "ключ 🗝", "": ""}
+    )
 
 
 def _escaped_names() -> bytes:
-    return file_bytes([bf16(name, (600,), index) for index, name in enumerate(["重み", "🤗", "é"])], metadata={"k": "🗝"}, ascii_only=True)
+    return file_bytes(
+        [bf16(name, (600,), index) for index, name in enumerate(["重み", "🤗", "é"])],
+        metadata={"k": "🗝"},
+        ascii_only=True,
+    )
 
 
 def _unsorted() -> bytes:
@@ -249,12 +271,21 @@ def _many_small() -> bytes:
     for index in range(3000):
         count = int(generator.integers(0, 200))
         dtype = ("BF16", "BF16", "F32", "U8", "I64")[index % 5]
-        tensors += [bf16(f"m.{index}", (count,), index) if dtype == "BF16" else random_tensor(f"m.{index}", dtype, (count,), index)]
+        tensors += [
+            bf16(f"m.{index}", (count,), index)
+            if dtype == "BF16"
+            else random_tensor(f"m.{index}", dtype, (count,), index)
+        ]
     return file_bytes(tensors)
 
 
 def _many_segments() -> bytes:
-    tensors = [bf16("short", (100,)), bf16("long", (2 * SEGMENT + 12345,), 1), bf16("exact", (SEGMENT,), 2), random_tensor("i", "I32", (50,), 3)]
+    tensors = [
+        bf16("short", (100,)),
+        bf16("long", (2 * SEGMENT + 12345,), 1),
+        bf16("exact", (SEGMENT,), 2),
+        random_tensor("i", "I32", (50,), 3),
+    ]
     return file_bytes(tensors)
 
 
@@ -262,7 +293,9 @@ def _half_coded() -> bytes:
     # A segment of weights, a segment of random bits, and the other way round: records with raw and coded segments.
     random = random_tensor("", "BF16", (SEGMENT,), 9).data
     weights = gaussian(SEGMENT, 10).tobytes()
-    return file_bytes([Tensor("a", "BF16", (2, SEGMENT), weights + random), Tensor("b", "BF16", (2 * SEGMENT,), random + weights)])
+    return file_bytes(
+        [Tensor("a", "BF16", (2, SEGMENT), weights + random), Tensor("b", "BF16", (2 * SEGMENT,), random + weights)]
+    )
 
 
 def _odd_values() -> bytes:
@@ -278,7 +311,9 @@ def _odd_values() -> bytes:
         "one of another kind": np.where(np.arange(40_000) == 39_999, 0x7F00, 0x3C00).astype(np.uint16),
         "two exponents in turn": np.tile(np.array([0x3F80, 0x0080], np.uint16), 10_000),
     }
-    return file_bytes([Tensor(name, "BF16", (len(values),), values.astype("<u2").tobytes()) for name, values in tensors.items()])
+    return file_bytes(
+        [Tensor(name, "BF16", (len(values),), values.astype("<u2").tobytes()) for name, values in tensors.items()]
+    )
 
 
 _TWO = (bf16("a", (4000,), 1), random_tensor("b", "F32", (333,), 2))
@@ -299,7 +334,9 @@ KINDS: Mapping[str, Callable[[], bytes]] = {
     "no padding": lambda: file_bytes(_TWO, padding=0),
     "odd header size": lambda: file_bytes(_TWO, padding=1 + len(header(_TWO)) % 2),
     "much padding": lambda: file_bytes(_TWO, padding=100_000),
-    "metadata last": lambda: file_bytes(_TWO, metadata={"format": "pt", "note": 'a "quoted" \\ note\n'}, metadata_last=True),
+    "metadata last": lambda: file_bytes(
+        _TWO, metadata={"format": "pt", "note": 'a "quoted" \\ note\n'}, metadata_last=True
+    ),
     "empty metadata": lambda: file_bytes(_TWO, metadata={}),
     "JSON with white space": lambda: file_bytes(_TWO, metadata={"format": "pt"}, indent=2),
     "no tensors": lambda: file_bytes([]),

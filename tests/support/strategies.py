@@ -30,7 +30,21 @@ Flavour = Callable[[np.random.Generator, int], Weights]
 BOUNDARY_SIZES = (1, 2, 3, 7, 8, 9, 255, 256, 257, 8191, 8192, 8193, 2 * 8192 - 1, 2 * 8192, 2 * 8192 + 1)
 """Sizes around a pair, a lane's part of a chunk, a chunk and a tile."""
 
-SPECIAL_WEIGHTS = (0x0000, 0x8000, 0x0001, 0x807F, 0x0080, 0x7F7F, 0x7F80, 0xFF80, 0x7F81, 0x7FC0, 0xFFC1, 0xFFFF, 0x3F80)
+SPECIAL_WEIGHTS = (
+    0x0000,
+    0x8000,
+    0x0001,
+    0x807F,
+    0x0080,
+    0x7F7F,
+    0x7F80,
+    0xFF80,
+    0x7F81,
+    0x7FC0,
+    0xFFC1,
+    0xFFFF,
+    0x3F80,
+)
 """Zeros, subnormals, the smallest and largest numbers, infinities, NaNs with payloads, one."""
 
 
@@ -51,7 +65,9 @@ def constant(rng: np.random.Generator, n: int) -> Weights:
 
 def one_exponent(rng: np.random.Generator, n: int) -> Weights:
     """One exponent, any sign and mantissa."""
-    return (rng.integers(256, size=n) & 0x7F | rng.integers(2, size=n) << 15 | int(rng.integers(256)) << 7).astype(np.uint16)
+    return (rng.integers(256, size=n) & 0x7F | rng.integers(2, size=n) << 15 | int(rng.integers(256)) << 7).astype(
+        np.uint16
+    )
 
 
 def two_exponents(rng: np.random.Generator, n: int) -> Weights:
@@ -135,7 +151,14 @@ def codes(draw: st.DrawFn) -> dict[int, int]:
         lengths[place] += 1
         lengths.append(lengths[place])
     exponents = st.sampled_from(draw(st.lists(st.integers(0, 255), min_size=7, max_size=16, unique=True)))
-    symbols = draw(st.lists(st.builds(lambda a, b: a | b << 8, exponents, exponents), min_size=len(lengths), max_size=len(lengths), unique=True))
+    symbols = draw(
+        st.lists(
+            st.builds(lambda a, b: a | b << 8, exponents, exponents),
+            min_size=len(lengths),
+            max_size=len(lengths),
+            unique=True,
+        )
+    )
     return dict(zip(symbols, lengths if len(lengths) > 1 else [1], strict=True))
 
 
@@ -151,7 +174,19 @@ class SafetensorsFile:
     metadata: dict[str, str]
 
 
-NAMES = st.sampled_from(["weight", "model.layers.0.mlp.up_proj.weight", "a/b\\c", 'quo"te', "naïve 名前 🤗", " ", "", "__metadata", "df11.tensors"])
+NAMES = st.sampled_from(
+    [
+        "weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "a/b\\c",
+        'quo"te',
+        "naïve 名前 🤗",
+        " ",
+        "",
+        "__metadata",
+        "df11.tensors",
+    ]
+)
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 

@@ -102,7 +102,9 @@ class Tile:
         bits = "".join(self.lanes)
         bits += f"{pad:08b}"[-1] * (-len(bits) % 32)
         codes = int(bits[::-1], 2).to_bytes(len(bits) // 8, "little")
-        listed = b"".join(layout.EXCEPTION.pack(position=position, weight=weight) for position, weight in self.exceptions)
+        listed = b"".join(
+            layout.EXCEPTION.pack(position=position, weight=weight) for position, weight in self.exceptions
+        )
         return padded(codes + listed, pad)
 
 
@@ -110,7 +112,12 @@ class Tile:
 def _stand_in(wanted: tuple[int, ...], codes: tuple[tuple[int, int], ...]) -> int:
     # The coded symbol for a pair without a code, or for what exists of one: the shortest code that shares an exponent with it (if as short,
     # the first exponent), else the shortest code. codes: (symbol, length) from short to long, then by symbol.
-    sharing = [(length, place, value) for place, e in enumerate(wanted) for value, length in codes if (value >> 8 * place) & 255 == e]
+    sharing = [
+        (length, place, value)
+        for place, e in enumerate(wanted)
+        for value, length in codes
+        if (value >> 8 * place) & 255 == e
+    ]
     return min(sharing)[2] if sharing else codes[0][0]
 
 
@@ -126,7 +133,9 @@ def encode_tile(weights: Sequence[int], codes: Mapping[int, str]) -> Tile:
                 wanted = tuple(exponent(weight) for weight in pair)
                 coded = symbol(*wanted) if len(pair) == 2 and symbol(*wanted) in codes else _stand_in(wanted, listed)
                 bits.append(codes[coded])
-                exceptions += [(at + i, weight) for i, weight in enumerate(pair) if exponent(weight) != (coded >> 8 * i) & 255]
+                exceptions += [
+                    (at + i, weight) for i, weight in enumerate(pair) if exponent(weight) != (coded >> 8 * i) & 255
+                ]
         lanes.append("".join(bits))
     return Tile(lanes, exceptions)
 
@@ -145,19 +154,26 @@ def coded_segment(
 
     ``pad``: value of padding bytes; ``codes``: instead of the canonical ones; ``edit`` changes the tiles; ``fields`` of the header.
     """
-    tiles = [encode_tile(weights[first : first + 8192], codes or canonical_codes(lengths)) for first in range(0, len(weights), 8192)]
+    tiles = [
+        encode_tile(weights[first : first + 8192], codes or canonical_codes(lengths))
+        for first in range(0, len(weights), 8192)
+    ]
     edit(tiles)
     alphabet_size, table = code_table(lengths)
     sections = {"tiles_offset": padded(bytes(32) + table, pad)}
     descriptors, lane_lengths, stream = b"", b"", b""
     for tile in tiles:
         shortest = min(map(len, tile.lanes))
-        descriptors += layout.TILE_DESCRIPTOR.pack(stream_position=len(stream) // 16, shortest_lane=shortest, exception_count=len(tile.exceptions))
+        descriptors += layout.TILE_DESCRIPTOR.pack(
+            stream_position=len(stream) // 16, shortest_lane=shortest, exception_count=len(tile.exceptions)
+        )
         lane_lengths += b"".join((len(lane) - shortest).to_bytes(lane_bytes, "little") for lane in tile.lanes)
         stream += tile.stored(pad)
     sections["lanes_offset"] = padded(sections["tiles_offset"] + descriptors, pad)
     sections["sign_mantissa_offset"] = sections["lanes_offset"] + lane_lengths
-    sections["stream_offset"] = padded(sections["sign_mantissa_offset"] + bytes((weight >> 8) & 0x80 | weight & 0x7F for weight in weights), pad)
+    sections["stream_offset"] = padded(
+        sections["sign_mantissa_offset"] + bytes((weight >> 8) & 0x80 | weight & 0x7F for weight in weights), pad
+    )
     segment = sections["stream_offset"] + stream + bytes([pad]) * 16
     header: dict[str, Any] = {name: len(data) for name, data in sections.items()}
     header |= {
@@ -174,7 +190,11 @@ def coded_segment(
 def raw_segment(weights: Sequence[int], *, pad: int = 0, **fields: int) -> bytes:
     """A raw segment; ``fields`` of the header."""
     segment = padded(bytes(32) + u16s(weights), pad)
-    header = dict.fromkeys(layout.SEGMENT_HEADER.fields, 0) | {"element_count": len(weights), "stream_offset": 32, "segment_size": len(segment)}
+    header = dict.fromkeys(layout.SEGMENT_HEADER.fields, 0) | {
+        "element_count": len(weights),
+        "stream_offset": 32,
+        "segment_size": len(segment),
+    }
     return layout.SEGMENT_HEADER.pack(**header | fields) + segment[32:]
 
 
@@ -285,18 +305,27 @@ def compact(value: object) -> bytes:
 def raw_frame(data: bytes) -> bytes:
     """A Zstandard frame that stores ``data`` as it is (RFC 8878), so that it does not depend on the release of a compressor."""
     blocks = [data[start : start + (1 << 17)] for start in range(0, len(data), 1 << 17)] or [b""]
-    stored = b"".join((len(block) << 3 | (place == len(blocks) - 1)).to_bytes(3, "little") + block for place, block in enumerate(blocks))
+    stored = b"".join(
+        (len(block) << 3 | (place == len(blocks) - 1)).to_bytes(3, "little") + block
+        for place, block in enumerate(blocks)
+    )
     return bytes.fromhex("28b52ffd a0") + len(data).to_bytes(4, "little") + stored
 
 
-def safetensors_file(tensors: Sequence[Tensor], metadata: Mapping[str, str] | None = None, padding: int = 0) -> tuple[bytes, bytes]:
+def safetensors_file(
+    tensors: Sequence[Tensor], metadata: Mapping[str, str] | None = None, padding: int = 0
+) -> tuple[bytes, bytes]:
     """(header, data) of the source of some tensors."""
     document: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     data = b""
     for tensor in tensors:
         content = tensor.source_bytes
         dtype = tensor.dtype if tensor.exact is None else "F32"
-        document[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(content)]}
+        document[tensor.name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(content)],
+        }
         data += content
     return compact(document) + b" " * padding, data
 
@@ -319,7 +348,11 @@ def container(
     data = b""
     for tensor in tensors:
         stored = tensor.stored_bytes
-        value: dict[str, Any] = {"encoding": "verbatim" if tensor.stored is None else "df11", "dtype": tensor.dtype, "shape": list(tensor.shape)}
+        value: dict[str, Any] = {
+            "encoding": "verbatim" if tensor.stored is None else "df11",
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+        }
         if tensor.exact is not None:
             value["exact"] = tensor.exact
         if tensor.stored is None:
@@ -337,7 +370,12 @@ def container(
         "df11.requires": "[]",
         "df11.writer": "df11 test vectors",
         "df11.source": compact(
-            {"bytes": len(source), "sha256": hashlib.sha256(source).hexdigest(), "header_bytes": len(source_header), "cast": cast}
+            {
+                "bytes": len(source),
+                "sha256": hashlib.sha256(source).hexdigest(),
+                "header_bytes": len(source_header),
+                "cast": cast,
+            }
         ).decode(),
         "df11.source_header": base64.b64encode(raw_frame(source_header)).decode(),
         "df11.tensors": compact(objects).decode(),

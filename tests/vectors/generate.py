@@ -21,7 +21,14 @@ def build() -> dict[str, bytes]:
     for golden in [make() for make in MAKERS]:
         files[f"golden/{golden.name}.df11"] = golden.file
         tensors = {name: hashlib.sha256(content).hexdigest() for name, content in golden.tensors.items()}
-        index["golden"].append({"name": golden.name, "about": golden.about, "sha256": hashlib.sha256(golden.file).hexdigest(), "tensors": tensors})
+        index["golden"].append(
+            {
+                "name": golden.name,
+                "about": golden.about,
+                "sha256": hashlib.sha256(golden.file).hexdigest(),
+                "tensors": tensors,
+            }
+        )
     for case in CASES:
         files[f"must_fail/{case.name}.df11"] = case.file
         index["must_fail"].append(

@@ -38,7 +38,12 @@ def golden(make: Callable[[], tuple[bytes, Sequence[forge.Tensor]]]) -> Callable
 
     def maker() -> Golden:
         file, tensors = make()
-        return Golden(make.__name__, " ".join((make.__doc__ or "").split()), file, {tensor.name: tensor.decoded for tensor in tensors})
+        return Golden(
+            make.__name__,
+            " ".join((make.__doc__ or "").split()),
+            file,
+            {tensor.name: tensor.decoded for tensor in tensors},
+        )
 
     MAKERS.append(maker)
     return maker
@@ -101,7 +106,9 @@ def verbatim() -> tuple[bytes, Sequence[forge.Tensor]]:
         tensors.append(forge.Tensor(f"layer.{dtype}", dtype, (2, 4), bytes(range(bits))))
     tensors.append(forge.Tensor("scalar", "BF16", (), b"\x80\x3f"))
     tensors.append(forge.Tensor("empty", "BF16", (3, 0, 2), b""))
-    tensors += [forge.Tensor(name, "U8", (1,), b"\x07") for name in ("", 'a "quoted"\\name', "größe/名前", "__metadata")]
+    tensors += [
+        forge.Tensor(name, "U8", (1,), b"\x07") for name in ("", 'a "quoted"\\name', "größe/名前", "__metadata")
+    ]
     return file_of(*tensors)
 
 
@@ -119,7 +126,9 @@ def raw_sizes() -> tuple[bytes, Sequence[forge.Tensor]]:
 def special_weights() -> tuple[bytes, Sequence[forge.Tensor]]:
     """NaNs with payloads, infinities, subnormals and zeros of both signs, raw and coded, in two dimensions."""
     weights = [SPECIAL[i % len(SPECIAL)] for i in range(1024)]
-    symbols = {forge.symbol(forge.exponent(a), forge.exponent(b)) for a, b in zip(weights[::2], weights[1::2], strict=True)}
+    symbols = {
+        forge.symbol(forge.exponent(a), forge.exponent(b)) for a, b in zip(weights[::2], weights[1::2], strict=True)
+    }
     raw = forge.record([(forge.raw_segment(weights), weights)])
     return file_of(
         forge.bf16("raw", weights, raw, (32, 32)),
@@ -138,7 +147,9 @@ def single_code() -> tuple[bytes, Sequence[forge.Tensor]]:
 @golden
 def longest_codes() -> tuple[bytes, Sequence[forge.Tensor]]:
     """Code lengths 1, 2, 3 and so on to 12: the longest code there may be."""
-    lengths = forge.staircase([forge.symbol(100 + i % 4, 100 + i // 4) for i in (5, 0, 7, 2, 9, 12, 11, 4, 1, 6, 15, 10, 3)])
+    lengths = forge.staircase(
+        [forge.symbol(100 + i % 4, 100 + i // 4) for i in (5, 0, 7, 2, 9, 12, 11, 4, 1, 6, 15, 10, 3)]
+    )
     return file_of(coded("w", weights_of([*drawn(lengths, 600, 1), *lengths]), lengths))
 
 
@@ -223,7 +234,10 @@ def padding() -> tuple[bytes, Sequence[forge.Tensor]]:
     lengths = forge.balanced(PAIRS)
     weights = weights_of(drawn(lengths, 250, 9))[:-1]
     raw = weights[:9]
-    return file_of(coded("coded", weights, lengths, pad=0xA5), forge.bf16("raw", raw, forge.record([(forge.raw_segment(raw, pad=0x5A), raw)])))
+    return file_of(
+        coded("coded", weights, lengths, pad=0xA5),
+        forge.bf16("raw", raw, forge.record([(forge.raw_segment(raw, pad=0x5A), raw)])),
+    )
 
 
 @golden
@@ -244,7 +258,10 @@ def unknown_keys() -> tuple[bytes, Sequence[forge.Tensor]]:
 def unsorted_header() -> tuple[bytes, Sequence[forge.Tensor]]:
     """The header of the container, and that of the source, list the tensors in another order than their data; both are padded."""
     lengths = forge.balanced(PAIRS[:4])
-    tensors = [coded("a", weights_of(drawn(lengths, 200, 11)), lengths), forge.Tensor("b", "I64", (3,), bytes(range(24)))]
+    tensors = [
+        coded("a", weights_of(drawn(lengths, 200, 11)), lengths),
+        forge.Tensor("b", "I64", (3,), bytes(range(24))),
+    ]
     size = len(tensors[0].decoded)
     source = {
         "b": {"dtype": "I64", "shape": [3], "data_offsets": [size, size + 24]},
@@ -281,7 +298,9 @@ def cast_exact() -> tuple[bytes, Sequence[forge.Tensor]]:
     weights = weights_of(drawn(lengths, 300, 13))
     few = [weight for weight in SPECIAL if weight & 0x7FFF <= 0x7F80] + [0xFFFF]
     tensors = [
-        forge.Tensor("record", "BF16", (600,), forge.u16s(weights), coded("", weights, lengths).stored, True, widened(weights)),
+        forge.Tensor(
+            "record", "BF16", (600,), forge.u16s(weights), coded("", weights, lengths).stored, True, widened(weights)
+        ),
         forge.Tensor("verbatim", "BF16", (10,), forge.u16s(few), None, True, widened(few)),
     ]
     return file_of(*tensors)
@@ -304,7 +323,10 @@ def converted(source: Sequence[forge.Tensor], **options: Any) -> bytes:
         df11.convert(path, path.with_suffix(".df11"), jobs=1, **options)
         document_bytes, body = forge.split(path.with_suffix(".df11").read_bytes())
     document = json.loads(document_bytes)
-    document["__metadata__"] |= {"df11.writer": "df11 test vectors", "df11.source_header": base64.b64encode(forge.raw_frame(header)).decode()}
+    document["__metadata__"] |= {
+        "df11.writer": "df11 test vectors",
+        "df11.source_header": base64.b64encode(forge.raw_frame(header)).decode(),
+    }
     return forge.with_header(forge.compact(document), body)
 
 
@@ -343,10 +365,24 @@ def writer_cast() -> tuple[bytes, Sequence[forge.Tensor]]:
     """df11.convert --cast bf16: a tensor that was BF16 before, one that is rounded, and NaNs, ties, overflow and subnormals."""
     exact = truncated(gaussian(900, 4))
     full = list(struct.unpack("<900I", struct.pack("<900f", *gaussian(900, 5))))
-    edge = [0x7F800001, 0xFFC00000, 0xFFFF0000, 0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0xFF7F8000, 0x00000001, 0x00008001, 0x807FFFFF]
+    edge = [
+        0x7F800001,
+        0xFFC00000,
+        0xFFFF0000,
+        0x3F808000,
+        0x3F818000,
+        0x3F808001,
+        0x7F7FFFFF,
+        0xFF7F8000,
+        0x00000001,
+        0x00008001,
+        0x807FFFFF,
+    ]
     tensors = [
         forge.Tensor("exact", "BF16", (30, 30), forge.u16s(exact), None, True, widened(exact)),
-        forge.Tensor("rounded", "BF16", (900,), forge.u16s(map(rounded, full)), None, False, struct.pack("<900I", *full)),
+        forge.Tensor(
+            "rounded", "BF16", (900,), forge.u16s(map(rounded, full)), None, False, struct.pack("<900I", *full)
+        ),
         forge.Tensor("edge", "BF16", (11,), forge.u16s(map(rounded, edge)), None, False, struct.pack("<11I", *edge)),
     ]
     return converted(tensors, cast="bf16"), tensors

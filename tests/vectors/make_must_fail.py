@@ -126,22 +126,87 @@ case("file_too_short", "a file has at least the 8 bytes of its header's size", e
 case("file_ends_in_header", "a file holds its whole header", errors.TruncatedFileError, GOOD[:100])
 case("file_ends_in_data", "a file holds all its data", errors.TruncatedFileError, GOOD[:-1])
 case("file_goes_on", "the data end with the file", errors.TensorRangeError, GOOD + bytes(16), reference=False)
-case("header_too_large", "a JSON header has at most 100,000,000 bytes", errors.HeaderTooLargeError, (10**8 + 56).to_bytes(8, "little") + GOOD[8:])
-case("header_not_json", "the header is JSON", errors.HeaderJsonError, with_text(HEADER.replace(b":", b";", 1)))
-case("header_starts_with_space", "the header starts with {", errors.HeaderJsonError, with_text(b" " + HEADER), reference=False)
-case("header_is_a_list", "the header is an object", errors.HeaderJsonError, with_text(b"[]", b""))
-case("header_not_utf8", "the header is UTF-8", errors.HeaderJsonError, with_text(HEADER.replace(b"test vectors", b"test \xff", 1)))
-case("name_twice", "names are unique", errors.HeaderJsonError, with_text(HEADER.replace(b'{"__meta', b'{"w":{},"__meta', 1)), reference=False)
-case("name_not_unicode", "names are Unicode", errors.HeaderJsonError, with_text(HEADER.replace(b'"n":', b'"\\ud800":', 1)))
-case("metadata_not_text", "__metadata__ maps strings to strings", errors.HeaderJsonError, GOOD.replace(b'"df11.version":"1"', b'"df11.version":1.0'))
 case(
-    "entry_lacks_dtype", "an entry has dtype, shape and data_offsets", errors.HeaderJsonError, changed(lambda h: h["n"].pop("dtype")), reference=False
+    "header_too_large",
+    "a JSON header has at most 100,000,000 bytes",
+    errors.HeaderTooLargeError,
+    (10**8 + 56).to_bytes(8, "little") + GOOD[8:],
 )
-case("entry_shape_negative", "sizes are not negative", errors.HeaderJsonError, changed(entry("n", shape=[-4])), reference=False)
-case("entry_offsets_three", "data_offsets are two numbers", errors.HeaderJsonError, changed(entry("n", data_offsets=[0, 8, 8])))
-case("entry_dtype_unknown", "dtypes are those of safetensors", errors.DtypeError, changed(entry("n", dtype="I128")), reference=False)
-case("entry_dimensions", "a tensor has at most 64 dimensions", errors.LimitError, changed(entry("n", shape=[4, *[1] * 64])), reference=False)
-case("entry_size", "data_offsets fit dtype and shape", errors.TensorSizeError, changed(entry("n", shape=[5])), reference=False)
+case("header_not_json", "the header is JSON", errors.HeaderJsonError, with_text(HEADER.replace(b":", b";", 1)))
+case(
+    "header_starts_with_space",
+    "the header starts with {",
+    errors.HeaderJsonError,
+    with_text(b" " + HEADER),
+    reference=False,
+)
+case("header_is_a_list", "the header is an object", errors.HeaderJsonError, with_text(b"[]", b""))
+case(
+    "header_not_utf8",
+    "the header is UTF-8",
+    errors.HeaderJsonError,
+    with_text(HEADER.replace(b"test vectors", b"test \xff", 1)),
+)
+case(
+    "name_twice",
+    "names are unique",
+    errors.HeaderJsonError,
+    with_text(HEADER.replace(b'{"__meta', b'{"w":{},"__meta', 1)),
+    reference=False,
+)
+case(
+    "name_not_unicode",
+    "names are Unicode",
+    errors.HeaderJsonError,
+    with_text(HEADER.replace(b'"n":', b'"\\ud800":', 1)),
+)
+case(
+    "metadata_not_text",
+    "__metadata__ maps strings to strings",
+    errors.HeaderJsonError,
+    GOOD.replace(b'"df11.version":"1"', b'"df11.version":1.0'),
+)
+case(
+    "entry_lacks_dtype",
+    "an entry has dtype, shape and data_offsets",
+    errors.HeaderJsonError,
+    changed(lambda h: h["n"].pop("dtype")),
+    reference=False,
+)
+case(
+    "entry_shape_negative",
+    "sizes are not negative",
+    errors.HeaderJsonError,
+    changed(entry("n", shape=[-4])),
+    reference=False,
+)
+case(
+    "entry_offsets_three",
+    "data_offsets are two numbers",
+    errors.HeaderJsonError,
+    changed(entry("n", data_offsets=[0, 8, 8])),
+)
+case(
+    "entry_dtype_unknown",
+    "dtypes are those of safetensors",
+    errors.DtypeError,
+    changed(entry("n", dtype="I128")),
+    reference=False,
+)
+case(
+    "entry_dimensions",
+    "a tensor has at most 64 dimensions",
+    errors.LimitError,
+    changed(entry("n", shape=[4, *[1] * 64])),
+    reference=False,
+)
+case(
+    "entry_size",
+    "data_offsets fit dtype and shape",
+    errors.TensorSizeError,
+    changed(entry("n", shape=[5])),
+    reference=False,
+)
 case(
     "entry_size_huge",
     "data_offsets fit dtype and shape, however large",
@@ -149,12 +214,20 @@ case(
     changed(entry("n", shape=[2**62] * 40)),
     reference=False,
 )
-case("entries_overlap", "the data have no overlaps", errors.TensorRangeError, changed(entry("n", data_offsets=[SIZE - 8, SIZE])))
+case(
+    "entries_overlap",
+    "the data have no overlaps",
+    errors.TensorRangeError,
+    changed(entry("n", data_offsets=[SIZE - 8, SIZE])),
+)
 case(
     "entries_leave_hole",
     "the data have no holes",
     errors.TensorRangeError,
-    forge.with_header(HEADER.replace(b"[%d,%d]" % (SIZE, SIZE + 8), b"[%d,%d]" % (SIZE + 16, SIZE + 24)), DATA[:SIZE] + bytes(16) + DATA[SIZE:]),
+    forge.with_header(
+        HEADER.replace(b"[%d,%d]" % (SIZE, SIZE + 8), b"[%d,%d]" % (SIZE + 16, SIZE + 24)),
+        DATA[:SIZE] + bytes(16) + DATA[SIZE:],
+    ),
     reference=False,
 )
 
@@ -163,22 +236,80 @@ case(
 FOREIGN: Final = with_text(b'{"n":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1")
 case("no_df11_metadata", "a container has df11 metadata", errors.NotDf11Error, FOREIGN)
 case("version_2", "df11.version is 1", errors.VersionError, changed(metadata("df11.version", "2")))
-case("feature_unknown", "every required feature is known", errors.FeatureError, changed(metadata("df11.requires", '["holograms"]')))
-case("requires_not_a_list", "df11.requires is a list of names", errors.MetadataError, changed(metadata("df11.requires", '{"a":1}')))
+case(
+    "feature_unknown",
+    "every required feature is known",
+    errors.FeatureError,
+    changed(metadata("df11.requires", '["holograms"]')),
+)
+case(
+    "requires_not_a_list",
+    "df11.requires is a list of names",
+    errors.MetadataError,
+    changed(metadata("df11.requires", '{"a":1}')),
+)
 case("requires_missing", "df11.requires is there", errors.MetadataError, changed(metadata("df11.requires", None)))
-case("writer_missing", "df11.writer is there", errors.MetadataError, changed(metadata("df11.writer", None)), reference=False)
-case("source_missing", "df11.source is there", errors.MetadataError, changed(metadata("df11.source", None)), reference=False)
-case("source_header_missing", "df11.source_header is there", errors.MetadataError, changed(metadata("df11.source_header", None)), reference=False)
+case(
+    "writer_missing",
+    "df11.writer is there",
+    errors.MetadataError,
+    changed(metadata("df11.writer", None)),
+    reference=False,
+)
+case(
+    "source_missing",
+    "df11.source is there",
+    errors.MetadataError,
+    changed(metadata("df11.source", None)),
+    reference=False,
+)
+case(
+    "source_header_missing",
+    "df11.source_header is there",
+    errors.MetadataError,
+    changed(metadata("df11.source_header", None)),
+    reference=False,
+)
 case("tensors_missing", "df11.tensors is there", errors.MetadataError, changed(metadata("df11.tensors", None)))
 case("tensors_not_json", "df11.tensors is JSON", errors.MetadataError, changed(metadata("df11.tensors", "{")))
-case("tensors_lack_a_name", "df11.tensors and the entries have the same names", errors.MetadataError, changed(member("df11.tensors", ("n",), ...)))
-case("tensors_have_a_name_more", "df11.tensors and the entries have the same names", errors.MetadataError, changed(added("df11.tensors", ("m",), {})))
-case("tensor_not_an_object", "df11.tensors holds objects", errors.MetadataError, changed(member("df11.tensors", ("n",), 7)))
-case("encoding_unknown", "encoding is df11 or verbatim", errors.MetadataError, changed(member("df11.tensors", ("w", "encoding"), "zip")))
 case(
-    "dtype_not_text", "dtype is one of safetensors'", errors.MetadataError, changed(member("df11.tensors", ("n", "dtype"), ["I16"])), reference=False
+    "tensors_lack_a_name",
+    "df11.tensors and the entries have the same names",
+    errors.MetadataError,
+    changed(member("df11.tensors", ("n",), ...)),
 )
-case("shape_not_a_list", "shape is a list of sizes", errors.MetadataError, changed(member("df11.tensors", ("w", "shape"), 300)), reference=False)
+case(
+    "tensors_have_a_name_more",
+    "df11.tensors and the entries have the same names",
+    errors.MetadataError,
+    changed(added("df11.tensors", ("m",), {})),
+)
+case(
+    "tensor_not_an_object",
+    "df11.tensors holds objects",
+    errors.MetadataError,
+    changed(member("df11.tensors", ("n",), 7)),
+)
+case(
+    "encoding_unknown",
+    "encoding is df11 or verbatim",
+    errors.MetadataError,
+    changed(member("df11.tensors", ("w", "encoding"), "zip")),
+)
+case(
+    "dtype_not_text",
+    "dtype is one of safetensors'",
+    errors.MetadataError,
+    changed(member("df11.tensors", ("n", "dtype"), ["I16"])),
+    reference=False,
+)
+case(
+    "shape_not_a_list",
+    "shape is a list of sizes",
+    errors.MetadataError,
+    changed(member("df11.tensors", ("w", "shape"), 300)),
+    reference=False,
+)
 case(
     "exact_without_cast",
     "exact is only for tensors that were cast",
@@ -190,23 +321,73 @@ case(
     "exact_is_a_number",
     "exact is true or false",
     errors.MetadataError,
-    forge.container([forge.Tensor("w", "BF16", (1,), b"\x80\x3f", None, True, b"\0\0\x80\x3f")], edit=member("df11.tensors", ("w", "exact"), 1)),
+    forge.container(
+        [forge.Tensor("w", "BF16", (1,), b"\x80\x3f", None, True, b"\0\0\x80\x3f")],
+        edit=member("df11.tensors", ("w", "exact"), 1),
+    ),
     reference=False,
 )
-case("xxh3_missing", "a verbatim tensor has xxh3", errors.MetadataError, changed(member("df11.tensors", ("n", "xxh3"), ...)))
-UPPER: Final = f"{forge.xxh3(NUMBERS.decoded):016X}"
-case("xxh3_upper_case", "hexadecimal digits are lower case", errors.MetadataError, changed(member("df11.tensors", ("n", "xxh3"), UPPER)))
-case("verbatim_damaged", "xxh3 is that of the entry's bytes", errors.ChecksumError, GOOD[:-1] + b"\xff")
-case("verbatim_dtype", "a verbatim entry has the dtype of its tensor object", errors.EntryError, changed(entry("n", dtype="U16")), reference=False)
-case("verbatim_shape", "a verbatim entry has the shape of its tensor object", errors.EntryError, changed(entry("n", shape=[2, 2])), reference=False)
-case("record_not_u8", "the entry of a record is U8", errors.EntryError, changed(entry("w", dtype="I8")), reference=False)
 case(
-    "record_two_dimensions", "the entry of a record has one dimension", errors.EntryError, changed(entry("w", shape=[4, SIZE // 4])), reference=False
+    "xxh3_missing",
+    "a verbatim tensor has xxh3",
+    errors.MetadataError,
+    changed(member("df11.tensors", ("n", "xxh3"), ...)),
 )
-case("record_of_f16", "a record decodes to BF16", errors.EntryError, changed(member("df11.tensors", ("w", "dtype"), "F16")), reference=False)
-case("record_shape", "a record has as many weights as its shape", errors.EntryError, one(GOOD_RECORD, WEIGHTS[:299]), reference=False)
-case("record_misaligned", "a record starts at a multiple of 16 of the data", errors.EntryError, changed(forge.unchanged, NUMBERS, RECORD))
-case("data_misaligned", "the data start at a multiple of 64", errors.EntryError, forge.container([RECORD], alignment=48))
+UPPER: Final = f"{forge.xxh3(NUMBERS.decoded):016X}"
+case(
+    "xxh3_upper_case",
+    "hexadecimal digits are lower case",
+    errors.MetadataError,
+    changed(member("df11.tensors", ("n", "xxh3"), UPPER)),
+)
+case("verbatim_damaged", "xxh3 is that of the entry's bytes", errors.ChecksumError, GOOD[:-1] + b"\xff")
+case(
+    "verbatim_dtype",
+    "a verbatim entry has the dtype of its tensor object",
+    errors.EntryError,
+    changed(entry("n", dtype="U16")),
+    reference=False,
+)
+case(
+    "verbatim_shape",
+    "a verbatim entry has the shape of its tensor object",
+    errors.EntryError,
+    changed(entry("n", shape=[2, 2])),
+    reference=False,
+)
+case(
+    "record_not_u8", "the entry of a record is U8", errors.EntryError, changed(entry("w", dtype="I8")), reference=False
+)
+case(
+    "record_two_dimensions",
+    "the entry of a record has one dimension",
+    errors.EntryError,
+    changed(entry("w", shape=[4, SIZE // 4])),
+    reference=False,
+)
+case(
+    "record_of_f16",
+    "a record decodes to BF16",
+    errors.EntryError,
+    changed(member("df11.tensors", ("w", "dtype"), "F16")),
+    reference=False,
+)
+case(
+    "record_shape",
+    "a record has as many weights as its shape",
+    errors.EntryError,
+    one(GOOD_RECORD, WEIGHTS[:299]),
+    reference=False,
+)
+case(
+    "record_misaligned",
+    "a record starts at a multiple of 16 of the data",
+    errors.EntryError,
+    changed(forge.unchanged, NUMBERS, RECORD),
+)
+case(
+    "data_misaligned", "the data start at a multiple of 64", errors.EntryError, forge.container([RECORD], alignment=48)
+)
 for name, key, value in (
     ("source_bytes_negative", "bytes", -1),
     ("source_bytes_text", "bytes", "700"),
@@ -216,7 +397,13 @@ for name, key, value in (
     ("source_cast_unknown", "cast", "fp8"),
     ("source_member_missing", "cast", ...),
 ):
-    case(name, f"df11.source: {key} is as specified", errors.MetadataError, changed(member("df11.source", (key,), value)), reference=False)
+    case(
+        name,
+        f"df11.source: {key} is as specified",
+        errors.MetadataError,
+        changed(member("df11.source", (key,), value)),
+        reference=False,
+    )
 
 SOURCE_HEADER: Final = forge.safetensors_file([RECORD, NUMBERS])[0]
 
@@ -237,13 +424,43 @@ def source_header(text: bytes, frame: bytes | None = None, data_size: int = len(
 for name, rule, text, frame in (
     ("source_header_not_zstandard", "df11.source_header is a Zstandard frame", SOURCE_HEADER, b"zip" + bytes(20)),
     ("source_header_cut", "df11.source_header is a whole frame", SOURCE_HEADER, forge.raw_frame(SOURCE_HEADER)[:-1]),
-    ("source_header_two_frames", "df11.source_header is one frame", SOURCE_HEADER, forge.raw_frame(SOURCE_HEADER) + forge.raw_frame(b"")),
-    ("source_header_size", "the source header has header_bytes bytes", SOURCE_HEADER, forge.raw_frame(SOURCE_HEADER + b" ")),
+    (
+        "source_header_two_frames",
+        "df11.source_header is one frame",
+        SOURCE_HEADER,
+        forge.raw_frame(SOURCE_HEADER) + forge.raw_frame(b""),
+    ),
+    (
+        "source_header_size",
+        "the source header has header_bytes bytes",
+        SOURCE_HEADER,
+        forge.raw_frame(SOURCE_HEADER + b" "),
+    ),
     ("source_header_names", "the source has the same tensors", SOURCE_HEADER.replace(b'"n"', b'"m"'), None),
-    ("source_header_dtype", "a tensor has the dtype that it has in the source", SOURCE_HEADER.replace(b'"I16"', b'"U16"'), None),
-    ("source_header_shape", "a tensor has the shape that it has in the source", SOURCE_HEADER.replace(b"[4]", b"[2,2]"), None),
-    ("source_header_not_json", "the source header is that of a safetensors file", SOURCE_HEADER.replace(b":", b";"), None),
-    ("source_header_hole", "the source is a safetensors file: no holes", SOURCE_HEADER.replace(b"[600,608]", b"[601,609]"), None),
+    (
+        "source_header_dtype",
+        "a tensor has the dtype that it has in the source",
+        SOURCE_HEADER.replace(b'"I16"', b'"U16"'),
+        None,
+    ),
+    (
+        "source_header_shape",
+        "a tensor has the shape that it has in the source",
+        SOURCE_HEADER.replace(b"[4]", b"[2,2]"),
+        None,
+    ),
+    (
+        "source_header_not_json",
+        "the source header is that of a safetensors file",
+        SOURCE_HEADER.replace(b":", b";"),
+        None,
+    ),
+    (
+        "source_header_hole",
+        "the source is a safetensors file: no holes",
+        SOURCE_HEADER.replace(b"[600,608]", b"[601,609]"),
+        None,
+    ),
 ):
     case(name, rule, errors.SourceHeaderError, source_header(text, frame), reference=False)
 FEWER: Final = source_header(forge.safetensors_file([RECORD])[0], data_size=len(RECORD.decoded))
@@ -271,8 +488,18 @@ for name, field_name, value, error in (
     ("segment_elements_too_large", "segment_elements", (1 << 24) + 8192, errors.LimitError),
 ):
     changed_field: dict[str, Any] = {field_name: value}
-    case(f"record_header_{name}", f"record header: {field_name}", error, one(forge.record([(GOOD_SEGMENT, WEIGHTS)], **changed_field)))
-case("record_header_checksum", "record header: header_checksum", errors.ChecksumError, one(GOOD_RECORD[:32] + bytes(8) + GOOD_RECORD[40:]))
+    case(
+        f"record_header_{name}",
+        f"record header: {field_name}",
+        error,
+        one(forge.record([(GOOD_SEGMENT, WEIGHTS)], **changed_field)),
+    )
+case(
+    "record_header_checksum",
+    "record header: header_checksum",
+    errors.ChecksumError,
+    one(GOOD_RECORD[:32] + bytes(8) + GOOD_RECORD[40:]),
+)
 case("record_too_short", "a record has at least one segment", errors.RecordHeaderError, one(forge.record([]), []))
 for field_name, value, error in (
     ("segment_offset", 96, errors.DirectoryError),
@@ -281,7 +508,12 @@ for field_name, value, error in (
     ("stored_checksum", 1, errors.ChecksumError),
     ("decoded_checksum", 1, errors.ChecksumError),
 ):
-    case(f"directory_{field_name}", f"directory entry: {field_name}", error, one(forge.record([(GOOD_SEGMENT, WEIGHTS)], entry={field_name: value})))
+    case(
+        f"directory_{field_name}",
+        f"directory entry: {field_name}",
+        error,
+        one(forge.record([(GOOD_SEGMENT, WEIGHTS)], entry={field_name: value})),
+    )
 case(
     "directory_bytes_after_the_last_segment",
     "the last segment ends at record_size",
@@ -289,7 +521,12 @@ case(
     one(forge.record([(GOOD_SEGMENT, WEIGHTS)], record_size=len(GOOD_RECORD) + 16) + bytes(16)),
 )
 SHORT: Final = forge.raw_segment(WEIGHTS[:140], element_count=300)
-case("segment_smaller_than_its_signs", "a segment has at least a byte for each weight", errors.DirectoryError, one(forge.record([(SHORT, WEIGHTS)])))
+case(
+    "segment_smaller_than_its_signs",
+    "a segment has at least a byte for each weight",
+    errors.DirectoryError,
+    one(forge.record([(SHORT, WEIGHTS)])),
+)
 case("segment_larger_than_raw", "a segment is not larger than a raw one", errors.DirectoryError, coded(WEIGHTS[:90]))
 
 # Section 5: the segment.
@@ -307,10 +544,20 @@ for name, segment_fields in (
     ("stream_offset", {"stream_offset": 384}),
     ("segment_size", {"segment_size": len(GOOD_SEGMENT) + 16}),
 ):
-    case(f"segment_{name}", f"coded segment: {next(iter(segment_fields))}", errors.SegmentHeaderError, coded(**segment_fields))
+    case(
+        f"segment_{name}",
+        f"coded segment: {next(iter(segment_fields))}",
+        errors.SegmentHeaderError,
+        coded(**segment_fields),
+    )
 for name in ("lane_bytes", "alphabet_size", "tiles_offset", "lanes_offset", "sign_mantissa_offset", "exception_count"):
     case(f"raw_segment_{name}", f"raw segment: {name} is 0", errors.SegmentHeaderError, raw(**{name: 1}))
-case("raw_segment_stream_offset", "raw segment: the weights start at 32", errors.SegmentHeaderError, raw(stream_offset=48))
+case(
+    "raw_segment_stream_offset",
+    "raw segment: the weights start at 32",
+    errors.SegmentHeaderError,
+    raw(stream_offset=48),
+)
 case(
     "raw_segment_too_short",
     "raw segment: the size is that of n weights",
@@ -318,19 +565,39 @@ case(
     one(forge.record([(forge.raw_segment(WEIGHTS[:280], element_count=300), WEIGHTS)])),
 )
 CUT: Final = patched(GOOD_SEGMENT[:400], 24, (400).to_bytes(4, "little"))
-case("segment_ends_after_sections", "coded segment: the stream has at least its 16 zero bytes", errors.SegmentHeaderError, CUT)
+case(
+    "segment_ends_after_sections",
+    "coded segment: the stream has at least its 16 zero bytes",
+    errors.SegmentHeaderError,
+    CUT,
+)
 
 # Section 6: the code table. The segment starts with its header, 32 bytes, then two exponents, then four lengths in two bytes.
 
 case("alphabet_descends", "the alphabet ascends", errors.CodeTableError, patched(GOOD_SEGMENT, 32, b"\x79\x78"))
 case("alphabet_repeats", "the alphabet ascends strictly", errors.CodeTableError, patched(GOOD_SEGMENT, 32, b"\x78\x78"))
 case("code_incomplete", "the code is complete", errors.CodeTableError, patched(GOOD_SEGMENT, 34, b"\x22\x32"))
-case("code_oversubscribed", "the code is complete, not more", errors.CodeTableError, patched(GOOD_SEGMENT, 34, b"\x22\x12"))
+case(
+    "code_oversubscribed",
+    "the code is complete, not more",
+    errors.CodeTableError,
+    patched(GOOD_SEGMENT, 34, b"\x22\x12"),
+)
 case("code_of_none", "at least one pair has a code", errors.CodeTableError, patched(GOOD_SEGMENT, 34, b"\x00\x00"))
 SINGLE: Final = forge.symbol(120, 120)
 ALIKE: Final = [weight & 0x807F | 120 << 7 for weight in WEIGHTS]
-case("single_code_of_two_bits", "a single code has length 1", errors.CodeTableError, coded(ALIKE, {SINGLE: 2}, codes={SINGLE: "00"}))
-case("last_half_byte", "an unused last half byte is zero", errors.CodeTableError, patched(forge.coded_segment(ALIKE, {SINGLE: 1}), 33, b"\x11"))
+case(
+    "single_code_of_two_bits",
+    "a single code has length 1",
+    errors.CodeTableError,
+    coded(ALIKE, {SINGLE: 2}, codes={SINGLE: "00"}),
+)
+case(
+    "last_half_byte",
+    "an unused last half byte is zero",
+    errors.CodeTableError,
+    patched(forge.coded_segment(ALIKE, {SINGLE: 1}), 33, b"\x11"),
+)
 STEPS: Final = forge.staircase([forge.symbol(a, b) for a in range(118, 122) for b in range(118, 122)][:14])
 case("code_of_13_bits", "a code has at most 12 bits", errors.CodeTableError, coded([120 << 7] * 600, STEPS))
 
@@ -374,21 +641,48 @@ case("lane_ends_late", "a lane ends where its length says", errors.LaneError, co
 LOOSE: Final = lanes(lambda lanes_: lanes_.append(lanes_.pop() + "0"))
 case("last_lane_ends_early", "the last lane ends where its length says", errors.LaneError, coded(edit=LOOSE))
 case("lane_too_short", "a lane has at least 4 bits a chunk", errors.TileError, coded(ALIKE, ONE_BIT, edit=moved(-1)))
-case("lane_too_long", "a lane has at most 48 bits a chunk", errors.TileError, coded(TWO_LONG_LANES, LONG, edit=moved(1)))
+case(
+    "lane_too_long", "a lane has at most 48 bits a chunk", errors.TileError, coded(TWO_LONG_LANES, LONG, edit=moved(1))
+)
 for name, size in (("stream_goes_on", len(GOOD_SEGMENT) + 16), ("stream_too_short", len(GOOD_SEGMENT) - 16)):
     resized = patched((GOOD_SEGMENT + bytes(16))[:size], 24, size.to_bytes(4, "little"))
     case(name, "after the last tile the stream has 16 bytes", errors.TileError, resized)
-case("exceptions_of_the_segment_more", "exception_count is the sum over the tiles", errors.TileError, coded(exception_count=2))
-case("exceptions_of_the_segment_fewer", "exception_count is the sum over the tiles", errors.TileError, coded(exception_count=0))
-case("exception_beyond_the_tile", "an exception is a weight of the tile", errors.TileError, coded(edit=excepted((300, 0x7FC0))))
+case(
+    "exceptions_of_the_segment_more",
+    "exception_count is the sum over the tiles",
+    errors.TileError,
+    coded(exception_count=2),
+)
+case(
+    "exceptions_of_the_segment_fewer",
+    "exception_count is the sum over the tiles",
+    errors.TileError,
+    coded(exception_count=0),
+)
+case(
+    "exception_beyond_the_tile",
+    "an exception is a weight of the tile",
+    errors.TileError,
+    coded(edit=excepted((300, 0x7FC0))),
+)
 case("exception_twice", "a weight is listed once", errors.TileError, coded(edit=excepted((299, 0), (299, 0x7FC0))))
 SWAPPED: Final = excepted(*((at, WEIGHTS[at]) for at in (8, 7, 299)))
 case("exceptions_not_in_order_of_lanes", "exceptions are listed lane by lane", errors.TileError, coded(edit=SWAPPED))
 BACK: Final = excepted(*((at, WEIGHTS[at]) for at in (257, 2, 299)))
-case("exceptions_not_in_order_of_positions", "within a lane exceptions are listed by rising position", errors.TileError, coded(edit=BACK))
+case(
+    "exceptions_not_in_order_of_positions",
+    "within a lane exceptions are listed by rising position",
+    errors.TileError,
+    coded(edit=BACK),
+)
 MANY: Final = [120 << 7] * 8193
 ALL_ZEROS: Final = forge.coded_segment(MANY, ONE_BIT)
 SECOND: Final = one(forge.record([(ALL_ZEROS[:56] + bytes(4) + ALL_ZEROS[60:], MANY)]), MANY)
 case("stream_position_of_the_second_tile", "a tile lies where the one before it ends", errors.TileError, SECOND)
 TWICE: Final = excepted((0, 0), (0, 120 << 7))
-case("exceptions_more_than_weights", "a tile has at most as many exceptions as weights", errors.TileError, coded(MANY, ONE_BIT, edit=TWICE))
+case(
+    "exceptions_more_than_weights",
+    "a tile has at most as many exceptions as weights",
+    errors.TileError,
+    coded(MANY, ONE_BIT, edit=TWICE),
+)

@@ -41,7 +41,9 @@ def _rows(start: int, end: int, note: str) -> Iterator[str]:
 def dump() -> str:
     """The bytes of the record, each with what it means. Offsets count from the start of the record, in decimal."""
     header = layout.SEGMENT_HEADER.unpack(SEGMENT)
-    tiles, lanes, signs, stream = (START + header[f"{name}_offset"] for name in ("tiles", "lanes", "sign_mantissa", "stream"))
+    tiles, lanes, signs, stream = (
+        START + header[f"{name}_offset"] for name in ("tiles", "lanes", "sign_mantissa", "stream")
+    )
     tile = forge.encode_tile(WEIGHTS, forge.canonical_codes(LENGTHS))
     codes = -(-sum(map(len, tile.lanes)) // 32) * 4
     exception = stream + codes
@@ -55,7 +57,11 @@ def dump() -> str:
         *_structure(layout.SEGMENT_HEADER, START),
         "code table, tile descriptor, lane lengths",
         _line(START + 32, RECORD[START + 32 : START + 34], "alphabet: 126, 127"),
-        _line(START + 34, RECORD[START + 34 : START + 36], "lengths of (126, 126): none, (127, 126): 2, (126, 127): 2, (127, 127): 1"),
+        _line(
+            START + 34,
+            RECORD[START + 34 : START + 36],
+            "lengths of (126, 126): none, (127, 126): 2, (126, 127): 2, (127, 127): 1",
+        ),
         _line(START + 36, RECORD[START + 36 : tiles], "padding"),
         *_structure(layout.TILE_DESCRIPTOR, tiles),
         _line(tiles + 8, RECORD[tiles + 8 : lanes], "padding"),
@@ -98,7 +104,9 @@ def markdown() -> str:
         f"as it serves pairs that do not exist at all. Weights 8 and {EXCEPTION}, (127, 255), are coded in lane 1 as (127, 127); then the "
         f"exception replaces weight {EXCEPTION}, whose sign/mantissa byte is of no account.",
     ]
-    wrapped = [textwrap.fill(paragraph, 140, break_long_words=False, break_on_hyphens=False) for paragraph in paragraphs]
+    wrapped = [
+        textwrap.fill(paragraph, 140, break_long_words=False, break_on_hyphens=False) for paragraph in paragraphs
+    ]
     return f"{wrapped[0]}\n\n```\n{dump()}\n```\n\n{wrapped[1]}\n"
 
 

@@ -36,7 +36,9 @@ class Df11Weight(torch.Tensor):
     @staticmethod
     def __new__(cls: type[Df11Weight], compressed: CompressedTensor) -> Df11Weight:
         """Wrap a record."""
-        made: Df11Weight = torch.Tensor._make_wrapper_subclass(cls, compressed.shape, dtype=torch.bfloat16, device=compressed.device)
+        made: Df11Weight = torch.Tensor._make_wrapper_subclass(
+            cls, compressed.shape, dtype=torch.bfloat16, device=compressed.device
+        )
         made.compressed = compressed
         return made
 
@@ -53,7 +55,10 @@ class Df11Weight(torch.Tensor):
 
     def storage(self) -> Any:
         """Nothing that a file could be written from; safetensors asks for it."""
-        raise errors.UsageError("a compressed weight cannot be saved as it is", hint="df11 restore gives the .safetensors file back; start from that")
+        raise errors.UsageError(
+            "a compressed weight cannot be saved as it is",
+            hint="df11 restore gives the .safetensors file back; start from that",
+        )
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["_record"], (self.compressed.shape, self.compressed.segment_elements)
@@ -70,13 +75,19 @@ class Df11Weight(torch.Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function._schema.is_mutable:
-            written = [a for a, s in zip(args, function._schema.arguments, strict=False) if s.alias_info is not None and s.alias_info.is_write]
+            written = [
+                a
+                for a, s in zip(args, function._schema.arguments, strict=False)
+                if s.alias_info is not None and s.alias_info.is_write
+            ]
             if any(isinstance(value, Df11Weight) for value in [*written, kwargs.get("out")]):
                 raise _read_only(str(function))
         if function.overloadpacket is _aten.to:  # In inference mode these come undivided.
             return function.decompose(*args, **kwargs)
         if function is _aten.copy_.default:
-            return args[0].copy_(args[1].compressed.to(args[0].device).decode())  # moved as a record, decoded where it goes
+            return args[0].copy_(
+                args[1].compressed.to(args[0].device).decode()
+            )  # moved as a record, decoded where it goes
         if function is _aten.detach.default or function is _aten.alias.default:
             return Df11Weight(args[0].compressed)
         if function is _aten.clone.default:
@@ -84,11 +95,15 @@ class Df11Weight(torch.Tensor):
             return Df11Weight(CompressedTensor(old.record.clone(), old.shape, old.segment_elements))
         if function is _aten._to_copy.default and kwargs.get("dtype") in (None, torch.bfloat16):
             old = args[0].compressed
-            record = old.record.to(kwargs.get("device") or old.device, non_blocking=kwargs.get("non_blocking", False), copy=True)
+            record = old.record.to(
+                kwargs.get("device") or old.device, non_blocking=kwargs.get("non_blocking", False), copy=True
+            )
             return Df11Weight(CompressedTensor(record, old.shape, old.segment_elements))
         if function is _aten.empty_like.default or function is _aten.new_empty.default:
             size = args[1] if len(args) > 1 else args[0].shape
-            return torch.empty(size, dtype=kwargs.get("dtype") or torch.bfloat16, device=kwargs.get("device") or args[0].device)
+            return torch.empty(
+                size, dtype=kwargs.get("dtype") or torch.bfloat16, device=kwargs.get("device") or args[0].device
+            )
         result = function(*_decoded(args), **_decoded(kwargs))
         if isinstance(args[0], Df11Weight) and any(value.alias_info is not None for value in function._schema.returns):
             return _guarded(result, args[0])
@@ -96,7 +111,9 @@ class Df11Weight(torch.Tensor):
 
 
 def _read_only(what: str) -> errors.UsageError:
-    return errors.UsageError(f"{what}: the weight is compressed and cannot be written to", hint="load the .safetensors file")
+    return errors.UsageError(
+        f"{what}: the weight is compressed and cannot be written to", hint="load the .safetensors file"
+    )
 
 
 def _guarded(result: Any, weight: Df11Weight) -> Any:
@@ -120,8 +137,12 @@ class Df11Ops(comfy.ops.manual_cast):
     class Linear(comfy.ops.manual_cast.Linear):
         """A linear layer whose weight may be a Df11Weight."""
 
-        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any) -> None:
-            if isinstance(state_dict.get(prefix + "weight"), Df11Weight):  # taken as it is, rather than copied into a BF16 tensor
+        def _load_from_state_dict(
+            self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+        ) -> None:
+            if isinstance(
+                state_dict.get(prefix + "weight"), Df11Weight
+            ):  # taken as it is, rather than copied into a BF16 tensor
                 local_metadata = {**local_metadata, "assign_to_params_buffers": True}
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
@@ -172,7 +193,11 @@ class LoadDiffusionModelDf11:
             options["disable_dynamic"] = True  # Dynamic loading copies weights as raw bytes into memory of its own.
         model = comfy.sd.load_diffusion_model_state_dict(state_dict(path), **options)
         if model is None:
-            raise errors.UsageError("ComfyUI does not recognize this model", file=path, hint="it must be a diffusion model that it can load itself")
+            raise errors.UsageError(
+                "ComfyUI does not recognize this model",
+                file=path,
+                hint="it must be a diffusion model that it can load itself",
+            )
         if model.load_device.type == "cuda":
             warm_up(model.load_device)
         return (model,)

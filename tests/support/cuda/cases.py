@@ -43,14 +43,23 @@ def decode_case(parts: Sequence[Part], *, kernel: str = kernels.DECODE, tiles: i
     """A decoding launch. Outputs: the status word, then the memory of each part."""
     status = Buffer(np.zeros(1, np.uint32))
     outputs = [Buffer(np.full(part.misalign + part.last - part.first, UNWRITTEN, np.uint16)) for part in parts]
-    ranges = [Range(0, len(part.record), part.elements, part.segment_elements, part.first, part.last, 0) for part in parts]
+    ranges = [
+        Range(0, len(part.record), part.elements, part.segment_elements, part.first, part.last, 0) for part in parts
+    ]
     (table, count, per_block), blocks = kernels.pack(ranges, tiles)
     addresses = {}
     for i, (part, output) in enumerate(zip(parts, outputs, strict=True)):
         addresses[i * kernels.RANGE.itemsize] = Address(Buffer(part.record))
         addresses[i * kernels.RANGE.itemsize + 8] = Address(output, 2 * part.misalign)
     assert len(parts) <= kernels.MOST_RANGES and all(part.first < part.last for part in parts)
-    return Case(kernel, blocks, kernels.THREADS[kernel], [Struct(table, addresses), count, per_block, Address(status)], [status, *outputs], seed)
+    return Case(
+        kernel,
+        blocks,
+        kernels.THREADS[kernel],
+        [Struct(table, addresses), count, per_block, Address(status)],
+        [status, *outputs],
+        seed,
+    )
 
 
 def gather_case(part: Part, row_weights: int, rows: int, ids: npt.NDArray[np.int64], *, seed: int = 0) -> Case:
@@ -58,7 +67,13 @@ def gather_case(part: Part, row_weights: int, rows: int, ids: npt.NDArray[np.int
     status, output = Buffer(np.zeros(1, np.uint32)), Buffer(np.full(len(ids) * row_weights, UNWRITTEN, np.uint16))
     matrix = kernels.pack_one(Range(0, len(part.record), part.elements, part.segment_elements, 0, part.elements, 0))
     addresses = {0: Address(Buffer(part.record)), 8: Address(output)}
-    arguments: list[Any] = [Struct(matrix, addresses), Address(Buffer(ids, 8)), np.uint64(row_weights), np.uint64(rows), Address(status)]
+    arguments: list[Any] = [
+        Struct(matrix, addresses),
+        Address(Buffer(ids, 8)),
+        np.uint64(row_weights),
+        np.uint64(rows),
+        Address(status),
+    ]
     return Case(kernels.GATHER_ROWS, len(ids), kernels.THREADS[kernels.GATHER_ROWS], arguments, [status, output], seed)
 
 

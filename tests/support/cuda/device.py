@@ -25,7 +25,11 @@ class StandInForCupy:
     def __init__(self, seed: int) -> None:
         self.launches: list[tuple[str, int, int]] = []
         # CuPy 14 has both of the last two, CuPy 13 only the last.
-        stream = SimpleNamespace(from_external=lambda handle: self._stream(handle.__cuda_stream__()[1])) if seed % 2 else SimpleNamespace()
+        stream = (
+            SimpleNamespace(from_external=lambda handle: self._stream(handle.__cuda_stream__()[1]))
+            if seed % 2
+            else SimpleNamespace()
+        )
         self.cuda = SimpleNamespace(Device=self._device, Stream=stream, ExternalStream=self._stream)
         self._current: list[int] = []
         self._library = Library(kernels.SOURCE, KERNEL_TABLE)
@@ -62,7 +66,9 @@ def emulate(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[gpu.Gpu, St
     cupy = StandInForCupy(seed)
     monkeypatch.setattr(gpu, "check_device", lambda _device: None)
     monkeypatch.setattr(gpu, "_import_cupy", lambda: cupy)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(name="none", multi_processor_count=2))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(name="none", multi_processor_count=2)
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(cuda_stream=STREAM))
     emulated = gpu.Gpu(torch.device("cpu", 0))
     monkeypatch.setattr(operators, "decoder_of", lambda _device: emulated)

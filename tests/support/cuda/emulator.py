@@ -34,7 +34,16 @@ GNU_CXX = "g++"
 Array = npt.NDArray[np.generic]
 
 # Kernels look at the same bytes through different types, and nvcc does not mind.
-FLAGS = ("-std=c++17", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-fvisibility=hidden")
+FLAGS = (
+    "-std=c++17",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+)
 LIBRARY_FLAGS = (*FLAGS, "-O2", "-fPIC", "-shared")
 # The section is the one of __shared__ variables: without being told so, ASan puts nothing between variables in a section of their own.
 GUARDED_FLAGS = (
@@ -114,7 +123,9 @@ class Library:
             raise LaunchError(f"{kernel} wants arguments of {wanted} bytes, got {given}")
         pointers = (ctypes.c_void_p * max(count, 1))(*(value.ctypes.data for value in values))
         with self._lock:
-            if self._library.cuda_on_cpu_launch(kernel.encode(), ctypes.c_uint(grid), ctypes.c_uint(block), pointers, ctypes.c_uint64(seed)):
+            if self._library.cuda_on_cpu_launch(
+                kernel.encode(), ctypes.c_uint(grid), ctypes.c_uint(block), pointers, ctypes.c_uint64(seed)
+            ):
                 raise LaunchError(self._library.cuda_on_cpu_error().decode())
 
     def run(self, case: Case) -> list[Array]:
@@ -125,7 +136,9 @@ class Library:
             value, addresses = _value(argument)
             raw = np.frombuffer(bytearray(value), np.uint8)
             for offset, address in addresses.items():
-                raw[offset : offset + 8] = np.array([memory[address.buffer].ctypes.data + address.offset], np.uint64).view(np.uint8)
+                raw[offset : offset + 8] = np.array(
+                    [memory[address.buffer].ctypes.data + address.offset], np.uint64
+                ).view(np.uint8)
             arguments.append(raw)
         self.launch(case.kernel, case.grid, case.block, *arguments, seed=case.seed)
         return [_like(buffer, memory[buffer]) for buffer in case.outputs]
@@ -144,7 +157,9 @@ def run_batch(source: Path, kernels: Path, cases: Sequence[Case], timeout: float
         with report.open("wb") as file:
             try:
                 command = [program, batch, outputs]
-                status = subprocess.run(command, stdout=file, stderr=file, env=os.environ | options, timeout=timeout, check=False).returncode
+                status = subprocess.run(
+                    command, stdout=file, stderr=file, env=os.environ | options, timeout=timeout, check=False
+                ).returncode
             except subprocess.TimeoutExpired:
                 status = None
         if status != 0:
@@ -160,7 +175,9 @@ def run_batch(source: Path, kernels: Path, cases: Sequence[Case], timeout: float
             found: dict[Buffer, Array] = {}
             for buffer in _buffers(case):
                 if buffer in case.outputs:
-                    found[buffer] = _like(buffer, np.frombuffer(bytearray(data[place : place + buffer.content.nbytes]), np.uint8))
+                    found[buffer] = _like(
+                        buffer, np.frombuffer(bytearray(data[place : place + buffer.content.nbytes]), np.uint8)
+                    )
                     place += buffer.content.nbytes
             results.append([found[buffer] for buffer in case.outputs])
         return results
@@ -172,7 +189,13 @@ def _build(source: Path, kernels: Path, flags: Sequence[str]) -> Path:
     flags = [*flags, f'-DCUDA_ON_CPU_SOURCE="{source}"', f'-DCUDA_ON_CPU_KERNELS="{kernels}"']
     parts = [_compiler().encode(), repr(flags).encode()]
     # The source's neighbours count, too: it may include them.
-    for path in [HERE / "driver.cpp", HERE / "cuda_on_cpu.h", kernels, *sorted(source.parent.glob("*.cu")), *sorted(source.parent.glob("*.*h"))]:
+    for path in [
+        HERE / "driver.cpp",
+        HERE / "cuda_on_cpu.h",
+        kernels,
+        *sorted(source.parent.glob("*.cu")),
+        *sorted(source.parent.glob("*.*h")),
+    ]:
         parts += [str(path).encode(), path.read_bytes()]
     result = CACHE / f"{source.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -182,7 +205,9 @@ def _build(source: Path, kernels: Path, flags: Sequence[str]) -> Path:
             return result
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             made = Path(folder) / "made"
-            run = subprocess.run([GNU_CXX, *flags, HERE / "driver.cpp", "-o", made], capture_output=True, text=True, check=False)
+            run = subprocess.run(
+                [GNU_CXX, *flags, HERE / "driver.cpp", "-o", made], capture_output=True, text=True, check=False
+            )
             if run.returncode:
                 raise RuntimeError(f"{source.name} does not compile:\n{run.stderr}")
             made.replace(result)
@@ -252,4 +277,8 @@ def _place(buffer: Buffer) -> npt.NDArray[np.uint8]:
 
 def _like(buffer: Buffer, memory: npt.NDArray[np.uint8]) -> Array:
     """Bytes in the type and shape that the buffer was made of."""
-    return memory.view(buffer.content.dtype).reshape(buffer.content.shape) if memory.size else np.empty_like(buffer.content)
+    return (
+        memory.view(buffer.content.dtype).reshape(buffer.content.shape)
+        if memory.size
+        else np.empty_like(buffer.content)
+    )

@@ -76,7 +76,9 @@ def test_warp_primitives_for_all_orders(library):
     values[0, 40:50] &= ~np.uint32(63)
     expected = np.concatenate([expected_primitives(warp) for warp in values.reshape(-1, 32)]).reshape(2, 96, 16)
     results = empty(2, 96, 16, dtype=np.uint64)
-    cases = [Case("warp_primitives", 2, 96, [Address(Buffer(values)), Address(results)], [results], seed) for seed in SEEDS]
+    cases = [
+        Case("warp_primitives", 2, 96, [Address(Buffer(values)), Address(results)], [results], seed) for seed in SEEDS
+    ]
     for [result] in run_both(library, cases):
         np.testing.assert_array_equal(result, expected)
 
@@ -88,7 +90,9 @@ def test_scan_over_a_block(library, block):
     expected = values
     for _ in range(5):
         expected = np.cumsum(expected, axis=1, dtype=np.uint32)
-    cases = [Case("scan", 3, block, [Address(Buffer(values)), Address(sums), np.uint32(5)], [sums], seed) for seed in SEEDS]
+    cases = [
+        Case("scan", 3, block, [Address(Buffer(values)), Address(sums), np.uint32(5)], [sums], seed) for seed in SEEDS
+    ]
     for [result] in run_both(library, cases):
         np.testing.assert_array_equal(result, expected)
 
@@ -109,7 +113,9 @@ def test_order_follows_the_seed(library):
     """The same seed gives the same order, in both forms; over the seeds each warp and each block is first and last, and warps run ahead."""
     order = empty(3 * 8 * 2)
     count = Buffer(np.zeros(1, np.uint32))
-    cases = [Case("order", 3, 256, [Address(order), Address(count), np.uint32(20)], [order], seed) for seed in range(80)]
+    cases = [
+        Case("order", 3, 256, [Address(order), Address(count), np.uint32(20)], [order], seed) for seed in range(80)
+    ]
     runs = [result.ravel().tolist() for [result] in run_both(library, cases)]
     assert runs == [library.run(case)[0].ravel().tolist() for case in cases]
     assert len(set(map(tuple, runs))) == len(runs)
@@ -128,7 +134,9 @@ def test_shared_memory_is_poisoned_for_each_block(library):
     found = [library.run(Case("read_unwritten", 4, 32, [Address(results)], [results], seed))[0] for seed in SEEDS]
     words = np.concatenate(found).ravel()
     assert len(np.unique(words)) > 0.99 * words.size
-    np.testing.assert_array_equal(found[3], library.run(Case("read_unwritten", 4, 32, [Address(results)], [results], 3))[0])
+    np.testing.assert_array_equal(
+        found[3], library.run(Case("read_unwritten", 4, 32, [Address(results)], [results], 3))[0]
+    )
 
 
 DIVERGENCE = {  # by the number of the mistake: what the first thread to notice says, which depends on the seed
@@ -149,13 +157,17 @@ DIVERGENCE = {  # by the number of the mistake: what the first thread to notice 
 def test_divergence_ends_the_launch(library, mistake):
     """In one line, and the next launch starts afresh."""
     for seed in range(8):
-        with pytest.raises(LaunchError, match=rf"^diverge <<<1, 64>>>, seed {seed}, block 0, thread {DIVERGENCE[mistake]}[^\n]*\Z"):
+        with pytest.raises(
+            LaunchError, match=rf"^diverge <<<1, 64>>>, seed {seed}, block 0, thread {DIVERGENCE[mistake]}[^\n]*\Z"
+        ):
             library.launch("diverge", 1, 64, np.uint32(mistake), seed=seed)
         library.launch("diverge", 1, 64, np.uint32(0), seed=seed)
 
 
 def test_divergence_in_a_partial_warp(library):
-    with pytest.raises(LaunchError, match="__shfl_xor_sync with mask 0xffffffff, but lanes 0xffffff00 have exited or do not exist"):
+    with pytest.raises(
+        LaunchError, match="__shfl_xor_sync with mask 0xffffffff, but lanes 0xffffff00 have exited or do not exist"
+    ):
         library.launch("busy", 1, 40, np.uint64(0))
 
 
@@ -200,12 +212,20 @@ def test_stray_access_is_caught(good, bad, report):
 
 def test_batch_reports_divergence_and_time():
     good, bad = Case("diverge", 1, 64, [np.uint32(0)]), Case("diverge", 1, 64, [np.uint32(7)], seed=5)
-    with pytest.raises(LaunchError, match=r"^case 1 \(diverge, seed 5\) ended with status 2\ndiverge <<<1, 64>>>, seed 5, block 0, thread") as caught:
+    with pytest.raises(
+        LaunchError,
+        match=r"^case 1 \(diverge, seed 5\) ended with status 2\ndiverge <<<1, 64>>>, seed 5, block 0, thread",
+    ) as caught:
         run_batch(SOURCE, KERNELS, [good, bad])
     assert caught.value.case == 1
     order, count = empty(512), Buffer(np.zeros(1, np.uint32))
     with pytest.raises(LaunchError, match=r"^case 0 \(order, seed 0\) took more than 0.3 s"):
-        run_batch(SOURCE, KERNELS, [Case("order", 1, 256, [Address(order), Address(count), np.uint32(2**32 - 1)])], timeout=0.3)
+        run_batch(
+            SOURCE,
+            KERNELS,
+            [Case("order", 1, 256, [Address(order), Address(count), np.uint32(2**32 - 1)])],
+            timeout=0.3,
+        )
 
 
 def byte_perm(a, b, selector):
@@ -241,8 +261,13 @@ def test_intrinsics(library):
     operands = np.array([(a, b, c) for a in special for b in special for c in special], np.uint32)
     operands = np.concatenate([operands, random_words(1024 - len(operands) % 1024, 3)])
     results = empty(len(operands), 16, dtype=np.uint64)
-    [[result]] = run_both(library, [Case("intrinsics", len(operands) // 256, 256, [Address(Buffer(operands)), Address(results)], [results])])
-    np.testing.assert_array_equal(result, np.array([expected_intrinsics(*map(int, operand)) for operand in operands], np.uint64))
+    [[result]] = run_both(
+        library,
+        [Case("intrinsics", len(operands) // 256, 256, [Address(Buffer(operands)), Address(results)], [results])],
+    )
+    np.testing.assert_array_equal(
+        result, np.array([expected_intrinsics(*map(int, operand)) for operand in operands], np.uint64)
+    )
 
 
 def test_atomics(library):
@@ -265,7 +290,9 @@ def test_wrong_launches_are_refused(library):
         library.launch("missing", 1, 32)
     with pytest.raises(LaunchError, match=r"^exchange wants arguments of \[8, 4\] bytes, got \[8, 8\]$"):
         library.run(Case("exchange", 1, 32, [Address(result), np.uint64(1)]))
-    with pytest.raises(LaunchError, match=r"^exchange <<<1, 1025>>>: a grid has 1 block at least, a block 1 to 1024 threads$"):
+    with pytest.raises(
+        LaunchError, match=r"^exchange <<<1, 1025>>>: a grid has 1 block at least, a block 1 to 1024 threads$"
+    ):
         library.run(Case("exchange", 1, 1025, [Address(result), np.uint32(1)]))
     with pytest.raises(LaunchError, match="an argument has another size than the kernel's parameter"):
         run_batch(SOURCE, KERNELS, [Case("exchange", 1, 32, [Address(result), np.uint64(1)])])
@@ -281,12 +308,18 @@ def test_source_that_does_not_compile(tmp_path):
         ("uint3 value{}; *result = __ldg(&value).x;", "a GPU does not load or store this at once"),
         ("unsigned unused;", "unused variable"),
     ]:
-        (tmp_path / "wrong.cu").write_text(f'extern "C" __global__ void kernel(unsigned long long* result) {{ {body} *result = 1; }}\n')
+        (tmp_path / "wrong.cu").write_text(
+            f'extern "C" __global__ void kernel(unsigned long long* result) {{ {body} *result = 1; }}\n'
+        )
         with pytest.raises(RuntimeError, match=rf"^wrong.cu does not compile:\n[\s\S]*{complaint}"):
             Library(tmp_path / "wrong.cu", tmp_path / "kernels.h")
 
 
 def test_missing_compiler():
     code = "from tests.support.cuda import emulator as e; from pathlib import Path; e.GNU_CXX = 'no-such-g++'; e.Library(Path('a.cu'), Path('a.h'))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=SOURCE.parents[3], capture_output=True, text=True, check=False)
-    assert run.stderr.endswith("RuntimeError: g++ is needed to run the CUDA sources on the processor: apt-get install g++\n")
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=SOURCE.parents[3], capture_output=True, text=True, check=False
+    )
+    assert run.stderr.endswith(
+        "RuntimeError: g++ is needed to run the CUDA sources on the processor: apt-get install g++\n"
+    )

@@ -53,7 +53,9 @@ def pieces(body: bytes | Slice, size: int) -> Iterator[bytes]:
 
 
 def json_answer(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
-    return Answer(status, {"Content-Type": "application/json; charset=utf-8", **(headers or {})}, json.dumps(value).encode())
+    return Answer(
+        status, {"Content-Type": "application/json; charset=utf-8", **(headers or {})}, json.dumps(value).encode()
+    )
 
 
 def refused(refusal: Refusal) -> Answer:
@@ -110,7 +112,11 @@ class Call:
         repository = self.hub.repositories.get(self.arguments[0])
         if repository is None or (repository.private and user != repository.owner and user not in repository.readers):
             # Who has no token is not told whether it exists.
-            raise Refusal(404 if user else 401, "Repository not found" if user else "Invalid username or password.", "RepoNotFound")
+            raise Refusal(
+                404 if user else 401,
+                "Repository not found" if user else "Invalid username or password.",
+                "RepoNotFound",
+            )
         return repository
 
     def writable(self) -> Repository:

@@ -54,11 +54,21 @@ def validate(content: str) -> tuple[list[str], list[str]]:
         if not isinstance(value, list) or not all(isinstance(entry, str) and entry for entry in value):
             errors.append(f'"{key}" must be an array of strings')
         elif key == "base_model" and not all(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry) for entry in value):
-            errors.append('"base_model" with value "' + ", ".join(value) + '" is not valid. Use a model id from https://hf.co/models.')
-        elif key == "language" and not all(re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code|other", entry) for entry in value):
-            errors.append('"language" must only contain ISO 639-1, 639-2 or 639-3 codes, or one of "code", "multilingual", "other"')
+            errors.append(
+                '"base_model" with value "'
+                + ", ".join(value)
+                + '" is not valid. Use a model id from https://hf.co/models.'
+            )
+        elif key == "language" and not all(
+            re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code|other", entry) for entry in value
+        ):
+            errors.append(
+                '"language" must only contain ISO 639-1, 639-2 or 639-3 codes, or one of "code", "multilingual", "other"'
+            )
     licenses = data.get("license", [])
-    for value in [licenses] if isinstance(licenses, str) else licenses if isinstance(licenses, list) else [str(licenses)]:
+    for value in (
+        [licenses] if isinstance(licenses, str) else licenses if isinstance(licenses, list) else [str(licenses)]
+    ):
         if str(value) not in LICENSES:
             errors.append(f'"license" must be one of [{", ".join(sorted(LICENSES))}]')
         if value == "other" and not isinstance(data.get("license_name"), str):
@@ -67,5 +77,9 @@ def validate(content: str) -> tuple[list[str], list[str]]:
         errors.append(f'"base_model_relation" must be one of [{", ".join(RELATIONS)}]')
     if str(data.get("pipeline_tag", "other")) not in PIPELINES:
         errors.append(f'"pipeline_tag" must be one of [{", ".join(sorted(PIPELINES))}]')
-    errors.extend(f'"{key}" must be a string' for key in ("library_name", "license_name", "license_link") if not isinstance(data.get(key, ""), str))
+    errors.extend(
+        f'"{key}" must be a string'
+        for key in ("library_name", "license_name", "license_link")
+        if not isinstance(data.get(key, ""), str)
+    )
     return errors, []

@@ -26,7 +26,14 @@ def who_am_i(call: Call) -> Answer:
     user = call.signed_in()
     token = {"displayName": "test", "role": "write"}
     return json_answer(
-        {"type": "user", "id": user, "name": user, "fullname": user, "orgs": [], "auth": {"type": "access_token", "accessToken": token}}
+        {
+            "type": "user",
+            "id": user,
+            "name": user,
+            "fullname": user,
+            "orgs": [],
+            "auth": {"type": "access_token", "accessToken": token},
+        }
     )
 
 
@@ -36,7 +43,9 @@ def create(call: Call) -> Answer:
     if wanted.get("type") not in (None, "model"):
         raise Refusal(400, "This Hub has models only")
     if not name.startswith(f"{user}/"):
-        raise Refusal(403, f"You don't have the rights to create a model under the namespace {name.partition('/')[0]!r}")
+        raise Refusal(
+            403, f"You don't have the rights to create a model under the namespace {name.partition('/')[0]!r}"
+        )
     url = f"{call.hub.endpoint}/{name}"
     with call.hub.lock:
         if name in call.hub.repositories:
@@ -71,8 +80,14 @@ def create_branch(call: Call) -> Answer:
 
 def references(call: Call) -> Answer:
     repository = call.repository()
-    branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid} for n, oid in repository.branches.items() if not n.startswith("refs/")]
-    requests = [{"name": n, "ref": n, "targetCommit": oid} for n, oid in repository.branches.items() if n.startswith("refs/pr/")]
+    branches = [
+        {"name": n, "ref": f"refs/heads/{n}", "targetCommit": oid}
+        for n, oid in repository.branches.items()
+        if not n.startswith("refs/")
+    ]
+    requests = [
+        {"name": n, "ref": n, "targetCommit": oid} for n, oid in repository.branches.items() if n.startswith("refs/pr/")
+    ]
     tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": oid} for n, oid in repository.tags.items()]
     listed = {"branches": branches, "tags": tags, "converts": []}
     return json_answer({**listed, "pullRequests": requests} if call.argument("include_prs") else listed)
@@ -95,7 +110,9 @@ def model_info(call: Call) -> Answer:
     flags = {"private": repository.private, "gated": "auto" if repository.gated else False, "disabled": False}
     names = {"_id": repository.name, "id": repository.name, "modelId": repository.name, "author": repository.owner}
     dates = {"createdAt": repository.commits[0].date, "lastModified": commit.date}
-    return json_answer({**names, "sha": commit.oid, **flags, **dates, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
+    return json_answer(
+        {**names, "sha": commit.oid, **flags, **dates, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
+    )
 
 
 def _entry(repository: Repository, revision: str, path: str, expand: bool) -> dict[str, Any]:
@@ -107,7 +124,12 @@ def _entry(repository: Repository, revision: str, path: str, expand: bool) -> di
             entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}
     else:
         content = json.dumps([(name, tree[name].oid) for name in within(tree, path)]).encode()
-        entry = {"type": "directory", "oid": hashlib.sha1(content, usedforsecurity=False).hexdigest(), "size": 0, "path": path}
+        entry = {
+            "type": "directory",
+            "oid": hashlib.sha1(content, usedforsecurity=False).hexdigest(),
+            "size": 0,
+            "path": path,
+        }
     if expand:
         commit = repository.last_change(path, revision)
         entry["lastCommit"] = {"id": commit.oid, "title": commit.title, "date": commit.date}
@@ -152,14 +174,22 @@ def paths_info(call: Call) -> Answer:
     files = repository.find(revision).tree
     known = {*files, *_folders(files)}
     expand = _true(wanted.get("expand", ["false"])[0])
-    return json_answer([_entry(repository, revision, path, expand) for path in wanted.get("paths", []) if path in known])
+    return json_answer(
+        [_entry(repository, revision, path, expand) for path in wanted.get("paths", []) if path in known]
+    )
 
 
 def commits(call: Call) -> Answer:
     history = list(call.repository().history(call.arguments[1]))
     page, size = int(call.argument("p", "0")), int(call.argument("limit", str(call.hub.page_size)))
     shown = [
-        {"id": commit.oid, "title": commit.title, "message": commit.message, "date": commit.date, "authors": [{"user": commit.author}]}
+        {
+            "id": commit.oid,
+            "title": commit.title,
+            "message": commit.message,
+            "date": commit.date,
+            "authors": [{"user": commit.author}],
+        }
         for commit in history[page * size : (page + 1) * size]
     ]
     headers = _link(call, p=page + 1) if (page + 1) * size < len(history) else {}
@@ -182,7 +212,12 @@ def resolve(call: Call) -> Answer:
         return _content(call, blob.data, blob, headers)
     query = urlencode({"filename": path, "Expires": 3600, "Signature": uuid.uuid4().hex})
     location = f"{call.hub.cdn}/cdn/{repository.name}/{blob.sha256}?{query}"
-    headers |= {"X-Linked-Etag": f'"{blob.etag}"', "X-Linked-Size": str(blob.size), "Location": location, "Vary": "Origin, Accept"}
+    headers |= {
+        "X-Linked-Etag": f'"{blob.etag}"',
+        "X-Linked-Size": str(blob.size),
+        "Location": location,
+        "Vary": "Origin, Accept",
+    }
     return Answer(302, headers, f"Found. Redirecting to {location}".encode())
 
 
@@ -218,7 +253,11 @@ def _content(call: Call, content: bytes | Path, blob: Blob, headers: dict[str, s
 def validate_card(call: Call) -> Answer:
     errors, warnings = cards.validate(call.json()["content"])
     if "text/plain" in call.headers.get("Accept", ""):
-        return Answer(400 if errors else 200, {"Content-Type": "text/plain; charset=utf-8"}, "\n".join(errors or warnings).encode())
+        return Answer(
+            400 if errors else 200,
+            {"Content-Type": "text/plain; charset=utf-8"},
+            "\n".join(errors or warnings).encode(),
+        )
     messages = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
     return json_answer(messages, 400 if errors else 200)
 
@@ -248,9 +287,17 @@ def lfs_batch(call: Call) -> Answer:
             upload: dict[str, Any] = {"href": f"{hub.cdn}/upload{place}?Expires=3600&Signature={key}"}
             if size > hub.multipart_bytes:
                 parts = range(1, -(-size // hub.chunk_bytes) + 1)
-                urls = {f"{part:05}": f"{hub.cdn}/upload{place}/{key}/{part}?Expires=3600&Signature={key}" for part in parts}
-                upload = {"href": f"{hub.endpoint}/api/complete_multipart{place}/{key}", "header": {"chunk_size": str(hub.chunk_bytes), **urls}}
-            known["actions"] = {"upload": upload, "verify": {"href": f"{hub.endpoint}/{repository.name}.git/info/lfs/verify"}}
+                urls = {
+                    f"{part:05}": f"{hub.cdn}/upload{place}/{key}/{part}?Expires=3600&Signature={key}" for part in parts
+                }
+                upload = {
+                    "href": f"{hub.endpoint}/api/complete_multipart{place}/{key}",
+                    "header": {"chunk_size": str(hub.chunk_bytes), **urls},
+                }
+            known["actions"] = {
+                "upload": upload,
+                "verify": {"href": f"{hub.endpoint}/{repository.name}.git/info/lfs/verify"},
+            }
         objects.append(known)
     return json_answer({"transfer": "basic", "objects": objects})
 
@@ -331,14 +378,20 @@ def commit(call: Call) -> Answer:
         for line in lines:
             changes |= _change(call, repository, parent.tree, line["key"], line["value"])
         oid = repository.apply(branch, changes, header["summary"], header.get("description", ""), author).oid
-    return json_answer({"success": True, "commitOid": oid, "commitUrl": f"{call.hub.endpoint}/{repository.name}/commit/{oid}"})
+    return json_answer(
+        {"success": True, "commitOid": oid, "commitUrl": f"{call.hub.endpoint}/{repository.name}/commit/{oid}"}
+    )
 
 
-def _change(call: Call, repository: Repository, files: Mapping[str, Blob], key: str, value: Mapping[str, Any]) -> dict[str, Blob | None]:
+def _change(
+    call: Call, repository: Repository, files: Mapping[str, Blob], key: str, value: Mapping[str, Any]
+) -> dict[str, Blob | None]:
     path = value.get("path", "")
     match key:
         case "file":
-            data = base64.b64decode(value["content"]) if value.get("encoding") == "base64" else value["content"].encode()
+            data = (
+                base64.b64decode(value["content"]) if value.get("encoding") == "base64" else value["content"].encode()
+            )
             errors = cards.validate(data.decode())[0] if path == "README.md" else []
             if errors:
                 raise Refusal(400, f"Invalid metadata in README.md: {'; '.join(errors)}")
@@ -346,10 +399,19 @@ def _change(call: Call, repository: Repository, files: Mapping[str, Blob], key: 
         case "lfsFile":
             sha256 = value["oid"]
             if sha256 not in repository.objects:
-                raise Refusal(400, f"Your push was rejected because an LFS pointer pointed to a file that does not exist: {path} ({sha256})")
+                raise Refusal(
+                    400,
+                    f"Your push was rejected because an LFS pointer pointed to a file that does not exist: {path} ({sha256})",
+                )
             return {path: Blob(call.hub.storage.path(sha256).stat().st_size, sha256, None)}
         case "deletedFile" | "deletedFolder":
-            gone = [path] if key == "deletedFile" and path in files else within(files, path.rstrip("/")) if key == "deletedFolder" else []
+            gone = (
+                [path]
+                if key == "deletedFile" and path in files
+                else within(files, path.rstrip("/"))
+                if key == "deletedFolder"
+                else []
+            )
             if not gone:
                 raise Refusal(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
             return dict.fromkeys(gone)
@@ -404,7 +466,11 @@ def answer(call: Call, table: list[tuple[str, re.Pattern[str], Callable[[Call], 
             if new:
                 query = urlencode(call.query, doseq=True)
                 path = call.path[: found.start(1)] + quote(new) + call.path[found.end(1) :]
-                return Answer(307, {"Location": f"{path}?{query}" if query else path}, f"Temporary Redirect. Redirecting to {path}".encode())
+                return Answer(
+                    307,
+                    {"Location": f"{path}?{query}" if query else path},
+                    f"Temporary Redirect. Redirecting to {path}".encode(),
+                )
             try:
                 return function(call)
             except Refusal as refusal:

@@ -37,7 +37,9 @@ def shard(number: int, dtype: str = "BF16", rows: int = 300) -> bytes:
 
 def model(shards: int = 3, dtype: str = "BF16", rows: int = 300) -> dict[str, bytes]:
     """The files of a model of so many shards."""
-    files = {f"model-{number:05}-of-{shards:05}.safetensors": shard(number, dtype, rows) for number in range(1, shards + 1)}
+    files = {
+        f"model-{number:05}-of-{shards:05}.safetensors": shard(number, dtype, rows) for number in range(1, shards + 1)
+    }
     weight_map = {}
     for number, name in enumerate(files, 1):
         weight_map |= {f"model.layers.{number}.{part}": name for part in ("mlp.weight", "norm.weight", "table")}

@@ -24,7 +24,9 @@ ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suff
 class Refusal(Exception):  # noqa: N818
     """A request that the Hub answers with an error."""
 
-    def __init__(self, code: int, message: str, error_code: str | None = None, headers: Mapping[str, str] | None = None):
+    def __init__(
+        self, code: int, message: str, error_code: str | None = None, headers: Mapping[str, str] | None = None
+    ):
         super().__init__(message)
         self.code = code
         self.message = message
@@ -122,7 +124,9 @@ class Repository:
     the owner, who may read it if it is private or gated.
     """
 
-    def __init__(self, name: str, storage: Storage, lock: threading.RLock, *, private: bool = False, gated: bool = False):
+    def __init__(
+        self, name: str, storage: Storage, lock: threading.RLock, *, private: bool = False, gated: bool = False
+    ):
         self.name = name
         self.private = private
         self.gated = gated
@@ -133,7 +137,11 @@ class Repository:
         self._storage = storage
         self._lock = lock
         self._commits: dict[str, Commit] = {}
-        self.apply("main", {".gitattributes": Blob(len(ATTRIBUTES), hashlib.sha256(ATTRIBUTES).hexdigest(), ATTRIBUTES)}, "initial commit")
+        self.apply(
+            "main",
+            {".gitattributes": Blob(len(ATTRIBUTES), hashlib.sha256(ATTRIBUTES).hexdigest(), ATTRIBUTES)},
+            "initial commit",
+        )
 
     @property
     def owner(self) -> str:
@@ -159,14 +167,20 @@ class Repository:
 
     def find(self, revision: str) -> Commit:
         """The commit of a branch, a tag, or an id of which at least seven digits are given. Refusal (404) if there is none."""
-        oid = self.branches.get(revision) or self.branches.get(revision.removeprefix("refs/heads/")) or self.tags.get(revision)
+        oid = (
+            self.branches.get(revision)
+            or self.branches.get(revision.removeprefix("refs/heads/"))
+            or self.tags.get(revision)
+        )
         if oid is None and len(revision) >= 7:
             oid = next((known for known in self._commits if known.startswith(revision)), None)
         if oid is None:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self._commits[oid]
 
-    def apply(self, branch: str, changes: Mapping[str, Blob | None], title: str, message: str = "", author: str | None = None) -> Commit:
+    def apply(
+        self, branch: str, changes: Mapping[str, Blob | None], title: str, message: str = "", author: str | None = None
+    ) -> Commit:
         """Put a commit on a branch; None deletes a file."""
         with self._lock:
             parent = self.branches.get(branch)
@@ -177,14 +191,25 @@ class Repository:
                 else:
                     tree[path] = blob
             date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-            content = [self.name, len(self._commits), parent, title, message, sorted((path, blob.oid) for path, blob in tree.items())]
+            content = [
+                self.name,
+                len(self._commits),
+                parent,
+                title,
+                message,
+                sorted((path, blob.oid) for path, blob in tree.items()),
+            ]
             oid = hashlib.sha1(json.dumps(content).encode(), usedforsecurity=False).hexdigest()
-            commit = Commit(oid, parent, title, message, author or self.owner, tuple(sorted(changes)), date, time.monotonic(), tree)
+            commit = Commit(
+                oid, parent, title, message, author or self.owner, tuple(sorted(changes)), date, time.monotonic(), tree
+            )
             self._commits[oid] = commit
             self.branches[branch] = oid
             return commit
 
-    def commit(self, files: Mapping[str, bytes | Path | None], *, summary: str = "Change files", revision: str = "main") -> str:
+    def commit(
+        self, files: Mapping[str, bytes | Path | None], *, summary: str = "Change files", revision: str = "main"
+    ) -> str:
         """Commit to a branch, as if somebody else had done it, and give the commit's id. Do not change a file's content in place afterwards."""
         changes: dict[str, Blob | None] = {}
         for path, content in files.items():
@@ -228,7 +253,9 @@ class Repository:
 
     def last_change(self, path: str, revision: str) -> Commit:
         """The commit that changed a file, or a file in a folder, last."""
-        return next(commit for commit in self.history(revision) if any(_within(changed, path) for changed in commit.paths))
+        return next(
+            commit for commit in self.history(revision) if any(_within(changed, path) for changed in commit.paths)
+        )
 
 
 def _within(path: str, folder: str) -> bool:

@@ -66,11 +66,20 @@ class Action:
 
 
 def status(
-    code: int, headers: Mapping[str, str] | None = None, error_code: str | None = None, error_message: str | None = None, body: bytes = b""
+    code: int,
+    headers: Mapping[str, str] | None = None,
+    error_code: str | None = None,
+    error_message: str | None = None,
+    body: bytes = b"",
 ) -> Action:
     """Answer this and do nothing."""
     named = {"X-Error-Code": error_code, "X-Error-Message": error_message}
-    return Action(status=code, headers={**(headers or {}), **{name: value for name, value in named.items() if value}}, body=body, perform=False)
+    return Action(
+        status=code,
+        headers={**(headers or {}), **{name: value for name, value in named.items() if value}},
+        body=body,
+        perform=False,
+    )
 
 
 def landed(code: int | None = 500) -> Action:
@@ -213,12 +222,22 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, action: Action, body: _Body) -> Answer:
         """Do what is asked."""
         hub, url = self.server.hub, urlsplit(self.path)
-        call = Call(hub, self.command, url.path, parse_qs(url.query, keep_blank_values=True), self.headers, body, keep_range=not action.ignore_range)
+        call = Call(
+            hub,
+            self.command,
+            url.path,
+            parse_qs(url.query, keep_blank_values=True),
+            self.headers,
+            body,
+            keep_range=not action.ignore_range,
+        )
         try:
             if self.server is hub.servers[0]:
                 return endpoints.answer(call, endpoints.HUB)
             if "Authorization" in self.headers:
-                return refused(Refusal(400, "Only one auth mechanism allowed: this address is signed, and a token came with it"))
+                return refused(
+                    Refusal(400, "Only one auth mechanism allowed: this address is signed, and a token came with it")
+                )
             return endpoints.answer(call, endpoints.CDN)
         except (_Closed, ConnectionError):
             raise
@@ -368,7 +387,11 @@ class HubServer:
 
     def count(self, method: str, pattern: str) -> int:
         """How many such requests there were (patterns as for `inject`)."""
-        return sum(1 for request in list(self.requests) if re.fullmatch(method, request.method) and re.search(pattern, request.path))
+        return sum(
+            1
+            for request in list(self.requests)
+            if re.fullmatch(method, request.method) and re.search(pattern, request.path)
+        )
 
     def begin(self, request: Request) -> Action:
         """Note a request; what is to happen to it."""
@@ -384,8 +407,16 @@ class HubServer:
 
     def environment(self, home: Path, token: str | None = "hf_test") -> dict[str, str]:
         """A whole environment for a process whose client talks to this Hub: this process's own, less what would interfere."""
-        kept = {name: value for name, value in os.environ.items() if not re.match(r"(?i)HF_|HUGGING|.*_PROXY$|TRANSFORMERS_", name)}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not re.match(r"(?i)HF_|HUGGING|.*_PROXY$|TRANSFORMERS_", name)
+        }
         client: dict[str, Any] = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1,localhost"}
         if token is not None:
             client["HF_TOKEN"] = token
-        return {**kept, **client, **dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"), "1")}
+        return {
+            **kept,
+            **client,
+            **dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"), "1"),
+        }

@@ -35,12 +35,16 @@ def fails(code: int, action: Callable[[], object]) -> HfHubHTTPError:
     return caught.value
 
 
-def fetch(url: str, method: str = "GET", headers: Mapping[str, str] | None = None, body: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
+def fetch(
+    url: str, method: str = "GET", headers: Mapping[str, str] | None = None, body: bytes | None = None
+) -> tuple[int, dict[str, str], bytes]:
     """One request without the client: status, headers in lower case, body."""
     parts = urllib.parse.urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=60)
     try:
-        connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, body, dict(headers or {}))
+        connection.request(
+            method, f"{parts.path}?{parts.query}" if parts.query else parts.path, body, dict(headers or {})
+        )
         response = connection.getresponse()
         return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
     finally:

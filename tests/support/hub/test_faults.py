@@ -22,7 +22,20 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
 )
 
-from tests.support.hub.server import Action, HubServer, Repository, corrupt, cut, drip, hang, ignore_range, landed, slow, status, truncated
+from tests.support.hub.server import (
+    Action,
+    HubServer,
+    Repository,
+    corrupt,
+    cut,
+    drip,
+    hang,
+    ignore_range,
+    landed,
+    slow,
+    status,
+    truncated,
+)
 from tests.support.hub.steps import CARD, WEIGHTS, add, fails, fetch
 
 # --- cards ---
@@ -45,7 +58,9 @@ from tests.support.hub.steps import CARD, WEIGHTS, add, fails, fetch
         ({"library_name": ["df11"]}, "library_name"),
     ],
 )
-def test_cards(hub: HubServer, client: HfApi, repository: Repository, change: dict[str, object], message: str | None) -> None:
+def test_cards(
+    hub: HubServer, client: HfApi, repository: Repository, change: dict[str, object], message: str | None
+) -> None:
     card = f"---\n{yaml.safe_dump({**next(yaml.safe_load_all(CARD)), **change})}---\n# Title\n".encode()
     if message is None:
         client.create_commit("me/model", [add("README.md", card)], commit_message="Add a card")
@@ -61,7 +76,10 @@ def test_cards(hub: HubServer, client: HfApi, repository: Repository, change: di
 
 
 def test_card_is_checked_in_plain_text(hub: HubServer) -> None:
-    for content, code, text in [(CARD, 200, b""), (CARD.replace(b"apache-2.0", b"mine"), 400, b'"license" must be one of [')]:
+    for content, code, text in [
+        (CARD, 200, b""),
+        (CARD.replace(b"apache-2.0", b"mine"), 400, b'"license" must be one of ['),
+    ]:
         body = json.dumps({"content": content.decode(), "repoType": "model"}).encode()
         status_code, _, answer = fetch(f"{hub.endpoint}/api/validate-yaml", "POST", {"Accept": "text/plain"}, body)
         assert status_code == code
@@ -85,7 +103,9 @@ def test_card_that_is_no_yaml(client: HfApi) -> None:
 
 
 def test_status(hub: HubServer, client: HfApi, repository: Repository) -> None:
-    hub.inject("POST", "/commit/", status(503, headers={"Retry-After": "7"}, error_code="Odd", error_message="Come back"))
+    hub.inject(
+        "POST", "/commit/", status(503, headers={"Retry-After": "7"}, error_code="Odd", error_message="Come back")
+    )
     error = fails(503, lambda: client.upload_file(path_or_fileobj=b"a", path_in_repo="a.txt", repo_id="me/model"))
     assert (error.response.headers["Retry-After"], error.response.headers["X-Error-Code"]) == ("7", "Odd")
     assert "Come back" in str(error)
@@ -148,7 +168,9 @@ def test_wrong_contents(hub: HubServer, repository: Repository, name: str) -> No
     place = f"/cdn/.*filename={name}" if name == "model.safetensors" else f"/resolve/.*{name}"
 
     def download() -> bytes:
-        response = huggingface_hub.utils.get_session().get(f"{hub.endpoint}/me/model/resolve/main/{name}", headers={"Range": "bytes=0-"})
+        response = huggingface_hub.utils.get_session().get(
+            f"{hub.endpoint}/me/model/resolve/main/{name}", headers={"Range": "bytes=0-"}
+        )
         assert int(response.headers["Content-Length"]) == len(response.content)
         return bytes(response.content)
 
@@ -244,7 +266,13 @@ huggingface_hub.create_repo("me/model")
 huggingface_hub.upload_file(path_or_fileobj=b"weights", path_in_repo="a.bin", repo_id="me/model")
 print(huggingface_hub.hf_hub_download("me/model", "a.bin"))
 """
-    done = subprocess.run([sys.executable, "-c", code], env=hub.environment(tmp_path / "home"), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=hub.environment(tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.strip())
     assert path.is_relative_to(tmp_path / "home")

@@ -64,7 +64,13 @@ def test_references(client: HfApi, repository: Repository) -> None:
     assert {tag.name: tag.target_commit for tag in references.tags} == {"v1": first}
     assert [request.ref for request in references.pull_requests or ()] == ["refs/pr/1"]
 
-    for revision, oid in {"v1": first, "refs/pr/1": first, "side/way": first, second[:12]: second, "main": second}.items():
+    for revision, oid in {
+        "v1": first,
+        "refs/pr/1": first,
+        "side/way": first,
+        second[:12]: second,
+        "main": second,
+    }.items():
         assert client.model_info("me/model", revision=revision).sha == oid
         path = client.hf_hub_download("me/model", ".gitattributes", revision=revision)
         assert Path(path).parent.name == oid
@@ -103,29 +109,45 @@ def test_upload_folder_and_read_back(hub: HubServer, client: HfApi, tmp_path: Pa
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     client.create_repo("me/model")
-    oid = client.upload_folder(repo_id="me/model", folder_path=tmp_path / "tree", commit_message="All", commit_description="of it").oid
+    oid = client.upload_folder(
+        repo_id="me/model", folder_path=tmp_path / "tree", commit_message="All", commit_description="of it"
+    ).oid
 
     repository = hub.repository("me/model")
     assert repository.head == oid
     files = repository.files()
     del files[".gitattributes"]
     assert files == contents
-    assert repository.hashes() == {name: hashlib.sha256(content).hexdigest() for name, content in repository.files().items()}
+    assert repository.hashes() == {
+        name: hashlib.sha256(content).hexdigest() for name, content in repository.files().items()
+    }
     last = repository.commits[-1]
     assert (last.title, last.message, last.author, set(last.paths)) == ("All", "of it", "me", set(contents))
     assert hub.count("PUT", r"/upload/.*/\d\?") == 3 + 4
-    assert hub.count("PUT", "/upload/") == 3 + 4 + 3  # besides: two basic ones, and the binary file with an unknown name
+    assert (
+        hub.count("PUT", "/upload/") == 3 + 4 + 3
+    )  # besides: two basic ones, and the binary file with an unknown name
     # Nothing is left of parts.
-    lfs = {hashlib.sha256(contents[name]).hexdigest() for name in contents if name not in ("notes.txt", "empty.safetensors", "README.md")}
+    lfs = {
+        hashlib.sha256(contents[name]).hexdigest()
+        for name in contents
+        if name not in ("notes.txt", "empty.safetensors", "README.md")
+    }
     assert {path.name for path in hub.storage.folder.iterdir()} == lfs
 
     snapshot = Path(client.snapshot_download("me/model"))
     assert snapshot.name == oid
-    assert {str(path.relative_to(snapshot)): path.read_bytes() for path in snapshot.rglob("*") if path.is_file()} == repository.files()
+    assert {
+        str(path.relative_to(snapshot)): path.read_bytes() for path in snapshot.rglob("*") if path.is_file()
+    } == repository.files()
     verified = client.verify_repo_checksums("me/model")
     assert (verified.checked_count, verified.mismatches, verified.missing_paths) == (len(contents) + 1, [], [])
     entries = {entry.path: entry for entry in client.list_repo_tree("me/model", recursive=True)}
-    assert {path for path, entry in entries.items() if getattr(entry, "lfs", None)} == set(contents) - {"notes.txt", "empty.safetensors", "README.md"}
+    assert {path for path, entry in entries.items() if getattr(entry, "lfs", None)} == set(contents) - {
+        "notes.txt",
+        "empty.safetensors",
+        "README.md",
+    }
 
 
 def test_what_is_there_is_not_uploaded_again(hub: HubServer, client: HfApi, repository: Repository) -> None:
@@ -162,11 +184,15 @@ def test_chain_of_commits(hub: HubServer, client: HfApi) -> None:
     first = repository.head
     head = first
     for number in range(3):
-        head = client.create_commit("me/model", [add(f"{number}.bin", b"%d" % number)], commit_message=f"Add {number}", parent_commit=head).oid
+        head = client.create_commit(
+            "me/model", [add(f"{number}.bin", b"%d" % number)], commit_message=f"Add {number}", parent_commit=head
+        ).oid
     assert repository.head == head
     assert [commit.title for commit in repository.commits] == ["initial commit", "Add 0", "Add 1", "Add 2"]
     assert [commit.parent for commit in repository.commits][1:] == [commit.oid for commit in repository.commits][:-1]
-    fails(412, lambda: client.create_commit("me/model", [add("3.bin", b"3")], commit_message="Add 3", parent_commit=first))
+    fails(
+        412, lambda: client.create_commit("me/model", [add("3.bin", b"3")], commit_message="Add 3", parent_commit=first)
+    )
     assert repository.head == head
 
 
@@ -211,9 +237,15 @@ def test_lfs_contents_are_checked(hub: HubServer, repository: Repository) -> Non
     actions = json.loads(answer)["objects"][0]["actions"]
 
     def commit() -> tuple[int, bytes]:
-        lines = [{"key": "header", "value": {"summary": "Add"}}, {"key": "lfsFile", "value": {"path": "new.bin", "algo": "sha256", "oid": sha256}}]
+        lines = [
+            {"key": "header", "value": {"summary": "Add"}},
+            {"key": "lfsFile", "value": {"path": "new.bin", "algo": "sha256", "oid": sha256}},
+        ]
         code, _, answer = fetch(
-            f"{hub.endpoint}/api/models/me/model/commit/main", "POST", token, b"\n".join(json.dumps(line).encode() for line in lines)
+            f"{hub.endpoint}/api/models/me/model/commit/main",
+            "POST",
+            token,
+            b"\n".join(json.dumps(line).encode() for line in lines),
         )
         return code, answer
 
@@ -256,19 +288,34 @@ def test_tree_in_pages(hub: HubServer, client: HfApi, repository: Repository) ->
     assert hub.count("GET", "/tree/") == 4
     assert [entry.path for entry in everything] == sorted([*repository.files(), "shards"])
     assert {entry.path: entry.last_commit.title for entry in everything if entry.last_commit} == {
-        path: "Change files" if path in ("model.safetensors", "config.json") else "initial commit" if path == ".gitattributes" else "Add shards"
+        path: "Change files"
+        if path in ("model.safetensors", "config.json")
+        else "initial commit"
+        if path == ".gitattributes"
+        else "Add shards"
         for path in [*repository.files(), "shards"]
     }
     weights = next(entry for entry in everything if entry.path == "model.safetensors")
-    assert (weights.size, weights.lfs.size, weights.lfs.sha256) == (len(WEIGHTS), len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest())
+    assert (weights.size, weights.lfs.size, weights.lfs.sha256) == (
+        len(WEIGHTS),
+        len(WEIGHTS),
+        hashlib.sha256(WEIGHTS).hexdigest(),
+    )
     config = next(entry for entry in everything if entry.path == "config.json")
     assert (config.size, config.lfs, config.blob_id) == (2, None, hashlib.sha1(b"blob 2\0{}").hexdigest())
 
-    assert [entry.path for entry in client.list_repo_tree("me/model")] == [".gitattributes", "config.json", "model.safetensors", "shards"]
+    assert [entry.path for entry in client.list_repo_tree("me/model")] == [
+        ".gitattributes",
+        "config.json",
+        "model.safetensors",
+        "shards",
+    ]
     assert len(list(client.list_repo_tree("me/model", "shards"))) == 10
     with pytest.raises(EntryNotFoundError):
         list(client.list_repo_tree("me/model", "nowhere"))
-    assert [entry.path for entry in client.get_paths_info("me/model", ["config.json", "shards", "nowhere"], expand=True)] == ["config.json", "shards"]
+    assert [
+        entry.path for entry in client.get_paths_info("me/model", ["config.json", "shards", "nowhere"], expand=True)
+    ] == ["config.json", "shards"]
     assert client.list_repo_files("me/model") == sorted(repository.files())
     siblings: Any = client.model_info("me/model", files_metadata=True).siblings
     assert siblings[2].lfs.sha256 == hashlib.sha256(WEIGHTS).hexdigest()
@@ -280,7 +327,9 @@ def test_commits_in_pages(hub: HubServer, client: HfApi, repository: Repository)
     hub.page_size = 3
     listed = client.list_repo_commits("me/model")
     assert hub.count("GET", "/commits/") == 3
-    assert [(commit.commit_id, commit.title) for commit in listed] == [(commit.oid, commit.title) for commit in repository.commits[::-1]]
+    assert [(commit.commit_id, commit.title) for commit in listed] == [
+        (commit.oid, commit.title) for commit in repository.commits[::-1]
+    ]
     assert len(client.list_repo_commits("me/model", revision=repository.commits[3].oid)) == 4
     assert [repository.read("config.json", commit.commit_id) for commit in listed[:2]] == [b"4", b"3"]
 
@@ -297,12 +346,16 @@ def test_who_may_read(hub: HubServer, client: HfApi) -> None:
         lambda name, token: client.get_paths_info(name, ["config.json"], token=token),
         lambda name, token: client.list_repo_commits(name, token=token),
         lambda name, token: client.list_repo_refs(name, token=token),
-        lambda name, token: client.get_hf_file_metadata(url=f"{hub.endpoint}/{name}/resolve/main/config.json", token=token),
+        lambda name, token: client.get_hf_file_metadata(
+            url=f"{hub.endpoint}/{name}/resolve/main/config.json", token=token
+        ),
     ]
     for read in reads:
         for name in ("me/private", "me/missing"):
             for token, code in {"hf_you": 404, "hf_unknown": 401}.items():
-                assert isinstance(fails(code, lambda n=name, t=token, r=read: r(n, t)), RepositoryNotFoundError) == (code == 404)  # type: ignore[misc]
+                assert isinstance(fails(code, lambda n=name, t=token, r=read: r(n, t)), RepositoryNotFoundError) == (
+                    code == 404
+                )  # type: ignore[misc]
             assert isinstance(fails(401, lambda n=name, r=read: r(n, False)), RepositoryNotFoundError)  # type: ignore[misc]
         for token in ("hf_test", "hf_friend"):
             read("me/private", token)
@@ -349,8 +402,16 @@ def test_ranges(hub: HubServer, client: HfApi, repository: Repository, name: str
     assert headers["x-linked-size" if lfs else "content-length"] == str(len(content))
     assert headers.get("x-linked-etag") == (f'"{hashlib.sha256(content).hexdigest()}"' if lfs else None)
     last = len(content) - 1
-    for asked, start, end in [("0-0", 0, 1), ("1-", 1, None), ("-1", last, None), (f"0-{last + 5}", 0, None), (f"-{last + 9}", 0, None)]:
-        response = huggingface_hub.utils.get_session().get(url, headers={**client._build_hf_headers(), "Range": f"bytes={asked}"})
+    for asked, start, end in [
+        ("0-0", 0, 1),
+        ("1-", 1, None),
+        ("-1", last, None),
+        (f"0-{last + 5}", 0, None),
+        (f"-{last + 9}", 0, None),
+    ]:
+        response = huggingface_hub.utils.get_session().get(
+            url, headers={**client._build_hf_headers(), "Range": f"bytes={asked}"}
+        )
         assert response.status_code == 206
         assert response.content == content[start:end]
         stop = (end or len(content)) - 1
