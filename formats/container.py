@@ -1,15 +1,14 @@
-"""Read a `.df11` file: list its tensors, decode one or some rows of it, check everything that is read (SPEC.md, sections 2 and 3)."""
+"""Read a `.df11` file: list tensors, decode whole ones or rows, check all that is read (SPEC.md, sections 2 and 3)."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import functools
-import json
 import math
 import os
+import re
 import stat
-import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 import zstandard
 
-from df11.formats import errors, framing, layout
+from df11.formats import errors, framing, json_text, layout
 from df11.formats.record import Bytes, Place, Record, open_record
 
 NUMPY_DTYPES: Final[Mapping[str, str]] = {
@@ -45,9 +44,11 @@ NUMPY_DTYPES: Final[Mapping[str, str]] = {
     "F8_E4M3FNUZ": "u1",
     "F8_E5M2FNUZ": "u1",
 }
-"""safetensors dtype -> NumPy dtype. NumPy has no BF16 and no F8: their bits come as unsigned integers. F4 and F6 come as packed bytes."""
+"""safetensors dtype -> NumPy dtype.
 
-CHUNK_BYTES: Final = 4 << 20
+NumPy has no BF16 and no F8: their bits come as unsigned integers. F4 and F6 come as packed bytes."""
+
+BLOCK_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class TensorInfo:
     encoding: Literal["df11", "verbatim"]
     stored_bytes: int
     exact: bool | None
-    """Of a tensor cast from F32: whether every value was a BF16 value. None if it was not cast."""
+    """For a tensor cast from F32: whether every value was exactly a BF16 value. None if it was not cast."""
 
     @property
     def elements(self) -> int:
@@ -84,10 +85,10 @@ class SourceInfo:
 
 
 class Container:
-    """An open `.df11` file. A context manager; safe to read from several threads."""
+    """An open `.df11` file: a context manager that several threads may read from."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open and check the header. Raises a :class:`~df11.formats.errors.Df11Error` that says what is wrong."""
+        """Open the file and check its header. Raises a :class:`~df11.formats.errors.Df11Error`."""
         self.path = os.fspath(path)
         try:
             mode = Path(path).stat().st_mode
@@ -117,19 +118,24 @@ class Container:
         version = metadata[layout.METADATA_VERSION]
         if version != str(layout.VERSION):
             raise errors.VersionError(
-                "container version", file=self.path, expected=layout.VERSION, found=version, hint="install a newer df11"
+                "container version",
+                file=self.path,
+                expected=layout.VERSION,
+                found=errors.shortened(version),
+                hint="install a newer df11",
             )
         for key in layout.METADATA_KEYS:
             if key not in metadata:
-                raise errors.MetadataError(f"the metadata lack {key}", file=self.path)
+                raise errors.MetadataError(f"the metadata lacks {key}", file=self.path)
         requires = self._json(layout.METADATA_REQUIRES)
         if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
             raise errors.MetadataError("df11.requires must be a list of names", file=self.path)
         unknown = sorted(set(requires) - layout.KNOWN_FEATURES)
         if unknown:
             raise errors.FeatureError(
-                f"the file requires features that this df11 does not know: {', '.join(unknown)}",
+                "the file requires features that this df11 does not know",
                 file=self.path,
+                found=", ".join(map(errors.shortened, unknown)),
                 hint="install a newer df11",
             )
         if self._header.data_start % layout.DATA_ALIGNMENT:
@@ -148,12 +154,18 @@ class Container:
             raise errors.MetadataError("df11.tensors does not name the same tensors as the file", file=self.path)
         for entry in self._header.entries:
             self._infos[entry.name] = self._parse_tensor(entry, tensors[entry.name])
+        if self.source.cast is not None and all(info.exact is None for info in self._infos.values()):
+            raise errors.MetadataError("df11.source names a cast, but no tensor was cast", file=self.path)
 
     def _json(self, key: str) -> Any:
-        try:
-            return json.loads(self._header.metadata[key])
-        except (ValueError, RecursionError):
-            raise errors.MetadataError(f"{key} is not JSON", file=self.path) from None
+        return json_text.parse(
+            self._header.metadata[key],
+            what=key,
+            where={"file": self.path},
+            error=errors.MetadataError,
+            values=json_text.most_values(len(self._header.raw)),
+            depth=None if key == layout.METADATA_TENSORS else layout.MAX_JSON_DEPTH,
+        )
 
     def _parse_source(self, value: Any) -> SourceInfo:
         try:
@@ -161,14 +173,23 @@ class Container:
         except (TypeError, KeyError):
             raise errors.MetadataError("df11.source lacks a member", file=self.path) from None
         if (
-            type(info.bytes) is not int
-            or type(info.header_bytes) is not int
-            or not 0 <= info.header_bytes <= layout.MAX_JSON_HEADER
-            or not info.header_bytes + 8 <= info.bytes < 1 << 63
+            not framing.is_size(info.bytes)
+            or not framing.is_size(info.header_bytes)
+            or info.header_bytes + 8 > info.bytes
             or not _is_hexadecimal(info.sha256, 64)
             or info.cast not in (None, "bf16")
         ):
-            raise errors.MetadataError("df11.source has a member that is not as specified", file=self.path)
+            raise errors.MetadataError("df11.source has an invalid member", file=self.path)
+        # The container names the same tensors, and holds the source's header compressed. So a small file cannot make a
+        # reader unpack and parse a large one.
+        most = layout.most_source_header(len(self._header.raw))
+        if info.header_bytes > most:
+            raise errors.LimitError(
+                "the header of the source would be too large for this file",
+                file=self.path,
+                expected=f"at most {most} bytes",
+                found=info.header_bytes,
+            )
         return info
 
     def _parse_tensor(self, entry: framing.Entry, value: Any) -> TensorInfo:
@@ -181,25 +202,25 @@ class Container:
             value.get("shape"),
             value.get("exact"),
         )
+        if len(value) > (4 if encoding == "verbatim" else 3):
+            json_text.check_depth(value, layout.MAX_JSON_DEPTH - 1, what=layout.METADATA_TENSORS, where=where)
         if encoding not in ("df11", "verbatim"):
             raise errors.MetadataError("unknown encoding", **where, found=repr(encoding)[:80])
+        if not isinstance(dtype, str) or dtype not in framing.DTYPE_BITS or not isinstance(shape, list):
+            raise errors.MetadataError("dtype or shape is invalid", **where)
         if (
-            not isinstance(dtype, str)
-            or dtype not in framing.DTYPE_BITS
-            or not isinstance(shape, list)
-            or len(shape) > layout.MAX_DIMENSIONS
-        ):
-            raise errors.MetadataError("dtype or shape is not as specified", **where)
-        if (
-            not all(type(size) is int and 0 <= size < 1 << 63 for size in shape)
-            or not isinstance(exact, bool | None)
+            not all(map(framing.is_size, shape))
+            or not (exact is None or isinstance(exact, bool))
             or (exact is None and "exact" in value)
         ):
-            raise errors.MetadataError("shape or exact is not as specified", **where)
+            raise errors.MetadataError("shape or exact is invalid", **where)
         if exact is not None and (self.source.cast is None or dtype != "BF16"):
             raise errors.MetadataError("exact is only for tensors that were cast", **where)
         info = TensorInfo(entry.name, dtype, tuple(shape), encoding, entry.size, exact)
         if encoding == "df11":
+            framing.check_shape(shape, dtype, where)
+            if "xxh3" in value:
+                raise errors.MetadataError("xxh3 is only for verbatim tensors", **where)
             if entry.dtype != "U8" or entry.shape != (entry.size,) or dtype != "BF16":
                 raise errors.EntryError(
                     "a record must be a one-dimensional U8 tensor that decodes to BF16",
@@ -208,7 +229,7 @@ class Container:
                 )
             if (
                 info.elements > entry.size
-            ):  # A weight takes a byte at least; so nobody need allocate what a forged shape claims.
+            ):  # A weight takes at least one byte. So a forged shape cannot claim more memory than the file has bytes.
                 raise errors.EntryError(
                     "the record is too small for its shape",
                     **where,
@@ -259,9 +280,9 @@ class Container:
         return self._infos[name]
 
     def read(self, offset: int, out: Bytes) -> None:
-        """Fill ``out`` with the data from byte ``offset`` of the data on."""
+        """Fill ``out`` with data, from byte ``offset`` of the data section on."""
         if not framing.read_at(self._file, self._header.data_start + offset, out, self.path):
-            raise errors.TruncatedFileError("the file has become shorter while it was read", file=self.path)
+            raise errors.TruncatedFileError("the file was truncated while it was read", file=self.path)
 
     def record(self, name: str) -> Record:
         """The record of a tensor with encoding ``df11``, its header and directory checked."""
@@ -281,39 +302,39 @@ class Container:
         return record
 
     def span(self, name: str) -> tuple[int, int]:
-        """First byte and the one after the last of a tensor's entry, from the start of the data."""
+        """Where a tensor's data starts and ends (exclusive), in bytes from the start of the data section."""
         self.info(name)
         return self._entries[name].start, self._entries[name].end
 
-    def verbatim_chunks(self, name: str) -> Iterator[Bytes]:
-        """The bytes of a verbatim tensor, a few MiB at a time; raises ChecksumError after the last if they are damaged."""
+    def verbatim_blocks(self, name: str) -> Iterator[Bytes]:
+        """The bytes of a verbatim tensor, a few MiB at a time. Raises ChecksumError at the end if any are damaged."""
         start, end = self.span(name)
         checksum = xxhash.xxh3_64()
-        for position in range(start, end, CHUNK_BYTES):
-            chunk = np.empty(min(CHUNK_BYTES, end - position), np.uint8)
-            self.read(position, chunk)
-            checksum.update(chunk)
-            yield chunk
+        for position in range(start, end, BLOCK_BYTES):
+            block = np.empty(min(BLOCK_BYTES, end - position), np.uint8)
+            self.read(position, block)
+            checksum.update(block)
+            yield block
         self.check_verbatim(name, checksum.intdigest())
 
     def read_verbatim(self, name: str, out: Bytes) -> None:
-        """Fill ``out``, u8 [stored_bytes], with a verbatim tensor; raises ChecksumError if its bytes are damaged."""
+        """Fill ``out``, u8 [stored_bytes], with a verbatim tensor. Raises ChecksumError if its bytes are damaged."""
         start, end = self.span(name)
         checksum = xxhash.xxh3_64()
-        for position in range(0, end - start, CHUNK_BYTES):
-            chunk = out[position : position + CHUNK_BYTES]  # Hashed while it is in the cache.
-            self.read(start + position, chunk)
-            checksum.update(chunk)
+        for position in range(0, end - start, BLOCK_BYTES):
+            block = out[position : position + BLOCK_BYTES]  # Hashed while still in the cache.
+            self.read(start + position, block)
+            checksum.update(block)
         self.check_verbatim(name, checksum.intdigest())
 
     def checksum(self, name: str) -> int:
-        """The XXH3 that the file gives for a verbatim tensor."""
+        """The XXH3 that the file states for a verbatim tensor."""
         if self.info(name).encoding != "verbatim":
             raise errors.UsageError("this tensor is a record", file=self.path, tensor=name)
         return self._checksums[name]
 
     def check_verbatim(self, name: str, found: int) -> None:
-        """Raise ChecksumError unless ``found`` is the XXH3 that the file gives for a verbatim tensor."""
+        """Raise ChecksumError unless ``found`` is the XXH3 that the file states for a verbatim tensor."""
         expected = self._checksums[name]
         if found != expected:
             raise errors.ChecksumError(
@@ -325,7 +346,10 @@ class Container:
             )
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
-        """A tensor, decoded and checked. BF16 and F8 come as unsigned integers that hold their bits, F4 and F6 as packed bytes (one dimension)."""
+        """A tensor, decoded and checked.
+
+        BF16 and F8 come as unsigned integers that hold their bits, F4 and F6 as packed bytes in one dimension.
+        """
         info = self.info(name)
         if info.encoding == "df11":
             return self.record(name).decode().reshape(info.shape)
@@ -334,9 +358,10 @@ class Container:
         return data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape) if info.dtype in NUMPY_DTYPES else data
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows ``start`` to ``stop`` (exclusive) of the first dimension, without reading the rest. Like ``tensor(name)[start:stop]``.
+        """Rows ``start`` to ``stop`` (exclusive) of the first dimension, like ``tensor(name)[start:stop]``.
 
-        Rows of a record are checked by its segments' stored checksums; rows of a verbatim tensor cannot be checked.
+        Nothing else is read. Rows of a record are checked by the stored checksums of their segments; rows of a verbatim
+        tensor cannot be checked.
         """
         info = self.info(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
@@ -361,7 +386,10 @@ class Container:
         """The header of the source file, checked against the tensors of this container."""
         where: dict[str, Any] = {"file": self.path}
         try:
-            frame = base64.b64decode(self._header.metadata[layout.METADATA_SOURCE_HEADER], validate=True)
+            text = self._header.metadata[layout.METADATA_SOURCE_HEADER]
+            frame = base64.b64decode(text, validate=True)
+            if base64.b64encode(frame).decode() != text:
+                raise ValueError("bits that base64 leaves over are not zero")
             if zstandard.frame_content_size(frame) not in (self.source.header_bytes, -1):
                 raise errors.SourceHeaderError(
                     "the stored source header has another size", **where, expected=self.source.header_bytes
@@ -376,10 +404,15 @@ class Container:
                 "the stored source header has another size", **where, expected=self.source.header_bytes, found=len(raw)
             )
         try:
-            header = framing.parse_header(raw, self.source.bytes - 8 - len(raw), self.path)
+            header = framing.parse_header(
+                raw,
+                self.source.bytes - 8 - len(raw),
+                self.path,
+                most_values=json_text.most_values(len(self._header.raw)),
+            )
         except (errors.SafetensorsError, errors.LimitError) as error:
             raise errors.SourceHeaderError(
-                f"the stored source header is not one of safetensors: {error.what}", **where
+                f"the stored source header is not a safetensors header: {error.what}", **where
             ) from None
         if {entry.name for entry in header.entries} != self._infos.keys():
             raise errors.SourceHeaderError("the source header names other tensors", **where)
@@ -397,8 +430,11 @@ class Container:
         return header
 
 
+_HEXADECIMAL: Final = re.compile("[0-9a-f]+")
+
+
 def _is_hexadecimal(value: object, length: int) -> bool:
-    return isinstance(value, str) and len(value) == length and set(value) <= set(string.digits + "abcdef")
+    return isinstance(value, str) and len(value) == length and _HEXADECIMAL.fullmatch(value) is not None
 
 
 def open_container(path: str | os.PathLike[str]) -> Container:

@@ -1,4 +1,4 @@
-/* Which instructions this CPU has, asked of the CPU itself: compilers' own ways to ask differ, and Zig's always says
+/* Which instructions this CPU has. The CPU itself is asked: compilers' built-in tests differ, and Zig's always says
  * no. */
 
 #include "kernels.h"

@@ -10,9 +10,10 @@ static unsigned length_of(const uint8_t *grid, unsigned cell)
     return (grid[cell >> 1] >> ((cell & 1) * 4)) & 15;
 }
 
-/* Expand a code table section into the decoding table, u32 [4096], zeros at first, indexed by the next 12 bits of a
- * lane. An entry is e1 << 23 | e0 << 7 | length: the exponents stand where two BF16 values in a u32 have them, and no
- * length is above 12, even if the section changes meanwhile. It has alphabet_size + ceil(alphabet_size^2 / 2) bytes. */
+/* Expand a code table section into the decoding table, u32 [4096], initially zeros, indexed by the next 12 bits of a
+ * lane. An entry is e1 << 23 | e0 << 7 | length: the exponents are where two BF16 values in a u32 have them, and no
+ * length exceeds 12, even if the section changes meanwhile. The section has alphabet_size + ceil(alphabet_size^2 / 2)
+ * bytes. */
 enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphabet_size, uint32_t *table)
 {
     const uint8_t *grid = section + alphabet_size;
@@ -34,7 +35,7 @@ enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphab
     }
     if ((cells & 1) && grid[cells >> 1] >> 4)
         return BAD_LENGTH;
-    int single = codes == 1 && counts[1] == 1; /* the one code of length 1: either bit is taken for it */
+    int single = codes == 1 && counts[1] == 1; /* the only code, of length 1: it stands for either bit */
     if (kraft != TABLE_SIZE && !single)
         return INCOMPLETE_CODE;
 
@@ -55,14 +56,14 @@ enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphab
 /* Sections 7 and 8: tiles and lanes. */
 
 /* One chunk: 4 pairs of every lane. `position`: each lane's next bit, from the start of the segment. `limit`: the last
- * bit at which an 8-byte load lies inside, or 0 where damaged codes cannot lead outside. `pairs`: u32 [128], the
- * table's entries, in the order of the weights.
+ * bit at which an 8-byte load stays inside, or 0 if damaged codes cannot lead outside. `pairs`: u32 [128], table
+ * entries in the order of the weights.
  *
- * This is one of the two loops that decide the speed. A look-up must wait for the one before it in its lane, some ten
- * cycles; four lanes in step keep the CPU busy meanwhile. The topmost bit of a window marks its end: where it is found
- * after four shifts tells the bits that were taken, so no lengths need be added. (A window holds 57 bits at least, four
- * codes take 48 at most: the mark is never looked up.) `pairs` is volatile because four stores are faster than a vector
- * that is made of four entries first. */
+ * This is one of the two loops that decide the speed. A look-up has to wait about ten cycles for the one before it in
+ * its lane; four interleaved lanes keep the CPU busy meanwhile. The topmost bit of a window marks its end: its position
+ * after four shifts tells how many bits were taken, so that no lengths need to be added. (A window has at least 57
+ * bits, four codes take at most 48: the mark is never looked up.) `pairs` is volatile because four stores are faster
+ * than a vector assembled from four entries. */
 ALWAYS_INLINE void decode_chunk(const struct df11_segment *segment, uint64_t *position, uint64_t limit,
                                 volatile uint32_t *pairs)
 {
@@ -87,21 +88,20 @@ ALWAYS_INLINE void decode_chunk(const struct df11_segment *segment, uint64_t *po
     }
 }
 
-/* A weight from half an entry, which has the exponent in place and below it bits that are not wanted, and its
- * sign/mantissa byte. */
+/* A weight from half an entry, which has the exponent in place and unwanted bits below it, and a sign/mantissa byte. */
 ALWAYS_INLINE uint16_t weight_of(unsigned half, unsigned s)
 {
     return (uint16_t)((half & 0x7F80) | (s & 0x7F) | (s & 0x80) << 8);
 }
 
-/* Put the weights of a chunk together. `halves`: of its entries, u16 [256]. */
+/* Put the weights of a chunk together. `halves`: those of its entries, u16 [256]. */
 ALWAYS_INLINE void assemble(const any_u16 *halves, const uint8_t *sign_mantissa, uint16_t *out)
 {
     for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
         out[i] = weight_of(halves[i], sign_mantissa[i]);
 }
 
-/* The same, but compare with the source; if any weight differs, note which. */
+/* The same, but compare with the source; note which weights differ, if any. */
 ALWAYS_INLINE int compare(const any_u16 *halves, const uint8_t *sign_mantissa, const uint16_t *source, uint8_t *notes)
 {
     uint16_t different = 0;
@@ -113,8 +113,8 @@ ALWAYS_INLINE int compare(const any_u16 *halves, const uint8_t *sign_mantissa, c
     return different != 0;
 }
 
-/* A tile while it is decoded. In a comparison, `out` is null; a chunk that differs from the source (where exceptions
- * are, or damage) has a note for each of its weights, until the exceptions have been applied. */
+/* A tile while it is decoded. In a comparison, `out` is null; a chunk that differs from the source (because of
+ * exceptions, or damage) has a note for each of its weights until the exceptions have been applied. */
 struct tile {
     const uint8_t *sign_mantissa;
     uint16_t *out;
@@ -142,7 +142,7 @@ ALWAYS_INLINE void decode_chunks(const struct df11_segment *segment, struct tile
             tile->differs[chunk] =
                 (uint8_t)compare(halves, tile->sign_mantissa + first, tile->source + first, tile->notes + first);
     }
-    if (rest) { /* The last chunk of a segment: what lies behind its weights is neither read nor written. */
+    if (rest) { /* The last chunk of a segment: nothing after its weights is read or written. */
         unsigned first = whole * CHUNK_WEIGHTS;
         uint8_t sign_mantissa[CHUNK_WEIGHTS] = {0};
         memcpy(sign_mantissa, tile->sign_mantissa + first, rest);
@@ -170,8 +170,8 @@ AVX2 static void decode_chunks_avx2(const struct df11_segment *segment, struct t
 }
 #endif
 
-/* The lanes of a tile from its descriptor and its lane lengths. Returns the byte after its last exception, or 0 if they
- * do not fit. */
+/* Find the lanes of a tile from its descriptor and its lane lengths. Returns the byte after its last exception, or 0 if
+ * they do not fit. */
 static uint64_t place_lanes(const struct df11_segment *segment, uint64_t index, struct tile *tile, unsigned *exceptions)
 {
     uint64_t descriptor = load_u64(segment->bytes + segment->tiles_offset + 8 * index);
@@ -192,13 +192,13 @@ static uint64_t place_lanes(const struct df11_segment *segment, uint64_t index, 
     return *exceptions <= tile->weights && end <= segment->size - STREAM_END ? end : 0;
 }
 
-/* Exceptions replace weights; in a comparison, they settle whether a weight differs. */
+/* Exceptions replace weights; in a comparison, they decide whether a weight differs. */
 static enum df11_status apply_exceptions(struct tile *tile, const uint8_t *list, unsigned count, int *different)
 {
     int64_t previous = -1;
     for (; count; count--, list += 4) {
         unsigned position = load_u16(list), weight = load_u16(list + 2);
-        int64_t place = (int64_t)(position >> 3 & (LANES - 1)) << 16 | position; /* lane by lane, in each by position */
+        int64_t place = (int64_t)(position >> 3 & (LANES - 1)) << 16 | position; /* by lane, then by position */
         if (position >= tile->weights || place <= previous)
             return BAD_EXCEPTION;
         previous = place;
@@ -228,8 +228,8 @@ static enum df11_status decode_tile(const struct df11_segment *segment, uint64_t
     uint64_t end = place_lanes(segment, index, tile, &exceptions);
     if (!end)
         return BAD_TILE;
-    /* Damaged codes run past their lane by 44 bits a chunk at most. Where that stays inside, and the 8 bytes of a load,
-     * nothing need be clamped. */
+    /* Damaged codes run past their lane by at most 44 bits per chunk. If that, and the 8 bytes of a load, stay inside,
+     * no clamping is needed. */
     uint64_t furthest = tile->start[LANES] / 8 + 44 * TILE_CHUNKS / 8 + 16;
 #ifdef HAVE_AVX2
     if (df11_use_avx2 && furthest <= segment->size)
@@ -267,15 +267,16 @@ static enum df11_status each_tile(const struct df11_segment *segment, uint64_t f
     return OK;
 }
 
-/* Decode the tiles `first` to `last` (exclusive) into `out`, u16, the weights of these tiles. At a fault, `failed` is
- * the tile that has it. */
+/* Decode the tiles `first` to `last` (exclusive) into `out`, u16, which has only their weights. On an error, `failed`
+ * is the tile that has it. */
 enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out,
                                    uint64_t *failed)
 {
     return each_tile(segment, first, last, out, 0, failed);
 }
 
-/* The same, but compare with `source` and write nothing: DIFFERENT names the first tile with another weight. */
+/* The same, but compare with `source` and write nothing: DIFFERENT means that tile `failed` is the first that
+ * differs. */
 enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last,
                                     const uint16_t *source, uint64_t *failed)
 {

@@ -1,4 +1,4 @@
-"""Errors of the whole package: one class a kind of violation, each with the exit code that the command line gives it.
+"""Errors of the whole package: one class per kind of violation, each with its exit code for the command line.
 
 An error says in one line what is wrong, where (file, tensor, offset), what was expected and found, and what to do next.
 """
@@ -6,11 +6,11 @@ An error says in one line what is wrong, where (file, tensor, offset), what was 
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class Df11Error(Exception):
-    """Base of every error that df11 raises on purpose.
+    """Base of every error that df11 raises deliberately.
 
     ``what`` says what is wrong; the keywords say where, and what to do next. All are kept as attributes.
     """
@@ -38,31 +38,50 @@ class Df11Error(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        where = [] if self.file is None else [self.file]
+        where = [] if self.file is None else [printable(self.file, MOST_OF_A_PATH)]
         if self.tensor is not None:
             where.append(f"tensor {shortened(self.tensor)}")
         if self.offset is not None:
             where.append(f"offset {self.offset}")
-        text = f"{', '.join(where)}: {self.what}" if where else self.what
+        what = printable(" ".join(self.what.split()), MOST_OF_A_SENTENCE)
+        text = f"{', '.join(where)}: {what}" if where else what
         details = [
-            f"{word} {value}"
+            f"{word} {printable(str(value))}"
             for word, value in (("expected", self.expected), ("found", self.found))
             if value is not None
         ]
         if details:
             text += f" ({', '.join(details)})"
         if self.hint is not None:
-            text += f"; {self.hint}"
-        return " ".join(text.split())
+            text += f"; {printable(' '.join(self.hint.split()), MOST_OF_A_SENTENCE)}"
+        return text
+
+
+MOST_OF_A_VALUE: Final = 200
+MOST_OF_A_PATH: Final = 1000
+MOST_OF_A_SENTENCE: Final = 2000
+
+
+def printable(text: str, most: int = MOST_OF_A_VALUE) -> str:
+    """A stranger's text, for one line: control characters as escapes, the middle of a long text left out.
+
+    ``most``: characters that are kept.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-(most // 2) :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shortened(name: str) -> str:
-    """A name from a file as text for a line: quoted, without control characters, and not longer than a line."""
-    text = repr(name)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    """A name from a file, safe to print: quoted, without control characters, and at most one line long."""
+    if len(name) > MOST_OF_A_VALUE:
+        return f"{name[:MOST_OF_A_VALUE]!r}..."
+    return repr(name)
 
 
-# What the caller asked for.
+# Errors in the request.
 
 
 class UsageError(Df11Error):
@@ -74,7 +93,7 @@ class MissingExtraError(Df11Error):
 
 
 class DeviceError(Df11Error):
-    """There is no GPU that the kernels can run on, or something between it and Python is missing."""
+    """No GPU can run the kernels, or something between it and Python is missing."""
 
 
 class NotAllowedError(Df11Error):
@@ -90,25 +109,25 @@ class MissingError(Df11Error):
 
 
 class RetryLaterError(Df11Error):
-    """Network or server trouble that may pass."""
+    """Network or server trouble that may go away."""
 
     exit_code = 5
 
 
 class BudgetError(Df11Error):
-    """A memory or disk budget cannot be kept."""
+    """A limit on memory or disk space cannot be kept."""
 
     exit_code = 6
 
 
 class ConflictError(Df11Error):
-    """Somebody else changed, or is writing, the same file."""
+    """Someone else has changed the same file, or is writing it."""
 
     exit_code = 7
 
 
 class DifferenceError(Df11Error):
-    """Decoded data differ from what they are compared with."""
+    """Decoded data differs from the data it is compared with."""
 
     exit_code = 1
 
@@ -148,7 +167,7 @@ class TensorRangeError(SafetensorsError):
 
 
 class ManifestError(Df11Error):
-    """The manifest of a tree is damaged, or is not one."""
+    """The manifest of a model folder is damaged, or is not a manifest."""
 
 
 # The container, formats/SPEC.md sections 2 and 3.
@@ -171,7 +190,7 @@ class FeatureError(FormatError):
 
 
 class MetadataError(FormatError):
-    """A `df11.` key is missing, or its value is not as specified."""
+    """A `df11.` key is missing, or its value is invalid."""
 
 
 class EntryError(FormatError):
@@ -179,11 +198,11 @@ class EntryError(FormatError):
 
 
 class LimitError(FormatError):
-    """A number is beyond the limits of the specification."""
+    """A number is beyond the limits of the specification, or JSON is larger than a reader takes."""
 
 
 class SourceHeaderError(FormatError):
-    """The stored header of the source does not decompress, or does not match the tensors."""
+    """The stored source header does not decompress, or does not match the tensors."""
 
 
 # The record, sections 4 to 8.
@@ -194,7 +213,7 @@ class RecordHeaderError(FormatError):
 
 
 class DirectoryError(FormatError):
-    """A segment's place, size or weight count is wrong."""
+    """A segment's offset, size or weight count is wrong."""
 
 
 class SegmentHeaderError(FormatError):
@@ -214,16 +233,16 @@ class LaneError(FormatError):
 
 
 class ChecksumError(FormatError):
-    """Stored or decoded bytes do not have the checksum that the file gives for them."""
+    """Stored or decoded bytes do not match their checksum in the file."""
 
 
 def missing_extra(module: str, extra: str) -> MissingExtraError:
-    """The one line for a dependency that is not installed."""
+    """The error for a dependency that is not installed."""
     return MissingExtraError(f"the package {module!r} is not installed", hint=f"run: pip install 'df11[{extra}]'")
 
 
 def from_os_error(error: OSError, *, file: str | os.PathLike[str] | None = None) -> Df11Error:
-    """The Df11Error that stands for an error of the operating system."""
+    """The Df11Error for an error of the operating system."""
     import errno
 
     path = file if file is not None else error.filename

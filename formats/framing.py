@@ -1,19 +1,19 @@
-"""safetensors framing: parse and check the JSON header of a source or of a container, write the header of a container."""
+"""safetensors framing: parse and check the JSON header of a source or container; write the header of a container."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from df11.formats import errors, layout
+from df11.formats import errors, json_text, layout
 
 DTYPE_BITS: Final[Mapping[str, int]] = {
     "BOOL": 8,
@@ -39,12 +39,12 @@ DTYPE_BITS: Final[Mapping[str, int]] = {
     "I64": 64,
     "U64": 64,
 }
-"""Bits of an element, for every dtype of safetensors."""
+"""Bits per element, for every dtype of safetensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a header. ``start`` and ``end`` are bytes from the start of the data."""
+    """One tensor of a header. ``start`` and ``end`` are in bytes from the start of the data."""
 
     name: str
     dtype: str
@@ -73,18 +73,19 @@ class Header:
 
     @property
     def data_start(self) -> int:
-        """Where the data start in the file, in bytes."""
+        """Where the data starts in the file, in bytes."""
         return 8 + len(self.raw)
 
 
 def read_header(file: IO[bytes], path: str | os.PathLike[str]) -> Header:
     """Read and check the header of an open safetensors file.
 
-    Raises a :class:`~df11.formats.errors.SafetensorsError` at the first violation; nothing is allocated before its size is checked.
+    Raises a :class:`~df11.formats.errors.SafetensorsError` at the first violation. Sizes are checked before memory is
+    allocated for them.
     """
     size = os.fstat(file.fileno()).st_size
-    length = header_length(file.read(8), size, path)
-    raw = file.read(length)
+    length = header_length(_read(file, 8), size, path)
+    raw = _read(file, length)
     if len(raw) != length:
         raise errors.TruncatedFileError(
             "the file ends inside its header", file=path, expected=f"{length} bytes", found=len(raw)
@@ -92,8 +93,19 @@ def read_header(file: IO[bytes], path: str | os.PathLike[str]) -> Header:
     return parse_header(raw, size - 8 - length, path)
 
 
+def _read(file: IO[bytes], size: int) -> bytes:
+    # One call may give less than it is asked for: file systems in user space and in networks do.
+    data = file.read(size)
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
+
+
 def header_length(prefix: bytes, size: int, path: str | os.PathLike[str]) -> int:
-    """Bytes of the JSON header, from the first 8 bytes of a file of ``size`` bytes; checked against the limit and the file."""
+    """Size of the JSON header in bytes, from the first 8 bytes of a file of ``size`` bytes.
+
+    Checked against the limit and the size of the file.
+    """
     if len(prefix) < 8:
         raise errors.TruncatedFileError(
             "not a safetensors file: it is too short to hold a header",
@@ -102,6 +114,9 @@ def header_length(prefix: bytes, size: int, path: str | os.PathLike[str]) -> int
             found=f"{size} bytes",
         )
     length = int.from_bytes(prefix, "little")
+    if prefix == b"version ":  # As a size it would be beyond any limit.
+        hint = "fetch the file itself: git lfs pull"
+        raise errors.SafetensorsError("this is a Git LFS pointer, not the file", file=path, offset=0, hint=hint)
     if length > layout.MAX_JSON_HEADER:
         raise errors.HeaderTooLargeError(
             "not a safetensors file, or a damaged one: its header size is beyond the limit",
@@ -123,7 +138,7 @@ def header_length(prefix: bytes, size: int, path: str | os.PathLike[str]) -> int
 
 
 def read_at(file: IO[bytes], position: int, out: npt.NDArray[np.uint8], path: str | os.PathLike[str]) -> bool:
-    """Fill ``out`` with the bytes from ``position`` on; returns False if the file ends before that. Safe in several threads."""
+    """Fill ``out`` with the bytes from ``position`` on; False if the file ends before that. Thread-safe."""
     view = memoryview(out)
     while view:
         try:
@@ -136,89 +151,91 @@ def read_at(file: IO[bytes], position: int, out: npt.NDArray[np.uint8], path: st
     return True
 
 
-def parse_header(raw: bytes, data_size: int, path: str | os.PathLike[str]) -> Header:
-    """Check the JSON header ``raw`` against ``data_size``, the bytes that follow it in the file."""
-    document = _parse_json(raw, path)
+def parse_header(raw: bytes, data_size: int, path: str | os.PathLike[str], *, most_values: int | None = None) -> Header:
+    """Check the JSON header ``raw`` against ``data_size``, the bytes that follow it in the file.
+
+    ``most_values``: of the JSON (see :func:`df11.formats.json_text.parse`), if its size does not tell.
+    """
+    document = _parse_json(raw, path, most_values)
     metadata = document.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise errors.HeaderJsonError("__metadata__ must map strings to strings", file=path)
-    _check_unicode(itertools.chain(document, metadata, metadata.values()), path)
     if len(document) > layout.MAX_TENSORS:
         raise errors.LimitError(
             "too many tensors", file=path, expected=f"at most {layout.MAX_TENSORS}", found=len(document)
         )
-    entries = sorted(
-        (_parse_entry(name, value, path) for name, value in document.items()), key=lambda e: (e.start, e.end)
-    )
+    entries = [_parse_entry(name, value, path) for name, value in document.items()]
+    entries.sort(key=operator.attrgetter("start", "end"))
     _check_ranges(entries, data_size, path)
     return Header(tuple(entries), metadata, raw)
 
 
-def _parse_json(raw: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise errors.HeaderJsonError("the header names the same thing twice", file=path)
-        return result
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
+def _parse_json(raw: bytes, path: str | os.PathLike[str], most_values: int | None) -> dict[str, Any]:
     if not raw.startswith(b"{"):
         raise errors.HeaderJsonError(
             "not a safetensors file: its header does not start with '{'", file=path, offset=8, found=repr(raw[:1])
         )
-    try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise errors.HeaderJsonError(
-            f"not a safetensors file: its header is not JSON ({error})", file=path, offset=8
-        ) from None
-    if not isinstance(document, dict):
-        raise errors.HeaderJsonError("the header is not a JSON object", file=path, offset=8)
+    document: dict[str, Any] = json_text.parse(
+        raw,
+        what="the header",
+        where={"file": path, "offset": 8},
+        error=errors.HeaderJsonError,
+        values=most_values,
+        depth=None,
+    )
     return document
 
 
-def _check_unicode(texts: Iterable[str], path: str | os.PathLike[str]) -> None:
-    # JSON can spell half a surrogate pair, which no UTF-8 file can hold.
-    try:
-        for text in texts:
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise errors.HeaderJsonError("a name or the metadata are not valid Unicode", file=path, offset=8) from None
-
-
-def _is_size(value: object) -> bool:
+def is_size(value: object) -> bool:
+    """Whether a value of JSON can be a size or a position: an integer written in digits alone, below 2^63."""
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _parse_entry(name: str, value: object, path: str | os.PathLike[str]) -> Entry:
-    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        raise errors.HeaderJsonError("a tensor must have dtype, shape and data_offsets", file=path, tensor=name)
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise errors.DtypeError("unknown dtype", file=path, tensor=name, found=repr(dtype))
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise errors.HeaderJsonError("shape must be a list of sizes", file=path, tensor=name, found=repr(shape)[:80])
+def check_shape(shape: Sequence[int], dtype: str, where: Mapping[str, Any]) -> None:
+    """Raise a LimitError for a shape that no array can have: of an empty one, too, the sizes beyond 0 are multiplied.
+
+    ``where``: keywords of a Df11Error.
+    """
     if len(shape) > layout.MAX_DIMENSIONS:
         raise errors.LimitError(
-            "too many dimensions", file=path, tensor=name, expected=f"at most {layout.MAX_DIMENSIONS}", found=len(shape)
+            "too many dimensions", **where, expected=f"at most {layout.MAX_DIMENSIONS}", found=len(shape)
         )
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    if math.prod(filter(None, shape)) * DTYPE_BITS[dtype] > 8 * layout.MAX_TENSOR_BYTES:
+        raise errors.LimitError("the product of the sizes in the shape is beyond 2^63 - 1 bytes", **where)
+
+
+def _parse_entry(name: str, value: object, path: str | os.PathLike[str]) -> Entry:
+    try:
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]  # type: ignore[index]
+    except (TypeError, KeyError):
+        raise errors.HeaderJsonError(
+            "a tensor must have dtype, shape and data_offsets", file=path, tensor=name
+        ) from None
+    if len(value) > 3:  # type: ignore[arg-type]
+        what = "the header"
+        json_text.check_depth(value, layout.MAX_JSON_DEPTH - 1, what=what, where={"file": path, "tensor": name})
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise errors.DtypeError("unknown dtype", file=path, tensor=name, found=repr(dtype))
+    if not isinstance(shape, list) or not all(map(is_size, shape)):
+        raise errors.HeaderJsonError("shape must be a list of sizes", file=path, tensor=name, found=repr(shape)[:80])
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
         raise errors.HeaderJsonError("data_offsets must be two sizes", file=path, tensor=name, found=repr(offsets)[:80])
-    entry = Entry(name, dtype, tuple(shape), *offsets)
-    bits = entry.elements * DTYPE_BITS[dtype]
-    if bits % 8 or entry.size != bits // 8:
+    start, end = offsets
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    wrong = 8 * (end - start) != bits
+    if wrong or not bits or len(shape) > layout.MAX_DIMENSIONS:
+        check_shape(shape, dtype, {"file": path, "tensor": name})
+    if wrong:
         raise errors.TensorSizeError(
             "data_offsets do not fit dtype and shape",
             file=path,
             tensor=name,
-            offset=entry.start,
+            offset=start,
             expected=f"{-(-bits // 8)} bytes",
-            found=entry.size,
+            found=end - start,
         )
-    return entry
+    return Entry(name, dtype, tuple(shape), start, end)
 
 
 def _check_ranges(entries: Sequence[Entry], data_size: int, path: str | os.PathLike[str]) -> None:
@@ -233,7 +250,7 @@ def _check_ranges(entries: Sequence[Entry], data_size: int, path: str | os.PathL
     if position > data_size:
         name = entries[-1].name
         raise errors.TruncatedFileError(
-            "the file ends before its data do",
+            "the file ends before its data does",
             file=path,
             tensor=name,
             expected=f"{position} bytes of data",

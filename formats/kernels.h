@@ -1,10 +1,9 @@
-/* What the CPU kernels share: the constants of layout.py, status codes, unaligned loads, and the choice of a CPU's
+/* What the CPU kernels share: the constants of layout.py, status codes, unaligned loads, and the choice of
  * instructions.
  *
  * decode.c (formats) and encode.c (converter) hold the kernels; src/df11/_kernels.c checks what Python passes and calls
  * them. A kernel trusts sizes, offsets and tables, which its caller has checked or df11_build_decode_table has made,
- * and nothing that it reads from a segment. It keeps no memory and calls nothing of Python's.
- */
+ * but nothing that it reads from a segment. It keeps no memory and does not call Python. */
 #ifndef DF11_KERNELS_H
 #define DF11_KERNELS_H
 

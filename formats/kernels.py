@@ -1,4 +1,4 @@
-"""Call the decoding kernels, which are C (``decode.c``): typed, and with the meaning of what they return."""
+"""Call the decoding kernels, written in C (``decode.c``), with types and documented results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from df11 import _kernels
 
 if TYPE_CHECKING:
-    from df11._kernels import Table as Table  # what codes decode to, and nobody can change
+    from df11._kernels import Table as Table  # the table that codes decode with; it cannot be changed
 
 OK: Final = _kernels.OK
 BAD_TILE: Final = _kernels.BAD_TILE
@@ -23,7 +23,7 @@ INCOMPLETE_CODE: Final = _kernels.INCOMPLETE_CODE
 
 
 def build_decode_table(section: npt.NDArray[np.uint8], alphabet_size: int) -> Table | int:
-    """Expand a code table section (SPEC.md, section 6), u8; returns the table, or the status that says what is wrong."""
+    """Expand a code table section, u8 (SPEC.md, section 6). Returns the table, or a status for what is wrong."""
     return _kernels.build_decode_table(section, alphabet_size)
 
 
@@ -40,8 +40,9 @@ def decode_tiles(
 ) -> tuple[int, int]:
     """Decode the tiles ``first`` to ``last`` (exclusive) of a checked segment, or compare them with ``weights``.
 
-    ``segment`` u8, the whole of it; ``weights`` u16, those of these tiles: written, or with ``compare`` only read.
-    Returns (``OK`` or what is wrong, the tile that has it). Raises ValueError for sizes and offsets that do not fit.
+    ``segment``: u8, all of it. ``weights``: u16, those of these tiles; written or, with ``compare``, only read.
+    Returns (``OK`` or what is wrong, the tile where it was found). Raises ValueError for sizes and offsets that do not
+    fit.
     """
     function = _kernels.compare_tiles if compare else _kernels.decode_tiles
     return function(

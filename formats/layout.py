@@ -1,4 +1,4 @@
-"""Every structure, constant and limit of the container, declared once. tests/formats/test_spec.py holds SPEC.md against them."""
+"""Every structure, constant and limit of the container, declared once. tests/formats/test_spec.py compares SPEC.md."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ VERSION: Final = 1
 KNOWN_FEATURES: Final[frozenset[str]] = frozenset()
 
 LANES: Final = 32
-"""Lanes of a tile: the threads of a warp."""
+"""Lanes of a tile, one for each thread of a warp."""
 LANE_WEIGHTS: Final = 256
 TILE_WEIGHTS: Final = LANES * LANE_WEIGHTS
 CHUNK_LANE_WEIGHTS: Final = 8
-"""Consecutive weights of one lane in a chunk: one 16-byte store."""
+"""Consecutive weights of one lane in a chunk: a 16-byte store."""
 CHUNK_WEIGHTS: Final = LANES * CHUNK_LANE_WEIGHTS
 CODE_LIMIT: Final = 12
-"""Longest code in bits: the decoding table has 2**12 entries."""
+"""The longest code in bits; the decoding table has 2**12 entries."""
 DEFAULT_SEGMENT_WEIGHTS: Final = 1 << 21
 
 RECORD_ALIGNMENT: Final = 16
@@ -30,6 +30,12 @@ STREAM_END: Final = 16
 MAX_JSON_HEADER: Final = 100_000_000
 MAX_TENSORS: Final = 1_000_000
 MAX_DIMENSIONS: Final = 64
+MAX_TENSOR_BYTES: Final = (1 << 63) - 1
+"""Of the sizes of a tensor that are not 0: what NumPy and torch can hold, who count strides of empty tensors, too."""
+MAX_JSON_DEPTH: Final = 127
+"""Objects and lists inside each other, the outermost one included: safetensors' own."""
+MAX_SOURCE_HEADER_BASE: Final = 8 << 20
+MAX_SOURCE_HEADER_RATIO: Final = 8
 MAX_RECORD_WEIGHTS: Final = 1 << 40
 MAX_SEGMENT_WEIGHTS: Final = 1 << 24
 
@@ -68,7 +74,7 @@ class Structure:
         return self._struct.size
 
     def table(self) -> list[tuple[int, int, str]]:
-        """(offset, size, field) of each field, in bytes."""
+        """(offset, size, field) of each field; sizes in bytes."""
         rows, offset = [], 0
         for field, code in self.fields.items():
             size = struct.calcsize("<" + code)
@@ -81,7 +87,7 @@ class Structure:
         return self._struct.pack(*(values[field] for field in self.fields))
 
     def unpack(self, data: bytes | memoryview, offset: int = 0) -> dict[str, int]:
-        """Field values of the structure that starts at ``offset``; a bytes field is returned as a little-endian integer."""
+        """Field values of the structure that starts at ``offset``. Bytes come as little-endian integers."""
         values = self._struct.unpack_from(data, offset)
         return {
             field: int.from_bytes(value, "little") if isinstance(value, bytes) else value
@@ -135,6 +141,11 @@ def align(value: int, alignment: int = RECORD_ALIGNMENT) -> int:
     return -(-value // alignment) * alignment
 
 
+def most_source_header(header: int) -> int:
+    """The largest source header, in bytes, that a container may hold whose own header has ``header`` bytes."""
+    return min(MAX_JSON_HEADER, MAX_SOURCE_HEADER_BASE + MAX_SOURCE_HEADER_RATIO * header)
+
+
 def tile_count(weights: int) -> int:
     """Tiles that cover this many weights."""
     return -(-weights // TILE_WEIGHTS)
@@ -146,7 +157,7 @@ def raw_segment_size(weights: int) -> int:
 
 
 def segment_size_range(weights: int) -> tuple[int, int]:
-    """Smallest and largest size of a segment of this many weights, in bytes: its sign/mantissa bytes at least, and no more than raw."""
+    """Smallest and largest size in bytes of a segment of this many weights: its sign/mantissa bytes alone, and raw."""
     return align(SEGMENT_HEADER.size + weights), raw_segment_size(weights)
 
 

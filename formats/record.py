@@ -34,13 +34,13 @@ class Place:
 
 
 class Scratch:
-    """Memory that is used again and again: fresh pages cost more than decoding into them."""
+    """Memory that is reused: touching fresh pages costs more time than decoding into them."""
 
     def __init__(self) -> None:
         self._memory: Bytes = np.empty(0, np.uint8)
 
     def take(self, size: int) -> Bytes:
-        """``size`` bytes, u8, of unknown content; what was taken before is overwritten."""
+        """``size`` bytes, u8, of unknown content; overwrites what was taken before."""
         if len(self._memory) < size:
             self._memory = np.empty(size, np.uint8)
         return self._memory[:size]
@@ -58,7 +58,7 @@ class SegmentPlace:
     first_element: int
 
     def check_stored(self, data: Bytes, place: Place) -> None:
-        """Raise ChecksumError if ``data`` are not the segment's bytes. ``place`` is that of the record."""
+        """Raise ChecksumError unless ``data`` is the bytes of the segment. ``place`` is that of the record."""
         found = xxhash.xxh3_64_intdigest(data)
         if found != self.stored_checksum:
             raise errors.ChecksumError(
@@ -71,7 +71,7 @@ class SegmentPlace:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record whose header and directory have been checked. ``read(offset, out)`` fills ``out`` with bytes of the record."""
+    """A record with a checked header and directory. ``read(offset, out)`` fills ``out`` with bytes of the record."""
 
     element_count: int
     segment_elements: int
@@ -81,14 +81,14 @@ class Record:
     place: Place
 
     def read_segment(self, index: int, scratch: Scratch | None = None) -> Segment:
-        """Read one segment (into ``scratch``), check its stored checksum, its header and its tiles."""
+        """Read one segment into ``scratch``; check its stored checksum, its header and its tiles."""
         entry = self.segments[index]
         data = (scratch or Scratch()).take(entry.size)
         self.read(entry.offset, data)
         return Segment(data, entry, self.place)
 
     def read_whole(self) -> Bytes:
-        """The record's bytes, u8 [size], every segment checked by its stored checksum."""
+        """The bytes of the record, u8 [size]; every segment is checked against its stored checksum."""
         data = np.empty(self.size, np.uint8)
         self.read(0, data)
         for segment in self.segments:
@@ -98,7 +98,7 @@ class Record:
     def decode(self, first: int = 0, last: int | None = None) -> Weights:
         """The weights ``first`` to ``last`` (exclusive) of the record, u16. Reads only the segments that hold them.
 
-        Every segment read is checked against its stored checksum, and against its decoded checksum where all of it is decoded.
+        Each is checked against its stored checksum, and against its decoded checksum if all of it is decoded.
         """
         last = self.element_count if last is None else last
         if not 0 <= first <= last <= self.element_count:
@@ -174,9 +174,10 @@ def _read_bytes(read: Callable[[int, Bytes], None], offset: int, size: int) -> b
 
 
 def pack_front(segments: Sequence[SegmentPlace], segment_elements: int) -> bytes:
-    """The header and the directory of the record that these segments make, one after another. Their offsets are not looked at.
+    """The header and directory of a record made of these segments, in this order. Their offsets are ignored.
 
-    Segments do not know their place: some of a record's, behind a front of their own, are a record, too.
+    A segment does not hold its own offset, so that some segments of a record, behind a front of their own, form a
+    record too.
     """
     position = _HEADER.size + _ENTRY.size * len(segments)
     directory = b""
@@ -206,7 +207,7 @@ def pack_front(segments: Sequence[SegmentPlace], segment_elements: int) -> bytes
 
 
 def header_checksum(header: bytes, directory: bytes) -> int:
-    """XXH3 of a record header with its checksum as zero, and the directory."""
+    """XXH3 of a record header, with zero as its checksum, and of the directory."""
     offset = next(row[0] for row in _HEADER.table() if row[2] == "header_checksum")
     return xxhash.xxh3_64_intdigest(header[:offset] + bytes(8) + header[offset + 8 :] + directory)
 
@@ -252,7 +253,7 @@ class Segment:
     """One segment in memory, checked: stored checksum, header, code table, tiles."""
 
     def __init__(self, data: Bytes, entry: SegmentPlace, place: Place, *, trusted: bool = False) -> None:
-        """``trusted``: both checksums have just been made, or have been checked before, and need no check."""
+        """``trusted``: both checksums have just been computed, or checked, and are not checked again."""
         self.data = data
         self.entry = entry
         self.place = place
@@ -288,10 +289,14 @@ class Segment:
                 "sign_mantissa_offset",
                 "exception_count",
             )
-            expected |= dict.fromkeys(names, 0) | {
-                "stream_offset": layout.SEGMENT_HEADER.size,
-                "segment_size": layout.raw_segment_size(entry.elements),
-            }
+            expected |= dict.fromkeys(names, 0) | {"stream_offset": layout.SEGMENT_HEADER.size}
+            if entry.size != layout.raw_segment_size(entry.elements):
+                raise errors.SegmentHeaderError(
+                    "a raw segment does not have the size of its weights",
+                    **self._at(24),
+                    expected=layout.raw_segment_size(entry.elements),
+                    found=entry.size,
+                )
         else:
             raise errors.SegmentHeaderError(
                 "segment header: encoding", **self._at(0), expected="0 or 1", found=header["encoding"]
@@ -370,21 +375,24 @@ class Segment:
         decoded = xxhash.xxh3_64_intdigest(weights)
         if decoded != self.entry.decoded_checksum:
             raise errors.ChecksumError(
-                "the decoded weights are not those that were encoded",
+                "the decoded weights are not the encoded ones",
                 **self._at(0),
                 expected=f"{self.entry.decoded_checksum:016x}",
                 found=f"{decoded:016x}",
             )
 
     def decode_range(self, first: int, last: int, out: Weights) -> None:
-        """Decode the weights ``first`` to ``last`` (exclusive) of the segment into ``out``; only tiles that hold them are decoded."""
+        """Decode the weights ``first`` to ``last`` (exclusive) of the segment into ``out``. Other tiles are skipped."""
         tile, end = first // layout.TILE_WEIGHTS, layout.tile_count(last)
         whole = np.empty(min(end * layout.TILE_WEIGHTS, self.entry.elements) - tile * layout.TILE_WEIGHTS, np.uint16)
         self._decode_tiles(tile, end, whole, compare=False)
         out[:] = whole[first - tile * layout.TILE_WEIGHTS : last - tile * layout.TILE_WEIGHTS]
 
     def compare(self, weights: Weights) -> None:
-        """Decode all weights, compare them with ``weights``, check the decoded checksum; a DifferenceError names the tile that differs."""
+        """Decode all weights, compare them with ``weights``, and check the decoded checksum.
+
+        Raises a DifferenceError that names the tile that differs.
+        """
         self._decode_tiles(0, layout.tile_count(self.entry.elements), weights, compare=True)
         if not self._trusted:
             self._check_decoded(weights)
@@ -397,7 +405,7 @@ class Segment:
             if not compare:
                 out[:] = weights
                 return
-            for start in range(0, len(out), layout.TILE_WEIGHTS):  # A little at a time, as a comparison takes memory.
+            for start in range(0, len(out), layout.TILE_WEIGHTS):  # In small steps, as a comparison takes memory.
                 if not np.array_equal(
                     out[start : start + layout.TILE_WEIGHTS], weights[start : start + layout.TILE_WEIGHTS]
                 ):

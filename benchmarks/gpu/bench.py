@@ -1,7 +1,8 @@
-"""How fast is decoding on this GPU? ``make gpu-bench``, or ``python -m benchmarks.gpu.bench``, on any machine with a GPU, torch and CuPy.
+"""How fast is decoding on this GPU? ``make gpu-bench`` or ``python -m benchmarks.gpu.bench``; needs torch and CuPy.
 
-Beside each figure stands, from the same run, the floor: a kernel that reads as many bytes and writes as many, and does nothing else; and
-DFloat11's own kernel and nvCOMP's ANS on the same weights, where their wheels are installed. Each output is compared before it is timed.
+Each figure is compared with the floor from the same run, a kernel that only reads and writes as many bytes, and with
+DFloat11's own kernel and nvCOMP's ANS on the same weights, if their wheels are installed. Every output is compared
+before it is timed.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from df11.runtime import gpu, kernels
 from df11.runtime.kernels import Range
 
 SIZES: Final = (1 << 20, 840 * 2520, 2520 * 2520, 10080 * 1024, 10240 * 2520, 100_000_000, 300_000_000)
-"""Weights of one matrix: a mebi, four of OmniGen2's transformer, and two larger ones."""
+"""Weights of one matrix: 2^20, four of OmniGen2's transformer, and two larger ones."""
 EMBEDDING: Final = (151_936, 2048)
-"""Of OmniGen2's language model; its output layer is the same matrix."""
+"""In OmniGen2's language model; its output layer is the same matrix."""
 
 
 class Bench:
-    """The sections, each a method that returns rows. ``scale``: what sizes are divided by, to try the program out."""
+    """The sections, each a method that returns rows. ``scale``: divisor of all sizes, to try the program out."""
 
     def __init__(self, device: torch.device, scale: int, folder: Path) -> None:
         self.device = device
@@ -48,7 +49,7 @@ class Bench:
     # What is timed, and how.
 
     def _time(self, function: Call) -> Timing:
-        """Cold second-level cache; on the processor, which only tries the program out, by the clock."""
+        """With a cold second-level cache. On the CPU, where the program is only tried out: by the clock."""
         if self.real:
             return timing.time_kernel(function)
         start = time.perf_counter()
@@ -133,7 +134,7 @@ class Bench:
     # The sections.
 
     def empty(self) -> list[Row]:
-        """What an event pair with nothing between measures, and what a launch costs the processor."""
+        """What a pair of events with nothing in between measures, and the CPU time of a launch."""
         _, tensor = self._matrix(1 << 20)
         out = torch.empty(tensor.shape, dtype=torch.bfloat16, device=self.device)
         rows = [{"what": "nothing, between two events", "seconds": self._time(lambda: None).median}]
@@ -148,11 +149,11 @@ class Bench:
             start = time.perf_counter()
             for _ in range(200):
                 call()
-            rows.append({"what": f"processor time of a launch: {name}", "seconds": (time.perf_counter() - start) / 200})
+            rows.append({"what": f"CPU time of a launch: {name}", "seconds": (time.perf_counter() - start) / 200})
         return rows
 
     def sizes(self) -> list[Row]:
-        """One matrix of each size, Gaussian."""
+        """One Gaussian matrix of each size."""
         rows = []
         for count in SIZES:
             original, tensor = self._matrix(count)
@@ -162,16 +163,19 @@ class Bench:
         return rows
 
     def outliers(self) -> list[Row]:
-        """Exponents of 3.6 bits, as in the outlier layers of OmniGen2's language model; and weights that are stored raw."""
+        """Exponents of 3.6 bits, as in the outlier layers of OmniGen2's language model; and weights stored raw."""
         rows = []
-        for name, make in (("3.6 bits an exponent", weights.spread), ("raw", weights.random_bits)):
+        for name, make in (("3.6 bits per exponent", weights.spread), ("raw", weights.random_bits)):
             original, tensor = self._matrix(10240 * 2520, make)
             calls = {name: call for name, call in self._decoders(original, tensor).items() if name.startswith("df11")}
             rows += self._rows(name, original, tensor.record, calls)
         return rows
 
     def block(self) -> list[Row]:
-        """All matrices of a block of OmniGen2's transformer: in one launch, one by one, and by the peers as one matrix, as DFloat11 does it."""
+        """All matrices of a block of OmniGen2's transformer.
+
+        In one launch, one by one, and by the peers as one matrix, which is how DFloat11 does it.
+        """
         originals = [
             weights.gaussian(max(4096, rows * columns // self.scale), i, self.device)
             for i, (rows, columns) in enumerate(weights.block_shapes().values())
@@ -187,7 +191,7 @@ class Bench:
         calls: dict[str, Call] = {
             "df11, one launch": lambda: runtime.decode_many(tensors, outputs),
             "df11 background, one launch": lambda: runtime.decode_many(tensors, outputs, background=True),
-            "df11, a launch each": lambda: [tensor.decode(out) for tensor, out in zip(tensors, outputs, strict=True)],
+            "df11, one launch each": lambda: [tensor.decode(out) for tensor, out in zip(tensors, outputs, strict=True)],
         }
         peers = self._decoders(joined, weights.compress(joined))
         return self._rows(
@@ -198,7 +202,7 @@ class Bench:
         )
 
     def tiles(self) -> list[Row]:
-        """The number of tiles for each block of a launch, and both kernels: what the choice in df11.runtime.kernels is worth."""
+        """The number of tiles per block, for both kernels: what the choice in df11.runtime.kernels is worth."""
         if not self.real:
             return []
         rows, device = [], gpu.of(self.device)
@@ -262,7 +266,7 @@ class Bench:
         return rows
 
     def overlap(self) -> list[Row]:
-        """A matrix product of 4096 tokens, alone, and with the next matrix decoded beside it on another stream."""
+        """A matrix product of 4096 tokens, alone, and while the next matrix is decoded on another stream."""
         if not self.real:
             return []
         original, tensor = self._matrix(10240 * 2520)
@@ -305,7 +309,7 @@ class Bench:
         ]
 
     def loading(self) -> list[Row]:
-        """A file of 4 GB of BF16 from disk to the GPU, beside safetensors; pages dropped from the page cache, and not."""
+        """A file of 4 GB of BF16 from disk to the GPU, compared with safetensors, with a cold and a warm page cache."""
         from safetensors.torch import load_file
 
         rows_of = max(8, 4_000_000_000 // 2 // 12 // 4096 // self.scale)
@@ -359,7 +363,7 @@ SECTIONS: Final = ("empty", "sizes", "outliers", "block", "tiles", "variants", "
 _COLUMNS: Final = {
     "what": Column("what"),
     "name": Column("by"),
-    "bits": Column("bits a weight"),
+    "bits": Column("bits per weight"),
     "seconds": Column("us", 1e6, ",.1f"),
     "bytes_per_second": Column("GB/s of BF16", 1e-9, ",.1f"),
     "of_floor": Column("of the floor"),
@@ -370,8 +374,8 @@ _COLUMNS: Final = {
 _REPORT: Final = report.Report(
     name="gpu",
     title="Decoding on a GPU",
-    about="Medians of 50 calls between two events, on a second-level cache that was overwritten before. "
-    "GB/s: 10^9 bytes of BF16 a second. Floor: the fastest of 32 shapes of a kernel that reads the stored bytes "
+    about="Medians of 50 calls between two events; the second-level cache was overwritten before each. "
+    "GB/s: 10^9 bytes of BF16 per second. Floor: the fastest of 32 shapes of a kernel that reads the stored bytes "
     "and writes those of the BF16 weights.",
     columns=_COLUMNS,
 )
@@ -379,12 +383,12 @@ _REPORT: Final = report.Report(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time decoding on a GPU, beside the floor and the peers.")
+    parser = argparse.ArgumentParser(description="Time decoding on a GPU and compare it with the floor and the peers.")
     parser.add_argument(
-        "--device", default="cuda", help="default: cuda; cpu tries this program out, its times mean nothing"
+        "--device", default="cuda", help="default: cuda; cpu only tries this program out, its times mean nothing"
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections")
-    parser.add_argument("--scale", type=int, default=1, help="divide sizes, to try the program out")
+    parser.add_argument("--scale", type=int, default=1, help="divisor of all sizes, to try the program out")
     parser.add_argument(
         "--dir", type=Path, help="folder for the file that is loaded (6 GB; default: the temporary folder)"
     )

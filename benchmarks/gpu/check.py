@@ -1,8 +1,9 @@
-"""Is decoding on this GPU right? ``make gpu-check``, or ``python -m benchmarks.gpu.check``, on any machine with a GPU, torch and CuPy.
+"""Is decoding on this GPU correct? ``make gpu-check`` or ``python -m benchmarks.gpu.check``; needs torch and CuPy.
 
-Bit for bit, against weights that never were compressed: all golden vectors, thousands of small records, gigabytes of Gaussian, outlier and
-random weights; every kernel; several streams; a CUDA graph; whole files; damage. Then a part of it again under compute-sanitizer, where it is
-installed. Writes what it found as JSON and Markdown; exit code 1 if anything is wrong.
+Decoded weights are compared bit for bit with weights that were never compressed: all golden vectors, thousands of small
+records, gigabytes of Gaussian, outlier and random weights; every kernel; several streams; a CUDA graph; whole files;
+damage. A part of it runs again under compute-sanitizer, if installed. Writes its findings as JSON and Markdown; the
+exit code is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import zstandard
 
 import df11
 from benchmarks import results, safetensors_file
@@ -31,7 +33,7 @@ from df11 import runtime
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import modules
-from df11.runtime.ahead import CudaStreams
+from df11.runtime.prefetch import CudaStreams
 
 ROOT: Final = Path(__file__).parents[2]
 VECTORS: Final = ROOT / "tests" / "vectors" / "golden"
@@ -40,7 +42,7 @@ ROW: Final = 2048
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """To the bit, NaNs too."""
+    """Equal to the bit, NaNs included."""
     return found.shape == expected.shape and torch.equal(found.view(torch.int16), expected.view(torch.int16))
 
 
@@ -61,8 +63,11 @@ class Checks:
     def vectors(self) -> str:
         """Every record of the golden vectors: both kernels, rows, gathered rows."""
         count = 0
-        for path in sorted(VECTORS.glob("*.df11")):
-            with Container(path) as container:
+        for path in sorted(VECTORS.glob("*.df11*")):
+            unpacked = self.folder / path.stem if path.suffix == ".zst" else path
+            if unpacked != path:
+                unpacked.write_bytes(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
+            with Container(unpacked) as container:
                 for name in container.keys():
                     if container.info(name).encoding == "df11":
                         expected = (
@@ -73,7 +78,7 @@ class Checks:
                         )
                         count += 1
         require(count > 30, "the vectors are missing")
-        runtime.raise_damage(self.device)
+        runtime.check_errors(self.device)
         return f"{count} records"
 
     def _every_way(self, tensor: runtime.CompressedTensor, expected: torch.Tensor, what: str) -> None:
@@ -82,6 +87,8 @@ class Checks:
             require(
                 same(tensor.decode(out, background=background), expected), f"{what}: decode, background={background}"
             )
+        if not expected.dim():
+            return
         rows = expected.shape[0]
         for start, stop in ((0, rows), (rows // 3, rows - rows // 5), (rows - 1, rows)):
             for background in (False, True):
@@ -93,7 +100,7 @@ class Checks:
         require(same(tensor.gather(ids), expected[ids]), f"{what}: gather")
 
     def small_records(self) -> str:
-        """Records of all sizes up to three tiles, 64 and more in a launch, of values of every kind."""
+        """Records of all sizes up to three tiles, 64 and more per launch, with values of every kind."""
         generator = torch.Generator().manual_seed(1)
         makers = (weights.gaussian, weights.random_bits, weights.spread)
         count = 0
@@ -107,15 +114,15 @@ class Checks:
                 for found, expected in zip(runtime.decode_many(tensors, background=background), originals, strict=True):
                     require(same(found, expected), f"batch {batch}, {len(expected)} weights, background={background}")
             count += len(tensors)
-        runtime.raise_damage(self.device)
-        return f"{count} records, 100 a call"
+        runtime.check_errors(self.device)
+        return f"{count} records, 100 per call"
 
     def gaussian(self) -> str:
         """Gaussian weights."""
         return self._large(weights.gaussian)
 
     def outliers(self) -> str:
-        """Weights of widely different scales: longer codes, tiles that do not fit the stage."""
+        """Weights of very different scales: longer codes, tiles that do not fit the stage."""
         return self._large(weights.spread)
 
     def random_bits(self) -> str:
@@ -128,8 +135,9 @@ class Checks:
         self._every_way(tensor, expected, make.__name__)
         ids = torch.randint(0, len(expected), (1000,), device=self.device)
         require(same(tensor.gather(ids), expected[ids]), "gather")
-        runtime.raise_damage(self.device)
-        return f"{2 * expected.numel() / 1e9:.2f} GB of BF16, {8 * tensor.record.numel() / expected.numel():.3f} bits a weight"
+        runtime.check_errors(self.device)
+        bits = 8 * tensor.record.numel() / expected.numel()
+        return f"{2 * expected.numel() / 1e9:.2f} GB of BF16, {bits:.3f} bits per weight"
 
     def block(self) -> str:
         """All matrices of a transformer block in one launch."""
@@ -141,11 +149,11 @@ class Checks:
         tensors = [weights.compress(original) for original in originals]
         for found, expected in zip(runtime.decode_many(tensors), originals, strict=True):
             require(same(found, expected), str(tuple(expected.shape)))
-        runtime.raise_damage(self.device)
+        runtime.check_errors(self.device)
         return f"{len(tensors)} matrices, {sum(original.numel() for original in originals):,} weights"
 
     def streams(self) -> str:
-        """Several streams at once, from several buffers, again and again."""
+        """Several streams at once, from several buffers, repeatedly."""
         if self.device.type != "cuda":
             return "left out: no GPU"
         originals = [weights.gaussian(self.size // 64 + 8192 * i, i, self.device) for i in range(4)]
@@ -161,7 +169,7 @@ class Checks:
             torch.cuda.synchronize()
             for found, expected in zip(outputs, originals, strict=True):
                 require(same(found, expected), f"turn {turn}")
-        runtime.raise_damage(self.device)
+        runtime.check_errors(self.device)
         return f"{len(streams)} streams, 20 turns"
 
     def graph(self) -> str:
@@ -174,7 +182,7 @@ class Checks:
         held = torch.zeros(max(len(record) for record in records), dtype=torch.uint8, device=self.device)
         out, ids = torch.zeros_like(first), torch.tensor([0, shape[0] - 1], device=self.device)
         for record, expected in zip(records, (first, second), strict=True):
-            # The graph depends on the record's size: one for each.
+            # A graph depends on the size of the record: one graph per record.
             tensor = runtime.CompressedTensor(held[: len(record)], shape)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -192,12 +200,12 @@ class Checks:
                     ("gather", gathered, expected[ids]),
                 ):
                     require(same(found, wanted), what)
-        runtime.raise_damage(self.device)
+        runtime.check_errors(self.device)
         return "two graphs, three replays each"
 
     @torch.inference_mode()
     def model(self) -> str:
-        """A model from the compressed form: as it is, decoding ahead, with records in the processor's memory, compiled, in a CUDA graph."""
+        """A compressed model: as loaded, prefetching, with records in CPU memory, compiled, in a CUDA graph."""
         width, hidden = 512, 4 * max(512, min(4096, self.size >> 12))
         layers = [
             layer
@@ -225,15 +233,15 @@ class Checks:
             graph.replay()
             torch.cuda.synchronize()
             require(same(captured, expected), "in a CUDA graph")
-            ahead = modules.decode_ahead(model, self.device, CudaStreams(self.device))
+            prefetcher = modules.enable_prefetch(model, self.device, CudaStreams(self.device))
             for turn in range(20):
-                require(same(model(ids), expected), f"decoding ahead, turn {turn}")
-            require(ahead.hits > ahead.misses, "nothing was decoded ahead")
-            ways += ["in a graph", "decoding ahead"]
+                require(same(model(ids), expected), f"prefetching, turn {turn}")
+            require(prefetcher.hits > prefetcher.misses, "nothing was prefetched")
+            ways += ["in a graph", "prefetching"]
         modules.offload_records(model, self.device)
         for turn in range(5):
-            require(same(model(ids), expected), f"records in the processor's memory, turn {turn}")
-        runtime.raise_damage(self.device)
+            require(same(model(ids), expected), f"records in CPU memory, turn {turn}")
+        runtime.check_errors(self.device)
         return f"{', '.join(ways)}, records elsewhere"
 
     def files(self) -> str:
@@ -262,7 +270,7 @@ class Checks:
         raise AssertionError("a flipped bit was not found")
 
     def damage(self) -> str:
-        """Records with wrong bytes: no crash, and what the kernels can notice is told."""
+        """Records with wrong bytes: no crash, and what the kernels can notice is reported."""
         rng = np.random.default_rng(7)
         noticed = 0
         for turn in range(200 if self.size > 1 << 20 else 20):
@@ -272,7 +280,7 @@ class Checks:
             try:
                 tensor.decode()
                 tensor.decode(background=True)
-                runtime.raise_damage(self.device)
+                runtime.check_errors(self.device)
             except errors.Df11Error:
                 noticed += 1
         require(noticed > 5, "nothing was noticed")
@@ -281,10 +289,10 @@ class Checks:
             require(
                 bool(rows.gather(torch.tensor([100], device=self.device)).isnan().all()), "a row that does not exist"
             )
-            runtime.raise_damage(self.device)
+            runtime.check_errors(self.device)
         except errors.UsageError:
             return f"{noticed} records were noticed, the context lives"
-        raise AssertionError("a row that does not exist was not told")
+        raise AssertionError("a row that does not exist was not reported")
 
 
 ORDER: Final = (
@@ -305,14 +313,14 @@ SANITIZED: Final = ("vectors", "small_records", "gaussian", "outliers", "damage"
 
 
 def run(names: tuple[str, ...], device: torch.device, size: int) -> list[dict[str, Any]]:
-    """Run checks: a row each, with what was done or what went wrong."""
+    """Run checks: a row per check, with what was done or what went wrong."""
     rows = []
     for name in names:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:
                 done, correct = getattr(Checks(device, size, Path(folder)), name)(), True
-            except Exception as error:  # The report says it, and the next check is run.
+            except Exception as error:  # It is reported, and the next check runs.
                 done, correct = f"{type(error).__name__}: {error}".splitlines()[0], False
                 traceback.print_exc()
         rows.append({"check": name, "correct": correct, "done": done, "seconds": round(time.perf_counter() - start, 2)})
@@ -321,7 +329,7 @@ def run(names: tuple[str, ...], device: torch.device, size: int) -> list[dict[st
 
 
 def sanitize(tool: str, seconds: float) -> dict[str, Any]:
-    """Run some checks under a tool of compute-sanitizer, in a process of its own; each tensor is then an allocation of its own."""
+    """Run some checks under a tool of compute-sanitizer, in a process of its own, with an allocation per tensor."""
     path = shutil.which("compute-sanitizer")
     if path is None:
         return {"check": tool, "correct": None, "done": "compute-sanitizer is not installed", "seconds": 0}
@@ -359,7 +367,7 @@ def save(rows: list[dict[str, Any]], device: torch.device, folder: Path) -> None
     words = {True: "yes", False: "**no**", None: "-"}
     lines = [[row["check"], words[row["correct"]], row["done"], f"{row['seconds']:.1f}"] for row in rows]
     found = report.markdown(["check", "right", "what was done", "s"], lines)
-    text = "\n\n".join(["# Is decoding on this GPU right?", report.as_text(described), found])
+    text = "\n\n".join(["# Is decoding on this GPU correct?", report.as_text(described), found])
     path = report.save("gpu-check", described, text, folder, checks=rows)
     print(f"results: {path}")
 
@@ -368,10 +376,14 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Check decoding on a GPU, bit for bit.")
     parser.add_argument("--device", default="cuda", help="default: cuda; cpu checks this program rather than a GPU")
-    parser.add_argument("--weights", type=int, default=1 << 29, help="of each large check (default: 2^29, a gigabyte)")
+    parser.add_argument(
+        "--weights", type=int, default=1 << 29, help="weights of each large check (default: 2^29, a gigabyte)"
+    )
     parser.add_argument("--only", nargs="+", choices=ORDER, default=ORDER, help="these checks")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
-    parser.add_argument("--sanitizer-seconds", type=float, default=150, help="for each of its tools (default: 150)")
+    parser.add_argument(
+        "--sanitizer-seconds", type=float, default=150, help="seconds for each of its tools (default: 150)"
+    )
     parser.add_argument(
         "--out", type=Path, default=results.RESULTS, help="folder for the results (default: benchmarks/results)"
     )

@@ -1,8 +1,9 @@
-"""The floor under every decoder: a kernel that reads as many bytes as are stored, writes two bytes a weight, and does nothing else.
+"""The floor under every decoder: a kernel that only reads the stored bytes and writes two bytes per weight.
 
-No decoder of the same size can be faster than the memory is. ``CopyFloor`` moves both amounts in the proportion of the decoder, evenly mixed
-from the first tile to the last, with 16 bytes an access, a warp's accesses next to each other, and several loads of a thread under way at
-once. What was loaded is folded by exclusive or into what is stored, so that no load can be left out; ``model`` says what must come out.
+No decoder can be faster than the memory. ``CopyFloor`` moves both amounts in the proportion of the decoder, evenly
+mixed from the first tile to the last, with accesses of 16 bytes, adjacent within a warp, and several loads per thread
+in flight. The loaded values are combined by exclusive or and stored, so that no load can be optimized away; ``model``
+says what must come out.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import numpy.typing as npt
 from benchmarks.gpu.timing import Call, Timing, cupy_stream, time_kernel
 
 VECTOR: Final = 16
-"""Bytes an access."""
+"""Bytes per access."""
 _LINE: Final = 8  # vectors in 128 bytes
 _MOST_TILES: Final = 2**31 - 1
 
-# A tile is what a block writes with UNROLL stores of every thread; LOADS are the loads of a thread that its part of the stored bytes takes.
+# A block writes a tile with UNROLL stores per thread. LOADS is the number of loads that a thread needs for its part of
+# the stored bytes.
 SOURCE: Final = r"""
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -36,7 +38,8 @@ typedef unsigned long long u64;
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-copy_floor(const uint4* __restrict__ in, uint4* __restrict__ out, u64 in_vectors, u64 out_vectors, u32 tile_vectors, u32 tiles) {
+copy_floor(const uint4* __restrict__ in, uint4* __restrict__ out, u64 in_vectors, u64 out_vectors, u32 tile_vectors,
+           u32 tiles) {
     for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const u64 first = (u64)tile * tile_vectors;
         const u64 last = min(first + tile_vectors, in_vectors);
@@ -66,9 +69,9 @@ copy_floor(const uint4* __restrict__ in, uint4* __restrict__ out, u64 in_vectors
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """``unroll``: 16-byte stores of a thread for one tile; ``threads``: a block; ``streaming``: accesses say that nothing is used again.
+    """``unroll``: 16-byte stores per thread and tile. ``threads``: per block. ``streaming``: no reuse expected.
 
-    ``persistent``: as many blocks as fit on the GPU at once take tile after tile; else a block a tile.
+    ``persistent``: as many blocks as fit on the GPU at once take tile after tile; otherwise there is a block per tile.
     """
 
     unroll: int = 4
@@ -84,28 +87,34 @@ SHAPES: Final = tuple(
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """A launch for certain sizes: ``tiles``; ``tile_vectors``: of 16 bytes, that are read for a tile; ``loads``: of a thread for a tile."""
+class Launch:
+    """A launch for given sizes.
+
+    ``tiles``; ``tile_vectors``: vectors of 16 bytes read for a tile; ``loads``: of a thread for a tile.
+    """
 
     tiles: int
     tile_vectors: int
     loads: int
 
 
-def plan(stored_bytes: int, weights: int, shape: Shape) -> Plan:
-    """Spread the reads over the tiles, each part at whole lines of 128 bytes. Sizes must be whole vectors: 16 bytes, 8 weights."""
+def launch_for(stored_bytes: int, weights: int, shape: Shape) -> Launch:
+    """Spread the reads over the tiles, each part in whole lines of 128 bytes.
+
+    Sizes must be whole vectors: 16 bytes, 8 weights.
+    """
     if stored_bytes <= 0 or weights <= 0 or stored_bytes % VECTOR or 2 * weights % VECTOR:
         raise ValueError(f"stored bytes must be a multiple of 16, weights one of 8, not {stored_bytes} and {weights}")
     tiles = -(-2 * weights // (VECTOR * shape.threads * shape.unroll))
     tile_vectors = -(-stored_bytes // (VECTOR * tiles * _LINE)) * _LINE
     if tiles > _MOST_TILES:
         raise ValueError(f"too many weights: {weights}")
-    return Plan(tiles, tile_vectors, -(-tile_vectors // shape.threads))
+    return Launch(tiles, tile_vectors, -(-tile_vectors // shape.threads))
 
 
 def model(stored: npt.NDArray[np.uint8], weights: int, shape: Shape) -> npt.NDArray[np.uint16]:
-    """What the kernel must write, u16 [weights], for the stored bytes."""
-    launch = plan(stored.size, weights, shape)
+    """What the kernel must write, u16 [weights], for these stored bytes."""
+    launch = launch_for(stored.size, weights, shape)
     values = np.zeros((launch.tiles * launch.tile_vectors, VECTOR), np.uint8)
     values[: stored.size // VECTOR] = stored.reshape(-1, VECTOR)
     padded = np.zeros((launch.tiles, launch.loads * shape.threads, VECTOR), np.uint8)
@@ -128,13 +137,13 @@ class CopyFloor:
         self._launches: dict[tuple[int, int], tuple[Any, int, tuple[Any, ...]]] = {}
 
     def run(self, stored: Any, out: Any) -> None:
-        """Read all of ``stored``, torch.uint8, and write all of ``out``, torch.bfloat16, on torch's current stream; does not wait.
+        """Read all of ``stored``, torch.uint8, and write all of ``out``, torch.bfloat16, on torch's current stream.
 
-        Both must be contiguous and lie at a multiple of 16, as torch's allocator does it.
+        Does not wait. Both must be contiguous and aligned to 16 bytes, as torch allocates them.
         """
         addresses = stored.data_ptr(), out.data_ptr()
         if any(address % VECTOR for address in addresses) or not stored.is_contiguous() or not out.is_contiguous():
-            raise ValueError("buffers must be contiguous and lie at a multiple of 16")
+            raise ValueError("buffers must be contiguous and aligned to 16 bytes")
         sizes = stored.numel(), out.numel()
         with self._cupy.cuda.Device(self.device.index), cupy_stream(self.device):
             if sizes not in self._launches:
@@ -143,7 +152,7 @@ class CopyFloor:
             kernel((blocks,), (self.shape.threads,), (*addresses, *numbers))
 
     def _prepare(self, stored_bytes: int, weights: int) -> tuple[Any, int, tuple[Any, ...]]:
-        shape, launch = self.shape, plan(stored_bytes, weights, self.shape)
+        shape, launch = self.shape, launch_for(stored_bytes, weights, self.shape)
         values = {
             "THREADS": shape.threads,
             "UNROLL": shape.unroll,
@@ -169,7 +178,7 @@ class CopyFloor:
 
 
 def tune(stored: Any, out: Any, repeats: int = 20) -> tuple[CopyFloor, dict[Shape, Timing]]:
-    """Try every shape on these buffers: the fastest by the median, and all timings."""
+    """Try every shape on these buffers; returns the fastest by its median, and all timings."""
     floors = {shape: CopyFloor(out.device, shape) for shape in SHAPES}
     timings = {shape: time_kernel(_call(floor, stored, out), repeats=repeats) for shape, floor in floors.items()}
     return floors[min(timings, key=lambda shape: timings[shape].median)], timings

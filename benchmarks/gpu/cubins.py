@@ -1,7 +1,8 @@
-"""What the compilers make of the CUDA kernels: registers, spills, occupancy, instructions a weight. Needs no GPU.
+"""What the compilers make of the CUDA kernels: registers, spills, occupancy, instructions per weight. Needs no GPU.
 
-``python -m benchmarks.gpu.cubins`` compiles the kernels with NVRTC for each architecture, as the runtime does, and disassembles the
-result. Needs the wheels ``nvidia-cuda-nvrtc-cu12`` (or, with ``--nvrtc 13``, ``nvidia-cuda-nvrtc``) and ``nvidia-cuda-nvdisasm``.
+``python -m benchmarks.gpu.cubins`` compiles the kernels with NVRTC for each architecture, as the runtime does, and
+disassembles the result. Needs the wheels ``nvidia-cuda-nvrtc-cu12`` (or, with ``--nvrtc 13``, ``nvidia-cuda-nvrtc``)
+and ``nvidia-cuda-nvdisasm``.
 """
 
 from __future__ import annotations
@@ -48,24 +49,24 @@ MULTIPROCESSORS: Final = {
     "100": Multiprocessor(64, 32, 228 << 10),
     "120": Multiprocessor(48, 24, 100 << 10),
 }
-"""By architecture. Blocks, shared memory and the rules of ``blocks_per_sm`` are those of NVIDIA's cuda_occupancy.h (CUDA 13.0)."""
+"""By architecture. The limits and the rules of ``blocks_per_sm`` are those of NVIDIA's cuda_occupancy.h (CUDA 13.0)."""
 
 ARCHITECTURES: Final = tuple(MULTIPROCESSORS)
 MOST_THREADS: Final = 1024
-"""Of a block, if its kernel has no launch bound."""
+"""Threads per block if a kernel has no launch bound."""
 
 
 class MissingWheelError(RuntimeError):
-    """A wheel is not installed, or lacks the file that is looked for."""
+    """A wheel is not installed, or lacks the file needed."""
 
 
 class CompileError(RuntimeError):
-    """NVRTC refused, or said something that is not understood; the text is its log."""
+    """NVRTC failed, or its output is not understood; the text is its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """``guard``: the predicate without which it is not executed, or ""; ``opcode``: with its suffixes."""
+    """``guard``: the predicate that guards its execution, or "". ``opcode``: with its suffixes."""
 
     guard: str
     opcode: str
@@ -82,10 +83,10 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """Counts of the instructions of a loop's body. The weights are BF16, a lane writes 8 of them with a store of 128 bits.
+    """Instructions counted in the body of a loop. A lane writes 8 BF16 weights with a store of 128 bits.
 
-    The body is all that can be executed between two arrivals at the loop's head, rare branches included: so ``instructions`` is an upper
-    bound, if ``calls`` is 0 and every branch stores as often.
+    The body is all that can be executed between two arrivals at the loop's head, rare branches included. So
+    ``instructions`` is an upper bound, if ``calls`` is 0 and every branch stores as often.
     """
 
     instructions: int
@@ -98,13 +99,16 @@ class Loop:
 
     @property
     def instructions_per_weight(self) -> float:
-        """Instructions that a lane takes for one of its weights."""
+        """Instructions that a lane executes per weight."""
         return self.instructions / (8 * self.wide_stores)
 
 
 @dataclass(slots=True)
 class Function:
-    """A kernel. ``max_threads``: threads a block by its launch bound, 0 if it has none; ``labels``: the index of the instruction that follows."""
+    """A kernel. ``max_threads``: threads per block by its launch bound, 0 without one.
+
+    ``labels``: the index of the instruction after each.
+    """
 
     max_threads: int = 0
     code: list[Instruction] = field(default_factory=list)
@@ -112,20 +116,20 @@ class Function:
 
     @property
     def local_accesses(self) -> int:
-        """Loads and stores of local memory, where spilled registers and arrays are."""
+        """Loads and stores of local memory, which holds spilled registers and arrays."""
         return _count(self.code, "LDL", "STL")
 
     def hot_loop(self) -> Loop | None:
-        """The loop that decodes: of the innermost ones that look up tables in shared memory and write with 128 bits, the one that writes most."""
+        """The decoding loop: the innermost loop with look-ups in shared memory that has the most 128-bit stores."""
         loops = [(body, _measure([self.code[i] for i in sorted(body)])) for body in self.loops()]
         candidates = [(body, loop) for body, loop in loops if loop.wide_stores and loop.shared_loads]
         innermost = [loop for body, loop in candidates if not any(other < body for other, _ in candidates)]
         return max(innermost, key=lambda loop: (loop.wide_stores, loop.instructions), default=None)
 
     def loops(self) -> list[set[int]]:
-        """The indices of the instructions of each natural loop; loops with the same head are one.
+        """The indices of the instructions of each natural loop; loops with the same head count as one.
 
-        A range of addresses would not do: compilers put rare code behind the function and jump back into the middle of the loop.
+        A range of addresses would not do: compilers put rare code after the function and jump back into the loop.
         """
         successors = [self._successors(i) for i in range(len(self.code))]
         predecessors: list[list[int]] = [[] for _ in self.code]
@@ -156,7 +160,8 @@ class Function:
         following = [i + 1] if i + 1 < len(self.code) else []
         if instruction.name in {"EXIT", "RET"}:
             return following if instruction.guard else []
-        # BRA.DIV is for a warp whose lanes have come apart before a shuffle or vote: a detour that a loop without such branches never takes.
+        # BRA.DIV handles a warp that has diverged before a shuffle or vote: a detour that a loop without such branches
+        # never takes.
         if instruction.name not in {"BRA", "BRX", "JMP", "JMX"} or instruction.opcode.startswith("BRA.DIV"):
             return following
         targets = [self.labels[word] for word in re.findall(r"[.$\w]+", instruction.operands) if word in self.labels]
@@ -170,11 +175,12 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class KernelReport:
-    """One kernel, compiled.
+    """One compiled kernel.
 
-    ``registers``: a thread; ``spill_stores``, ``spill_loads``, ``stack_bytes``: bytes a thread, those of called functions included;
-    ``shared_bytes``: static, a block; ``threads``: a block, the launch bound if the kernel has one; ``local_accesses``: instructions that touch
-    local memory; ``loop``: the loop that decodes, None if there is none; ``blocks_per_sm``, ``warps_per_sm``: most that are resident at once.
+    ``registers``: per thread. ``spill_stores``, ``spill_loads``, ``stack_bytes``: bytes per thread, including called
+    functions. ``shared_bytes``: static, per block. ``threads``: per block, the launch bound if there is one.
+    ``local_accesses``: instructions that access local memory. ``loop``: the decoding loop, or None. ``blocks_per_sm``,
+    ``warps_per_sm``: the most that are resident at once.
     """
 
     name: str
@@ -192,7 +198,7 @@ class KernelReport:
 
 @dataclass(frozen=True, slots=True)
 class CompiledCubin:
-    """A compiled source: the architecture ("80"), machine code, the compilers' log, the disassembly, a report for each kernel by name."""
+    """A compiled source: architecture ("80"), machine code, compiler log, disassembly, a report per kernel by name."""
 
     architecture: str
     cubin: bytes
@@ -202,32 +208,32 @@ class CompiledCubin:
 
 
 def compile_kernels(source: str, architecture: str, nvrtc: Path | None = None) -> CompiledCubin:
-    """Compile CUDA C++ for an architecture ("80") and look at what came out.
+    """Compile CUDA C++ for an architecture ("80") and analyze the result.
 
-    ``nvrtc``: the library, as from ``nvrtc_library``; None is that of CUDA 12.
+    ``nvrtc``: the library, as from ``nvrtc_library``; None stands for that of CUDA 12.
     """
     cubin, log = _compile_in_child(source, architecture, nvrtc or nvrtc_library(12))
     listing = disassemble(cubin)
     functions = parse(listing)
-    reports = [_report(chunk, functions, architecture) for chunk in log.split("Compiling entry function '")[1:]]
+    reports = [_report(part, functions, architecture) for part in log.split("Compiling entry function '")[1:]]
     if not reports:
         raise CompileError(f"no kernel in the log:\n{log}")
     return CompiledCubin(architecture, cubin, log, listing, {report.name: report for report in reports})
 
 
 def _compile_in_child(source: str, architecture: str, nvrtc: Path) -> tuple[bytes, str]:
-    # NVRTC 12.9 dies of a kernel for sm_120 that runs out of registers, and would take pytest along.
+    # NVRTC 12.9 crashes on a kernel for sm_120 that runs out of registers, and would take pytest with it.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(compile_cubin, source, architecture, nvrtc).result()
         except BrokenProcessPool:
-            raise CompileError(f"{nvrtc.name} dies of this source for sm_{architecture}") from None
+            raise CompileError(f"{nvrtc.name} crashes on this source for sm_{architecture}") from None
 
 
 def compile_cubin(source: str, architecture: str, nvrtc: Path) -> tuple[bytes, str]:
-    """The machine code and the log, which has what ptxas -v says."""
+    """The machine code and the log, which holds the output of ptxas -v."""
     for builtins in nvrtc.parent.glob("libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(builtins))  # NVRTC opens it by name; that of CUDA 13.0 does not look into its own folder.
+        ctypes.CDLL(str(builtins))  # NVRTC opens it by name; that of CUDA 13.0 does not look in its own folder.
     library = ctypes.CDLL(str(nvrtc))
     program = ctypes.c_void_p()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decode.cu", 0, None, None))
@@ -259,7 +265,7 @@ def _check(status: int) -> None:
 
 
 def disassemble(cubin: bytes) -> str:
-    """The listing of nvdisasm."""
+    """The disassembly by nvdisasm."""
     program = _wheel_file(NVDISASM_WHEEL, r"nvdisasm")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernels.cubin")
@@ -287,7 +293,7 @@ def _wheel_file(wheel: str, pattern: str) -> Path:
 
 
 def _report(log: str, functions: dict[str, Function], architecture: str) -> KernelReport:
-    """The report of one kernel from its part of the log, which begins with the name, and from the disassembly."""
+    """The report of one kernel, from the disassembly and its part of the log, which begins with the name."""
     name = log.split("'", 1)[0]
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     used = re.search(r"Used (\d+) registers(.*)", log)
@@ -315,15 +321,15 @@ def _report(log: str, functions: dict[str, Function], architecture: str) -> Kern
 
 
 def blocks_per_sm(architecture: str, registers: int, shared_bytes: int, threads: int) -> int:
-    """Blocks that a multiprocessor holds at once, if a block uses at most one barrier and the most shared memory is set aside.
+    """Blocks that fit on a multiprocessor at once, with at most one barrier each and the most shared memory configured.
 
-    ``registers``: a thread; ``shared_bytes``, ``threads``: a block.
+    ``registers``: per thread; ``shared_bytes``, ``threads``: per block.
     """
     limits = MULTIPROCESSORS[architecture]
     warps = -(-threads // 32)
-    # Each of the four partitions has a quarter of the registers, and a warp takes them by 256.
+    # Each of the four partitions has a quarter of the registers, which are allocated to warps in units of 256.
     warps_by_registers = 4 * (16384 // _round_up(32 * registers, 256))
-    by_shared = limits.shared_bytes // _round_up(shared_bytes + 1024, 128)  # 1 KiB of each block is the system's
+    by_shared = limits.shared_bytes // _round_up(shared_bytes + 1024, 128)  # 1 KiB per block is reserved by the system
     return min(limits.blocks, limits.warps // warps, warps_by_registers // warps, by_shared)
 
 
@@ -332,7 +338,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def parse(listing: str) -> dict[str, Function]:
-    """The kernels of a listing of nvdisasm by name; functions that they call stand at the end of their code."""
+    """The kernels in an nvdisasm listing by name; the functions they call stand at the end of their code."""
     sections = re.split(r"^\s*\.section\s+", listing, flags=re.MULTILINE)
     functions = {
         match[1]: _parse_code(section) for section in sections if (match := re.match(r"\.text\.([^,]+),", section))
@@ -359,7 +365,7 @@ def _parse_code(section: str) -> Function:
 
 
 def _dominators(reached: list[int], predecessors: list[list[int]]) -> dict[int, int]:
-    """For each instruction those that are always executed before it, and itself, as a set of bits."""
+    """For each instruction, those that are always executed before it, and itself, as a set of bits."""
     everything = (1 << len(predecessors)) - 1
     dominators = dict.fromkeys(reached, everything)
     dominators[0] = 1
@@ -425,13 +431,13 @@ def _row(architecture: str, kernel: KernelReport) -> list[str]:
 
 
 def main() -> None:
-    """Print a row for each kernel and architecture."""
+    """Print a row per kernel and architecture."""
     parser = argparse.ArgumentParser(description="What NVRTC makes of the CUDA kernels.")
     parser.add_argument("--nvrtc", type=int, choices=NVRTC_WHEELS, default=12, help="CUDA's major version; default: 12")
     parser.add_argument(
         "--sm", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="architectures; default: all"
     )
-    parser.add_argument("--loops", action="store_true", help="the instructions of the loops, too")
+    parser.add_argument("--loops", action="store_true", help="also print the instructions of the loops")
     chosen = parser.parse_args()
     source = kernels.SOURCE.read_text(encoding="utf-8")
     reports: list[tuple[str, KernelReport]] = []

@@ -1,22 +1,24 @@
-"""DFloat11 as a peer: a matrix in the arrays of its kernel, by a fast encoder of our own, and its own kernel to decode them.
+"""DFloat11 as a peer: a matrix in its kernel's arrays, made by a fast encoder of our own and decoded by its kernel.
 
-The library (dfloat11 0.5.0) does not import on a current stack, and its encoder takes a few megabytes a second. Its kernel is in the wheel as
-PTX, which is loaded from there without the library. What the arrays are was read off its sources and its PTX, which agree; and the PTX, run
-instruction by instruction by an interpreter on a CPU, gave back what ``encode`` had coded:
+The library (dfloat11 0.5.0) cannot be imported on a current stack, and its encoder handles a few megabytes per second.
+Its kernel is in the wheel as PTX, which is loaded from there without the library. The layout of the arrays was read off
+its sources and its PTX, which agree; and the PTX, run instruction by instruction by an interpreter on a CPU, decoded
+what ``encode`` had encoded:
 
-* ``decode(luts, encoded_exponent, sign_mantissa, output_positions, gaps, outputs, n_luts, n_bytes, n_elements)``: six 64-bit pointers, then
-  three 32-bit signed numbers; n_luts is the number of rows of luts. 512 threads a block, ceil(n_bytes / 4096) blocks.
-* A thread has the codes that begin in its 8 bytes (the bits of a byte from the highest on); it reads 4 bytes further, and zeros after
-  n_bytes. Its first code begins at bit gaps[thread], 5 bits each, packed likewise: all codes are of at most 32 bits. It decodes twice: to
-  count, and after a scan of the counts over the block to write.
-* Dynamic shared memory: a u32 for each thread, one more, and a u16 for each weight of the block that has most.
-* luts[t, byte] below 240 is an exponent; from 240 on the next byte is looked up in table 256 - value; four look-ups at most. The last row
-  has the code lengths. So exponents from 240 on (2^113 and more, infinities, NaN) cannot be coded, nor can codes with more than 16 tables
-  besides the first.
+* ``decode(luts, encoded_exponent, sign_mantissa, output_positions, gaps, outputs, n_luts, n_bytes, n_elements)``: six
+  64-bit pointers, then three 32-bit signed numbers; n_luts is the number of rows of luts. 512 threads per block,
+  ceil(n_bytes / 4096) blocks.
+* A thread owns the codes that begin in its 8 bytes (bits from the highest of a byte on). It reads 4 bytes further, and
+  zeros after n_bytes. Its first code begins at bit gaps[thread], 5 bits each, packed likewise: a code has at most 32
+  bits. It decodes twice: to count and, after a scan of the counts over the block, to write.
+* Dynamic shared memory: a u32 per thread, one more, and a u16 for each weight of the block that has the most.
+* luts[t, byte] below 240 is an exponent; from 240 on, the next byte is looked up in table 256 - value; at most four
+  look-ups. The last row has the code lengths. So exponents from 240 on (2^113 and more, infinities, NaN) cannot be
+  coded, nor can codes with more than 16 tables besides the first.
 * output_positions[b] is the first weight of block b; one more at the end is the number of weights.
 
-Two reads go past the end of what its encoder makes: of one byte of gaps, always, and of one position, where a block holds nothing but the
-end of the last code and that ends with a byte. Both are harmless to the result; ``Decoder.load`` pads.
+Two reads go past the end of what its encoder makes: of one byte of gaps, always; and of one position, if a block holds
+nothing but the end of the last code and that ends with a byte. Both do not affect the result; ``Decoder.load`` pads.
 """
 
 from __future__ import annotations
@@ -44,18 +46,18 @@ KERNEL: Final = "decode"
 
 BYTES_PER_THREAD: Final = 8
 THREADS: Final = 512
-"""Threads a block."""
+"""Threads per block."""
 MOST_BITS: Final = 32
 """Longest code."""
 FIRST_POINTER: Final = 240
-"""Values of a table from here on name another table."""
+"""Table values from here on refer to another table."""
 MOST_LOOKUPS: Final = 4
 MOST_WEIGHTS: Final = 2**31 - 1
 
 _GAP_BITS: Final = 5
 _WORD_BITS: Final = 8 * BYTES_PER_THREAD
-_PIECE: Final = 1 << 17  # weights that are coded at once: their positions fit into the cache
-_DEFAULT_SHARED_BYTES: Final = 48 << 10  # more must be asked for
+_BLOCK: Final = 1 << 17  # weights that are encoded at once: their positions fit into the cache
+_DEFAULT_SHARED_BYTES: Final = 48 << 10  # more must be requested explicitly
 
 _END = -1  # The end symbol, below all exponents.
 Code = dict[int, tuple[int, int]]
@@ -63,15 +65,15 @@ Code = dict[int, tuple[int, int]]
 
 
 class UnsupportedWeightsError(ValueError):
-    """DFloat11's kernel cannot decode such weights."""
+    """DFloat11's kernel cannot decode these weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedDf11:
-    """What DFloat11 stores of one matrix of n weights.
+    """What DFloat11 stores for a matrix of n weights.
 
-    ``luts``: u8 [tables + 1, 256]; ``encoded_exponent``: u8 [code bytes]; ``sign_mantissa``: u8 [n]; ``output_positions``: u32
-    [blocks + 1]; ``gaps``: u8 [320 * blocks].
+    ``luts``: u8 [tables + 1, 256]; ``encoded_exponent``: u8 [code bytes]; ``sign_mantissa``: u8 [n];
+    ``output_positions``: u32 [blocks + 1]; ``gaps``: u8 [320 * blocks].
     """
 
     luts: Bytes
@@ -102,8 +104,8 @@ class EncodedDf11:
 def encode(weights: Weights) -> EncodedDf11:
     """The arrays that DFloat11's encoder makes of BF16 weights (u16, any shape), bit for bit.
 
-    One exponent only makes its encoder fail; then there are arrays here. Raises UnsupportedWeightsError where its kernel would decode wrongly,
-    read elsewhere or never end.
+    Its encoder fails if there is only one exponent; this one does not. Raises UnsupportedWeightsError where its kernel
+    would decode wrongly, read out of bounds or never end.
     """
     if weights.dtype != np.uint16 or not 0 < weights.size <= MOST_WEIGHTS:
         raise ValueError(f"1 to 2^31 - 1 weights as uint16 are needed, not {weights.size} of {weights.dtype}")
@@ -111,11 +113,11 @@ def encode(weights: Weights) -> EncodedDf11:
     exponents = (flat >> np.uint16(7)).astype(np.uint8)
     sign_mantissa = ((flat >> np.uint16(8)) & np.uint16(0x80) | flat & np.uint16(0x7F)).astype(np.uint8)
     counts = np.zeros(256, np.int64)
-    for start in range(0, flat.size, _PIECE):
-        counts += np.bincount(exponents[start : start + _PIECE], minlength=256)
+    for start in range(0, flat.size, _BLOCK):
+        counts += np.bincount(exponents[start : start + _BLOCK], minlength=256)
     used = {int(exponent): int(counts[exponent]) for exponent in np.flatnonzero(counts)}
     if max(used) >= FIRST_POINTER:
-        raise UnsupportedWeightsError(f"exponent {max(used)}: DFloat11 decodes those below {FIRST_POINTER} only")
+        raise UnsupportedWeightsError(f"exponent {max(used)}: DFloat11 only decodes those below {FIRST_POINTER}")
     code = choose_code(used)
     luts = lookup_tables(code)
     total = sum(count * code[exponent][0] for exponent, count in used.items())
@@ -126,16 +128,17 @@ def encode(weights: Weights) -> EncodedDf11:
 
 
 def padded(encoded: EncodedDf11) -> tuple[npt.NDArray[np.uint32], Bytes]:
-    """output_positions and gaps with all that the kernel reads."""
+    """output_positions and gaps, with everything that the kernel reads."""
     missing = encoded.blocks + 1 - len(encoded.output_positions)
     positions = np.append(encoded.output_positions, np.full(missing, len(encoded.sign_mantissa), np.uint32))
     return positions, np.append(encoded.gaps, np.zeros(16, np.uint8))
 
 
 def choose_code(counts: dict[int, int]) -> Code:
-    """A Huffman code of the exponents in ``counts`` (exponent -> occurrences, ascending) and of an end symbol, which occurs once.
+    """A Huffman code for the exponents in ``counts`` (exponent -> occurrences, ascending) and an end symbol.
 
-    If a code is longer than 32 bits, the rarest exponents are counted as one each, ever more of them.
+    The end symbol occurs once. While a code is longer than 32 bits, more and more of the rarest exponents are
+    counted as one each.
     """
     code = _huffman(counts)
     exponents, occurrences = np.array(list(counts)), np.array(list(counts.values()))
@@ -148,7 +151,7 @@ def choose_code(counts: dict[int, int]) -> Code:
 
 
 def _huffman(counts: dict[int, int]) -> Code:
-    # Of equal counts the tree whose leftmost symbol is less goes first. The code is in the order of the tree's leaves.
+    # Among equal counts, the tree whose leftmost symbol is smaller goes first. Codes follow the order of the leaves.
     heap: list[tuple[int, int, Code]] = [
         (count, symbol, {symbol: (0, 0)}) for symbol, count in {_END: 1, **counts}.items()
     ]
@@ -163,7 +166,7 @@ def _huffman(counts: dict[int, int]) -> Code:
 
 
 def lookup_tables(code: Code) -> Bytes:
-    """u8 [tables + 1, 256]: the tables that decode a byte of a code each, and the code lengths."""
+    """u8 [tables + 1, 256]: tables that each decode a byte of a code, and the code lengths."""
     leaves = {symbol: leaf for symbol, leaf in code.items() if symbol != _END}
     deep = dict.fromkeys(_cut(leaf, (leaf[0] - 1) // 8 * 8) for leaf in leaves.values())
     prefixes = sorted({(0, 0): None, **deep}, key=lambda prefix: prefix[0])
@@ -182,7 +185,9 @@ def lookup_tables(code: Code) -> Bytes:
             value = entries[min(entries)]
         for key in range(
             256
-        ):  # What is missing, for codes that go on and for the end symbol, is like the entry before, also of the table before.
+            # Missing entries, for longer codes and the end symbol, repeat the entry before, even that of the previous
+            # table.
+        ):
             value = entries.get(key, value)
             luts[row, key] = value
     for symbol, (length, _) in leaves.items():
@@ -191,18 +196,18 @@ def lookup_tables(code: Code) -> Bytes:
 
 
 def _cut(leaf: tuple[int, int], length: int) -> tuple[int, int]:
-    # The first bits of a code, at most all.
+    # The first bits of a code, or all of a shorter one.
     return min(length, leaf[0]), leaf[1] >> max(0, leaf[0] - length)
 
 
 def check_end(luts: Bytes, encoded: Bytes, every_gap: Bytes) -> None:
-    """Raise UnsupportedWeightsError if the kernel would loop for ever. ``every_gap``: u8, a gap a thread.
+    """Raise UnsupportedWeightsError if the kernel would loop forever. ``every_gap``: u8, a gap per thread.
 
-    A thread decodes whatever follows the last code, up to the end of its bytes. The table entries that stand for the end symbol can point
-    anywhere, also in a circle, and a look-up that ends without an exponent has length 0.
+    A thread decodes whatever follows the last code, up to the end of its bytes. The table entries that stand for the
+    end symbol can point anywhere, even in a circle, and a look-up that ends without an exponent has length 0.
     """
     last = (len(encoded) - 1) // BYTES_PER_THREAD
-    for thread in range(max(0, last - 1), last + 2):  # the one behind stands for all that have zeros only
+    for thread in range(max(0, last - 1), last + 2):  # the one after it stands for all that have only zeros
         bits = int.from_bytes(encoded[BYTES_PER_THREAD * thread :][:12].tobytes().ljust(12, b"\0"))
         at = int(every_gap[thread]) if thread <= last else 0
         while at < _WORD_BITS:
@@ -220,7 +225,7 @@ def check_end(luts: Bytes, encoded: Bytes, every_gap: Bytes) -> None:
 
 
 def _encode_exponents(exponents: Bytes, code: Code, total: int) -> tuple[Bytes, Bytes, npt.NDArray[np.uint32]]:
-    """The codes of all exponents, ``total`` bits: (encoded_exponent, a gap a thread, output_positions).
+    """The codes of all exponents, ``total`` bits: (encoded_exponent, a gap per thread, output_positions).
 
     A thread's 8 bytes are one 64-bit word here, in which at least one code begins.
     """
@@ -234,24 +239,25 @@ def _encode_exponents(exponents: Bytes, code: Code, total: int) -> tuple[Bytes, 
     gaps: list[npt.NDArray[np.int64]] = []
     firsts: list[npt.NDArray[np.int64]] = []
     position, previous = 0, -1
-    for start in range(0, len(exponents), _PIECE):
-        piece = exponents[start : start + _PIECE]
-        sizes = lengths[piece]
+    for start in range(0, len(exponents), _BLOCK):
+        block = exponents[start : start + _BLOCK]
+        sizes = lengths[block]
         begins = np.cumsum(sizes)
         begins += position - sizes
         at = begins >> 6
         offsets = begins & 63
-        codes = aligned[piece]
+        codes = aligned[block]
         runs = np.flatnonzero(np.diff(at, prepend=-1))
         words[at[runs]] |= np.bitwise_or.reduceat(codes >> offsets.astype(np.uint64), runs)
-        lasts = np.append(runs[1:], len(piece)) - 1  # The last code of a word can go on in the next one.
+        lasts = np.append(runs[1:], len(block)) - 1  # The last code of a word can continue in the next one.
         words[at[lasts] + 1] |= codes[lasts] << np.uint64(1) << (np.uint64(63) - offsets[lasts].astype(np.uint64))
         if at[0] == previous:
             runs = runs[1:]
         gaps.append(offsets[runs])
         firsts.append(start + runs)
         position, previous = int(begins[-1] + sizes[-1]), int(at[-1])
-    if total % 8:  # The rest of the last byte has the first bits of the end symbol, which counts as a code that begins.
+    # The rest of the last byte holds the first bits of the end symbol, which counts as a code that begins.
+    if total % 8:
         length, bits = code[_END]
         rest = 8 - total % 8
         byte = bits >> (length - rest) if length >= rest else bits << (rest - length)
@@ -269,7 +275,7 @@ def _encode_exponents(exponents: Bytes, code: Code, total: int) -> tuple[Bytes, 
 
 @dataclass(frozen=True, slots=True)
 class LoadedDf11:
-    """An encoded matrix on the GPU: its arrays as torch tensors, and what the launch needs."""
+    """An encoded matrix on the GPU: its arrays as torch tensors, and the launch parameters."""
 
     tensors: tuple[Any, ...]
     elements: int
@@ -280,9 +286,10 @@ class LoadedDf11:
 
 
 class Decoder:
-    """DFloat11's kernel on a device (a torch device, its index or name). ``ptx``: the PTX, or the wheel; None is the installed package.
+    """DFloat11's kernel on a device (a torch device, its index or name).
 
-    Raises MissingPeerError, which says in one line what is missing.
+    ``ptx``: the PTX, or the wheel; None stands for the installed package. Raises MissingPeerError, which says in one
+    line what is missing.
     """
 
     def __init__(self, device: Any = "cuda", ptx: Path | None = None) -> None:
@@ -324,7 +331,7 @@ class Decoder:
         )
 
     def decode(self, loaded: LoadedDf11, out: Any = None) -> Any:
-        """The weights, torch.bfloat16 [n]; written to ``out``, if it is given. Runs on torch's current stream, and does not wait."""
+        """The weights, torch.bfloat16 [n], written to ``out`` if given, on torch's current stream. Does not wait."""
         if out is None:
             out = self._torch.empty(loaded.elements, dtype=self._torch.bfloat16, device=self.device)
         elif out.numel() != loaded.elements or out.dtype != self._torch.bfloat16 or not out.is_contiguous():

@@ -1,8 +1,8 @@
-"""What running from the compressed form costs a model: ``make gpu-omnigen2``, or ``python -m benchmarks.gpu.models``, on a machine with a GPU.
+"""What running a model compressed costs: ``make gpu-omnigen2`` or ``python -m benchmarks.gpu.models``, on a GPU.
 
-OmniGen2's transformer and a language model of the size of its mllm, in full size, with random weights: the shapes
-decide the time, the values do not. BF16 and df11 in the same run; of each output is counted how many values differ from
-those in BF16, to the bit. The pipeline's other parts (vae, scheduler, text) are the same for both.
+OmniGen2's transformer and a language model of the size of its mllm, in full size, with random weights: time depends on
+the shapes, not on the values. BF16 and df11 run in the same process; for each output, the values that are not equal to
+those of BF16 to the bit are counted. The pipeline's other parts (vae, scheduler, text) are the same for both.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from benchmarks.gpu import report, weights
 from benchmarks.gpu.report import Column, Row
 from df11 import runtime
 from df11.runtime import modules
-from df11.runtime.ahead import CudaStreams
 from df11.runtime.model import SMALL
+from df11.runtime.prefetch import CudaStreams
 
 PREDICTIONS: Final = 2
-"""A step: with the text, and without, for guidance."""
+"""A step predicts twice, with the text and without, for guidance."""
 TEXT_TOKENS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """``layers`` of both models, ``tokens`` of the image (1024 x 1024 pixels: 4096), ``steps``, ``generated`` tokens of text, ``vocabulary``."""
+    """``layers`` of both models, ``tokens`` of the image (1024 x 1024 pixels: 4096), ``steps``.
+
+    ``generated``: tokens of text. ``vocabulary``: of the language model.
+    """
 
     layers: int = 32
     tokens: int = 4096
@@ -49,7 +52,7 @@ SMALLEST: Final = Size(layers=1, tokens=16, steps=1, generated=3, vocabulary=100
 
 
 def randomize(model: nn.Module, device: torch.device) -> nn.Module:
-    """Give a model of the meta device random BF16 weights with the statistics of trained ones."""
+    """Give a model on the meta device random BF16 weights with the statistics of trained ones."""
     model.to(torch.bfloat16).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -62,7 +65,7 @@ def randomize(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def compress(model: nn.Module) -> None:
-    """Compress the large weights of a model where they are, as ``load_model`` would have loaded them."""
+    """Compress the large weights of a model in place, as ``load_model`` would have loaded them."""
     records: dict[int, tuple[nn.Parameter, modules.Geometry]] = {}
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -77,7 +80,7 @@ def compress(model: nn.Module) -> None:
 
 
 def differing(found: torch.Tensor, expected: torch.Tensor) -> int:
-    """How many values, tokens or BF16 numbers to the bit, are others; all if there are not as many."""
+    """How many values differ, tokens or BF16 numbers to the bit; all of them if their number differs."""
     if found.shape != expected.shape:
         return max(found.numel(), expected.numel())
     if found.dtype == torch.bfloat16:
@@ -86,7 +89,7 @@ def differing(found: torch.Tensor, expected: torch.Tensor) -> int:
 
 
 class Bench:
-    """The models, and what is measured of them."""
+    """The models, and what is measured on them."""
 
     def __init__(self, device: torch.device, size: Size) -> None:
         self.device = device
@@ -111,26 +114,26 @@ class Bench:
         for name in (
             "BF16",
             "df11",
-            "df11, next weight decoded ahead",
+            "df11, next weight prefetched",
             "df11 again",
-            "df11, records in the processor's memory",
+            "df11, records in CPU memory",
         ):
             if name == "df11":
                 compress(model)
-            elif "ahead" in name:
+            elif "prefetched" in name:
                 if not self.real:
                     continue
-                modules.decode_ahead(model, self.device, CudaStreams(self.device))
+                modules.enable_prefetch(model, self.device, CudaStreams(self.device))
             elif "again" in name:
-                modules.decode_on_demand(model)
-            elif "processor" in name:
+                modules.disable_prefetch(model)
+            elif "CPU" in name:
                 modules.offload_records(model, self.device)
             if self.real:
                 torch.cuda.empty_cache()
             row: Row = {
                 "what": what,
                 "name": name,
-                "held_bytes": runtime.report(model).compressed + runtime.report(model).verbatim,
+                "held_bytes": runtime.memory_report(model).compressed + runtime.memory_report(model).verbatim,
             }
             run()  # Once, to warm up.
             with self._measured(row):
@@ -138,11 +141,11 @@ class Bench:
             expected = found if expected is None else expected
             row["differing"] = differing(found, expected)
             rows.append(row | {"of_bf16": row["seconds"] / rows[0]["seconds"] if rows else 1.0})
-        runtime.raise_damage(self.device)
+        runtime.check_errors(self.device)
         return rows
 
     def image(self) -> list[Row]:
-        """OmniGen2's transformer: all steps of an image, two predictions a step."""
+        """OmniGen2's transformer: all steps of an image, with two predictions per step."""
         stand_in: Any = importlib.import_module("tests.support.omnigen2_stand_in")
         config = {
             name: value
@@ -187,7 +190,7 @@ class Bench:
         return self._compare(f"{self.size.steps} steps, {self.size.tokens} tokens", model, run)
 
     def text(self) -> list[Row]:
-        """A language model of the size of OmniGen2's: generating token by token, batch 1, where each token reads all weights."""
+        """A language model of the size of OmniGen2's, generating tokens at batch 1: each reads all weights."""
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
         config = Qwen2Config(
@@ -204,7 +207,7 @@ class Bench:
         randomize(model, self.device)
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(
             self.device
-        )  # It has numbers that are no parameters.
+        )  # It has numbers that are not parameters.
         ids = torch.arange(16, device=self.device)[None]
         settings = {
             "max_new_tokens": self.size.generated,
@@ -229,13 +232,13 @@ _COLUMNS: Final = {
     "seconds": Column("s"),
     "of_bf16": Column("of BF16"),
     "differing": Column("values that differ", format=",.0f"),
-    "tokens_per_second": Column("tokens a second"),
+    "tokens_per_second": Column("tokens per second"),
     "held_bytes": Column("model, GB", 1e-9, ".2f"),
     "peak_bytes": Column("peak, GB", 1e-9, ".2f"),
 }
 _REPORT: Final = report.Report(
     name="gpu-models",
-    title="Models run from the compressed form",
+    title="Models that run compressed",
     about=(__doc__ or "").split("\n\n")[1].replace("\n", " ").strip(),
     columns=_COLUMNS,
 )
@@ -243,8 +246,8 @@ _REPORT: Final = report.Report(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time models in BF16 and from the compressed form on a GPU.")
-    parser.add_argument("--device", default="cuda", help="default: cuda; cpu tries this program out")
+    parser = argparse.ArgumentParser(description="Time models in BF16 and compressed on a GPU.")
+    parser.add_argument("--device", default="cuda", help="default: cuda; cpu only tries this program out")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="these sections")
     parser.add_argument("--steps", type=int, default=50, help="of an image (default: 50)")
     parser.add_argument("--smallest", action="store_true", help="the smallest models, to try the program out")

@@ -1,17 +1,19 @@
-"""nvCOMP's ANS as a peer, by the C interface of version 6, from the wheel nvidia-libnvcomp-cu13 (or -cu12; 30 MB, needs nothing else).
+"""nvCOMP's ANS as a peer, through the C interface of version 6.
 
-The C interface is its fastest: compressed chunks and their sizes are on the GPU already, the call launches its kernel and nothing waits, so a
-CUDA graph can hold it. (Its Python package parses headers and has to synchronise unless it is told everything, and needs a second wheel.)
-Decompression names data type and number of states and trusts its input, each of which it documents as faster.
+The library comes from the wheel nvidia-libnvcomp-cu13 (or -cu12; 30 MB, no dependencies). The C interface is its
+fastest: compressed chunks and their sizes are already on the GPU, and the call launches its kernel without waiting, so
+a CUDA graph can hold it. (The Python package parses headers, has to synchronize unless it is told everything, and needs
+a second wheel.) Decompression is told the data type and the number of states and trusts its input; each is documented
+to be faster.
 
 Two ways to store weights:
 
-* ``split``: exponents as bytes by ANS, sign/mantissa bytes as they are. ``decompress`` gives the exponents alone, which is not yet what a model
-  needs; ``interleave`` joins the two. Both must be reported: alone, and together.
-* ``whole``: its own mode for 16-bit floating-point numbers, on the weights as they are; ``decompress`` gives BF16.
+* ``split``: exponents as bytes by ANS, sign/mantissa bytes as they are. ``decompress`` gives the exponents alone, which
+  a model cannot use yet; ``interleave`` joins the two. Report both: alone, and together.
+* ``whole``: nvCOMP's mode for 16-bit floating-point numbers, on the weights as they are; ``decompress`` gives BF16.
 
-Confirmed without a GPU: the functions that only compute (sizes, alignments) take these structures by value and answer as documented for each
-data type and number of states, and refuse others.
+Confirmed without a GPU: the functions that only compute (sizes, alignments) take these structures by value, return what
+is documented for each data type and number of states, and refuse others.
 """
 
 from __future__ import annotations
@@ -34,11 +36,11 @@ ALIGNMENT: Final = 16
 
 _UCHAR: Final = 1  # NVCOMP_TYPE_UCHAR
 _FLOAT16: Final = 10  # NVCOMP_TYPE_FLOAT16: any 16-bit floating-point format
-_STATES: Final = 2  # what 0, the default, means for the compressor
+_STATES: Final = 2  # what 0, the default, stands for in the compressor
 _THREADS: Final = 256
-_JOINED: Final = 8  # weights of a thread
+_JOINED: Final = 8  # weights per thread
 
-# Thread by thread 8 exponents and 8 sign/mantissa bytes to 8 weights.
+# Each thread joins 8 exponents and 8 sign/mantissa bytes to 8 weights.
 SOURCE: Final = r"""
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -51,12 +53,14 @@ __device__ __forceinline__ u32 pair(u32 exponents, u32 others) {
     return (o & 0x00800080) << 8 | e << 7 | o & 0x007F007F;
 }
 
-extern "C" __global__ void interleave(const u8* __restrict__ exponents, const u8* __restrict__ others, u16* __restrict__ out, u64 weights) {
+extern "C" __global__ void interleave(const u8* __restrict__ exponents, const u8* __restrict__ others,
+                                      u16* __restrict__ out, u64 weights) {
     const u64 first = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (first + 8 <= weights) {
         const uint2 e = *(const uint2*)(exponents + first);
         const uint2 o = *(const uint2*)(others + first);
-        *(uint4*)(out + first) = make_uint4(pair(e.x, o.x), pair(e.x >> 16, o.x >> 16), pair(e.y, o.y), pair(e.y >> 16, o.y >> 16));
+        *(uint4*)(out + first) =
+            make_uint4(pair(e.x, o.x), pair(e.x >> 16, o.x >> 16), pair(e.y, o.y), pair(e.y >> 16, o.y >> 16));
     } else {
         for (u64 i = first; i < weights; ++i) out[i] = (u16)pair(exponents[i], others[i]);
     }
@@ -95,7 +99,7 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
     "nvcompBatchedANSCompressGetMaxOutputChunkSize": [_SIZE, _CompressOptions, _SIZE_OUT],
     "nvcompBatchedANSCompressGetTempSize": [_SIZE, _SIZE, _CompressOptions, _SIZE_OUT, _SIZE, _POINTER],
     "nvcompBatchedANSCompressAsync": [
-        *(_POINTER, _POINTER, _SIZE, _SIZE),  # chunks, their sizes, the largest, how many
+        *(_POINTER, _POINTER, _SIZE, _SIZE),  # chunks, their sizes, the largest size, number of chunks
         *(_POINTER, _SIZE, _POINTER, _POINTER),  # scratch memory, its size, compressed chunks, their sizes
         *(_CompressOptions, _POINTER, _POINTER),  # statuses, stream
     ],
@@ -107,7 +111,7 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
             _POINTER,
             _POINTER,
             _SIZE,
-        ),  # compressed chunks, their sizes, sizes of the outputs, sizes found, how many
+        ),  # compressed chunks, their sizes, output sizes, sizes found, number of chunks
         *(_POINTER, _SIZE, _POINTER),  # scratch memory, its size, outputs
         *(_DecompressOptions, _POINTER, _POINTER),  # statuses, stream
     ],
@@ -115,15 +119,16 @@ _SIGNATURES: Final[dict[str, list[Any]]] = {
 
 
 class NvcompError(RuntimeError):
-    """A call was refused, or a chunk could not be coded or decoded."""
+    """A call failed, or a chunk could not be compressed or decompressed."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompressedAns:
     """Bytes compressed in chunks, on the GPU.
 
-    ``packed``: torch.uint8, the chunks one behind the other, each at a multiple of 16; ``addresses``, ``sizes``, ``output_sizes``:
-    torch.int64 [chunks], of the chunks and of their contents in bytes; ``size``: bytes of all contents; ``data_type``: nvCOMP's number.
+    ``packed``: torch.uint8, one chunk after another, each aligned to 16 bytes. ``addresses``, ``sizes``,
+    ``output_sizes``: torch.int64 [chunks], of the chunks and of their contents in bytes. ``size``: bytes of all
+    contents. ``data_type``: nvCOMP's number.
     """
 
     packed: Any
@@ -137,7 +142,10 @@ class CompressedAns:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where chunks are decompressed to: ``out``, torch.uint8 [size]; the addresses of its chunks; scratch memory; what is found, by chunk."""
+    """Where chunks are decompressed to.
+
+    ``out``, torch.uint8 [size]; the addresses of its chunks; scratch memory; sizes and statuses by chunk.
+    """
 
     out: Any
     addresses: Any
@@ -147,9 +155,10 @@ class Target:
 
 
 class Ans:
-    """nvCOMP's ANS on a device (a torch device, its index or name). ``library``: libnvcomp.so.6; None is the installed wheel's.
+    """nvCOMP's ANS on a device (a torch device, its index or name).
 
-    Raises MissingPeerError, which says in one line what is missing.
+    ``library``: libnvcomp.so.6; None stands for that of the wheel. Raises MissingPeerError, which says in one line what
+    is missing.
     """
 
     def __init__(self, device: Any = "cuda", library: Path | None = None, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -170,13 +179,16 @@ class Ans:
         return self._compress(weights.contiguous().reshape(-1).view(self._torch.uint8), _FLOAT16)
 
     def split(self, weights: Any) -> tuple[CompressedAns, Any]:
-        """Of torch.bfloat16 weights: the exponents compressed, and the sign/mantissa bytes, torch.uint8 [n]."""
+        """Split torch.bfloat16 weights: the exponents, compressed, and the sign/mantissa bytes, torch.uint8 [n]."""
         bits = weights.contiguous().reshape(-1).view(self._torch.int16)
         exponents = ((bits >> 7) & 0xFF).to(self._torch.uint8)
         return self._compress(exponents, _UCHAR), ((bits >> 8) & 0x80 | bits & 0x7F).to(self._torch.uint8)
 
     def target(self, compressed: CompressedAns, out: Any = None) -> Target:
-        """What ``decompress`` needs besides the chunks; ``out``: torch.uint8 [size] at a multiple of 16, made if it is not given."""
+        """What ``decompress`` needs besides the chunks.
+
+        ``out``: torch.uint8 [size], aligned to 16 bytes; allocated if not given.
+        """
         torch = self._torch
         if out is None:
             out = torch.empty(compressed.size, dtype=torch.uint8, device=self.device)
@@ -187,7 +199,7 @@ class Ans:
             or out.data_ptr() % ALIGNMENT
         ):
             raise ValueError(
-                f"the output must have {compressed.size} bytes, contiguous and at a multiple of {ALIGNMENT}"
+                f"the output must have {compressed.size} bytes, contiguous and aligned to {ALIGNMENT} bytes"
             )
         chunks = len(compressed.sizes)
         scratch = ctypes.c_size_t()
@@ -209,7 +221,7 @@ class Ans:
         )
 
     def decompress(self, compressed: CompressedAns, target: Target) -> None:
-        """Start the decompression to ``target.out`` on torch's current stream; does not wait."""
+        """Start decompressing to ``target.out`` on torch's current stream; does not wait."""
         self._call(
             "nvcompBatchedANSDecompressAsync",
             *(
@@ -224,7 +236,10 @@ class Ans:
         )
 
     def interleave(self, exponents: Any, sign_mantissa: Any, out: Any) -> None:
-        """Join torch.uint8 exponents and sign/mantissa bytes to torch.bfloat16 weights, on torch's current stream; does not wait."""
+        """Join torch.uint8 exponents and sign/mantissa bytes to torch.bfloat16 weights on torch's current stream.
+
+        Does not wait.
+        """
         weights = out.numel()
         blocks = -(-weights // (_JOINED * _THREADS))
         arguments = (exponents.data_ptr(), sign_mantissa.data_ptr(), out.data_ptr(), weights)
@@ -302,7 +317,7 @@ def load_library(path: Path | None = None) -> tuple[ctypes.CDLL, str]:
     major, rest = divmod(properties[0], 1000)
     version = f"{major}.{rest // 100}.{rest % 100}"
     if status or major != MAJOR:
-        raise MissingPeerError(f"nvCOMP: version {version}, and only {MAJOR} is known here")
+        raise MissingPeerError(f"nvCOMP: version {version}, but only {MAJOR} is supported here")
     return library, version
 
 

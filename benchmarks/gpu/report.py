@@ -1,4 +1,4 @@
-"""What the programs for a GPU have in common: the machine, sections that are run one by one, results and report."""
+"""What the programs for a GPU have in common: the machine, sections that run one by one, results and report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 Row = dict[str, Any]
-"""A row of a section: ``what`` and ``name``, by what; ``seconds``; ``timing``, if timed by events; ratios; more."""
+"""A row of a section: ``what`` and ``name``; ``seconds``; ``timing``, if timed by events; ratios; more."""
 
 _RATIOS: Final[dict[str, Better]] = {
     "of_floor": "higher",
@@ -37,14 +37,14 @@ _RATIOS: Final[dict[str, Better]] = {
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of the report: its title, what numbers are multiplied by, and how they are written."""
+    """A column of the report: its title, the factor for its numbers, and their format."""
 
     title: str
     scale: float = 1
     format: str = ".3f"
 
     def cell(self, value: Any) -> str:
-        """A cell; nothing is a dash."""
+        """A cell; a dash for no value."""
         if value is None or isinstance(value, str):
             return value or "-"
         return f"{value * self.scale:{self.format}}"
@@ -52,7 +52,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is the program's own: the name of its file, the title, a paragraph, the columns that there can be."""
+    """What belongs to one program: file name, title, a paragraph, the possible columns."""
 
     name: str
     title: str
@@ -61,13 +61,13 @@ class Report:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The host, and the device: name, size, driver, versions of what stands between."""
+    """The host and the device: name, size, driver, and the versions of the software in between."""
     import torch
 
     described = results.describe()
     described["versions"]["torch"] = torch.__version__
     if device.type != "cuda":
-        return {**described, "gpu": {"name": "none, the processor"}}
+        return {**described, "gpu": {"name": "none, the CPU"}}
     properties = torch.cuda.get_device_properties(device)
     cupy: Any = importlib.import_module("cupy")
     described["versions"] |= {
@@ -112,13 +112,13 @@ def as_text(described: dict[str, Any]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
+    """A Markdown table, with numbers aligned to the right."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
 
 
 def save(name: str, machine: Row, text: str, folder: Path, found: Iterable[Result] = (), **more: Any) -> Path:
-    """Write ``<date>-<name>-<device>.json`` and ``.md``, and return the path of the latter."""
+    """Write ``<date>-<name>-<device>.json`` and ``.md``; return the path of the latter."""
     device = re.sub(r"[^a-z0-9]+", "-", machine["gpu"]["name"].lower()).strip("-")
     path = results.dated(f"{name}-{device}", folder)
     results.write(path, found, machine, **more)
@@ -128,7 +128,7 @@ def save(name: str, machine: Row, text: str, folder: Path, found: Iterable[Resul
 
 
 def refused(program: str, device: torch.device) -> int:
-    """0 if the device can decode; else the exit code, when people have been told why."""
+    """0 if the device can decode; otherwise the exit code, after saying why."""
     try:
         runtime.warm_up(device)
     except errors.Df11Error as error:
@@ -138,9 +138,10 @@ def refused(program: str, device: torch.device) -> int:
 
 
 def run(report: Report, make: Callable[[], Any], names: Iterable[str], device: torch.device, folder: Path) -> int:
-    """Run sections, methods of what ``make`` gives, and write what they found: 1 if one failed or found a difference.
+    """Run sections, methods of what ``make`` returns, and write the results: 1 if one failed or found a difference.
 
-    A section's rows can name a number of ``differing`` values; the object's ``missing`` has peers that are not there.
+    A section's rows can have a number of ``differing`` values; ``missing`` of the object lists peers that are not
+    there.
     """
     machine = describe(device)
     sections: dict[str, Row] = {}
@@ -151,7 +152,7 @@ def run(report: Report, make: Callable[[], Any], names: Iterable[str], device: t
         section: Row = {"about": (getattr(bench, name).__doc__ or "").split("\n")[0], "rows": [], "error": None}
         try:
             section["rows"] = getattr(bench, name)()
-        except Exception as error:  # The report says it, and the other sections are run.
+        except Exception as error:  # It is reported, and the other sections run.
             section["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             traceback.print_exc()
         missing |= getattr(bench, "missing", {})
@@ -182,7 +183,7 @@ def _as_markdown(report: Report, machine: dict[str, Any], sections: dict[str, Ro
 
 
 def figures(sections: dict[str, Row]) -> list[Result]:
-    """The rows in the format of all results. Rows of one name are turns: their seconds are samples."""
+    """The rows in the format of all results. Rows with the same name are repetitions: their seconds are samples."""
     found = []
     for section, content in sections.items():
         groups: dict[str, list[Row]] = {}

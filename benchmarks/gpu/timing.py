@@ -1,8 +1,8 @@
-"""Timing on the GPU, and what the programs that are timed have in common.
+"""Timing on the GPU, and what the timed programs have in common.
 
 ``time_kernel`` times one call between two events, after the second-level cache was overwritten. All that the call reads
-comes from memory; what it writes can stay in the cache, but first the bytes that the overwriting left there must go. An
-event pair with nothing between takes about as long as the shortest kernel: ``time_kernel(lambda: None)`` says how long.
+comes from memory. What it writes can stay in the cache, but the dirty bytes there must be evicted first. A pair of
+events with nothing in between takes about as long as the shortest kernel: ``time_kernel(lambda: None)`` tells how long.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, Final
 from df11.runtime import gpu
 
 CACHES: Final = 2
-"""The second-level cache counts as emptied after so many times its bytes."""
+"""The second-level cache counts as overwritten after this many times its size."""
 _HEAD_START: Final = 4_000_000
-"""Clock cycles, about 2 ms, for which the GPU waits, so that all of a call is queued when its turn comes: a host took
-43 us for a launch, and 1.3 ms for the longest call, eleven launches."""
+"""Clock cycles, about 2 ms, for which the GPU waits, so that all of a call is queued when its turn comes.
+
+A host took 43 us for a launch, and 1.3 ms for the longest call, eleven launches."""
 
 Call = Callable[[], object]
-"""What is timed: starts work on torch's current stream without waiting for it."""
+"""What is timed: launches work on torch's current stream without waiting for it."""
 
 
 class MissingPeerError(RuntimeError):
@@ -31,7 +32,7 @@ class MissingPeerError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one call: the median, the least and the most of so many samples."""
+    """Seconds per call: median, minimum and maximum of this many samples."""
 
     median: float
     minimum: float
@@ -40,12 +41,12 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Timing:
-        """Of the seconds of the samples."""
+        """From the seconds of the samples."""
         values = sorted(seconds)
         return cls(statistics.median(values), values[0], values[-1], len(values))
 
     def bandwidth(self, size: int) -> float:
-        """Bytes a second by the median, if a call moves ``size`` bytes."""
+        """Bytes per second by the median, if a call moves ``size`` bytes."""
         return size / self.median
 
 
@@ -74,5 +75,5 @@ def cache_bytes() -> int:
 
 
 def cupy_stream(device: Any) -> Any:
-    """Torch's current stream of a torch device, for ``with``: what CuPy launches inside goes there. The device must be CuPy's current one."""
+    """For ``with``: CuPy launches on torch's current stream of the device, which must be CuPy's current device."""
     return gpu.current_stream(importlib.import_module("cupy"), device)

@@ -1,4 +1,4 @@
-"""Variants of decode.cu, each one change, to be timed beside it: what a choice is worth on the GPU at hand."""
+"""Variants of decode.cu with one change each, timed next to it: what a choice is worth on this GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ CHANGES: Final[dict[str, list[tuple[str, str]]]] = {
     "sign/mantissa bytes loaded 2 chunks ahead": [(r"decode_whole<4,", "decode_whole<2,")],
     "sign/mantissa bytes loaded 8 chunks ahead": [(r"decode_whole<4,", "decode_whole<8,")],
     "loads without a hint": [(r"__ldcs\(source", "__ldg(source")],
-    "stores that say that nothing is used again": [
+    "stores with the hint that nothing is reused": [
         (r"target\[i \* LANES\] = (join_chunk\(pairs, now\[i\]\));", r"__stcs(target + i * LANES, \1);")
     ],
-    "at least 4 blocks a multiprocessor": [
+    "at least 4 blocks per multiprocessor": [
         (r"__launch_bounds__\(WIDE_THREADS\)", "__launch_bounds__(WIDE_THREADS, 4)")
     ],
 }
-"""Name -> regular expressions and what replaces them; each must match at least once."""
+"""Name -> regular expressions and their replacements; each must match at least once."""
 
 
 def source(name: str) -> str:
@@ -29,5 +29,5 @@ def source(name: str) -> str:
     for pattern, replacement in CHANGES[name]:
         text, count = re.subn(pattern, replacement, text)
         if not count:
-            raise ValueError(f"decode.cu has nothing like {pattern!r} any more")
+            raise ValueError(f"decode.cu no longer has anything like {pattern!r}")
     return text

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     import torch
 
 SIGMA: Final = 0.02
-_PIECE: Final = 1 << 26
+_BLOCK: Final = 1 << 26
 _encoders: Final = threading.local()
 
 
 def gaussian(count: int, seed: int, device: str | torch.device) -> torch.Tensor:
-    """BF16 [count] on the device, Gaussian as the weights of a matrix."""
+    """BF16 [count] on the device, Gaussian like the weights of a matrix."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
     out = torch.empty(count, dtype=torch.bfloat16, device=device)
-    for start in range(0, count, _PIECE):
-        part = out[start : start + _PIECE]
+    for start in range(0, count, _BLOCK):
+        part = out[start : start + _BLOCK]
         part.copy_(torch.randn(len(part), generator=generator, device=device).mul_(SIGMA))
     return out
 
@@ -47,7 +47,7 @@ def random_bits(count: int, seed: int, device: str | torch.device) -> torch.Tens
 
 
 def spread(count: int, seed: int, device: str | torch.device) -> torch.Tensor:
-    """BF16 [count] on the device with exponents of 3.6 bits, as the outlier layers of OmniGen2's language model have."""
+    """BF16 [count] on the device with exponents of 3.6 bits, like the outlier layers of OmniGen2's language model."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
@@ -59,7 +59,7 @@ def spread(count: int, seed: int, device: str | torch.device) -> torch.Tensor:
 
 
 def encode(weights: torch.Tensor) -> Bytes:
-    """The record of BF16 weights, as the converter makes it, on all cores."""
+    """The record of BF16 weights, made by the converter's code on all cores."""
     import torch
 
     values: Weights = weights.reshape(-1).view(torch.int16).cpu().numpy().view(np.uint16)
@@ -90,7 +90,7 @@ def compress(weights: torch.Tensor) -> runtime.CompressedTensor:
 
 
 def block_shapes(layer: int = 0) -> dict[str, tuple[int, int]]:
-    """Name and shape of the matrices of a block of OmniGen2's transformer."""
+    """Name and shape of each matrix of a block of OmniGen2's transformer."""
     shapes: dict[str, tuple[int, int]] = {}
     for file, tensors in synthetic.omnigen2()["files"].items():
         if file.startswith("transformer/"):

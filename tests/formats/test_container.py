@@ -1,4 +1,4 @@
-"""Containers: every tensor comes back, by rows and by threads too; what the safetensors library sees; damage only ever raises a Df11Error."""
+"""Containers: every tensor comes back, by rows and in threads too; what safetensors sees; damage raises a Df11Error."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def read_all(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 def test_what_is_converted_is_read(folder: Path, file: strategies.SafetensorsFile) -> None:
     source, target = folder / "a.safetensors", folder / "a.df11"
     source.write_bytes(file.data)
-    df11.convert(source, target, jobs=1, force=True)
+    df11.convert(source, target, threads=1, force=True)
     assert read_all(target) == file.tensors
     assert reference.decode_file(target.read_bytes()) == {
         name: content for name, (_, _, content) in file.tensors.items()
@@ -81,7 +81,7 @@ def test_what_is_converted_is_read(folder: Path, file: strategies.SafetensorsFil
 def test_the_safetensors_library_reads_the_container(folder: Path, file: strategies.SafetensorsFile) -> None:
     source, target = folder / "b.safetensors", folder / "b.df11"
     source.write_bytes(file.data)
-    df11.convert(source, target, jobs=1, force=True)
+    df11.convert(source, target, threads=1, force=True)
     stored = {
         name: (value["dtype"], bytes(value["data"])) for name, value in safetensors.deserialize(target.read_bytes())
     }
@@ -214,7 +214,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, *_: object, **__: object) -> None:  # Root may read whatever the permissions are.
+    def refuse(path: Path, *_: object, **__: object) -> None:  # Root may read regardless of permissions.
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(container_module, "open", refuse, raising=False)
@@ -233,16 +233,16 @@ def test_refusing_a_file_closes_it(small: Path, tmp_path: Path) -> None:
     assert now == lowest
 
 
-def test_verbatim_chunks(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container_module, "CHUNK_BYTES", 16)
+def test_verbatim_blocks(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container_module, "BLOCK_BYTES", 16)
     with df11.open(small) as container:
-        assert [chunk.tobytes() for chunk in container.verbatim_chunks("numbers")] == [
+        assert [block.tobytes() for block in container.verbatim_blocks("numbers")] == [
             bytes(range(16)),
             bytes(range(16, 32)),
             bytes(range(32, 40)),
         ]
         assert container.tensor("numbers").tobytes() == bytes(range(40))
-        assert list(container.verbatim_chunks("empty")) == []
+        assert list(container.verbatim_blocks("empty")) == []
 
 
 def test_threads_share_a_container(folder: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_file_that_shrinks(small: Path, tmp_path: Path) -> None:
     path.write_bytes(small.read_bytes())
     with df11.open(path) as container:
         os.truncate(path, container.size - 60)
-        with pytest.raises(errors.TruncatedFileError, match="shorter"):
+        with pytest.raises(errors.TruncatedFileError, match="truncated"):
             container.tensor("numbers")
 
 
@@ -395,7 +395,7 @@ def test_a_source_header_larger_than_it_says_is_refused(tmp_path: Path, with_siz
     tracemalloc.start()
     try:
         with df11.open(path) as container, pytest.raises(errors.SourceHeaderError):
-            container.source_header  # noqa: B018 - read and checked when first asked for
+            container.source_header  # noqa: B018 - read and checked on first access
         assert tracemalloc.get_traced_memory()[1] < 1 << 24
     finally:
         tracemalloc.stop()

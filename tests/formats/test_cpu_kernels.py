@@ -1,4 +1,4 @@
-"""The CPU kernels: no byte out of bounds whatever they are given, the same bytes with and without a CPU's own instructions, arguments checked."""
+"""The CPU kernels: no access out of bounds on any input, the same bytes with and without special instructions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from df11 import _kernels
 from tests.support import commands, cpu_kernels, sources, strategies
 
 HOSTILE = 1500
-"""Damaged segments that each build is given."""
+"""Damaged segments given to each build."""
 
 
 @pytest.fixture(scope="module")
 def asked() -> list[tuple[bytes, bytes]]:
-    """Questions, and what the extension of this process answers."""
+    """Questions, and the answers of this process's extension."""
     damaged = (cpu_kernels.damaged_segment(10_000 + number) for number in range(HOSTILE))
     return cpu_kernels.questions(1) + [cpu_kernels.ask_to_decode(segment) for segment in damaged if segment is not None]
 
@@ -73,7 +73,7 @@ def test_the_questions_meet_every_status(asked):
 
 
 def test_a_byte_too_far_is_noticed(tmp_path):
-    """What these tests rest on: the same program, with one load too far, ends."""
+    """What these tests rest on: the same program, with one load out of bounds, ends."""
     folder = tmp_path / "formats"
     shutil.copytree(cpu_kernels.ROOT / "formats", folder, ignore=shutil.ignore_patterns("__pycache__"))
     source = (folder / "decode.c").read_text()
@@ -109,7 +109,7 @@ def words(count: int, dtype: type = np.uint8) -> np.ndarray:
 SEGMENT, OUT = words(4096), words(100, np.uint16)
 TABLE = _kernels.build_decode_table(np.frombuffer(bytes([127, 1]), np.uint8), 1)
 SOUND = (SEGMENT, TABLE, 100, 1, 48, 64, 96, 208, 0, 1, OUT)
-"""A segment of 100 weights whose sections fit; what is in it is damaged."""
+"""A segment of 100 weights whose sections fit, with damaged content."""
 
 
 def test_a_damaged_segment_of_sound_sizes_is_taken():
@@ -160,7 +160,7 @@ def test_a_section_must_be_whole():
 
 
 def test_an_encoder_serves_one_thread_at_a_time():
-    """Others get an error: the interpreter lock, which is let go, does not keep them away."""
+    """Other threads get an error: the interpreter lock, which is released, does not keep them out."""
     encoder, failed = _kernels.new_encoder(), []
     weights = [strategies.make("gaussian", 1 << 21, seed) for seed in range(4)]
     expected = [_kernels.build_code(_kernels.new_encoder(), part) for part in weights]
@@ -201,7 +201,7 @@ def test_encoding_refuses_what_does_not_fit():
 
 
 def test_a_container_is_the_same_with_portable_code(tmp_path):
-    """The whole of a conversion, hashing included, on a CPU without any of the instructions."""
+    """A whole conversion, hashing included, on a CPU without any of the instructions."""
     rng = np.random.default_rng(5)
     tensors = [
         sources.Tensor(flavour, "BF16", (70_001,), strategies.make(flavour, 70_001, 7).tobytes())

@@ -1,4 +1,4 @@
-"""safetensors framing: what it accepts, the safetensors library accepts too and reads the same; what it refuses, it refuses with its own errors."""
+"""safetensors framing: what is accepted, safetensors itself reads the same; what is refused gets df11's own errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ VALUES = st.recursive(
 
 
 def agreed(header: bytes, data: bytes) -> None:
-    """Either df11 refuses with an error of its own, or it reads what safetensors reads."""
+    """Either df11 refuses with its own error, or it reads what safetensors reads."""
     try:
         parsed = parse(header, len(data))
     except errors.Df11Error as error:
@@ -123,8 +123,18 @@ def test_any_bytes(header: bytes) -> None:
         (b"", 0, errors.HeaderJsonError),
         (b"[]", 0, errors.HeaderJsonError),
         (b'{"a":1}', 0, errors.HeaderJsonError),
-        (b"{" * 100_000, 0, errors.HeaderJsonError),
-        (b'{"__metadata__":' + b"[" * 100_000, 0, errors.HeaderJsonError),
+        (b"{" * 100_000, 0, errors.LimitError),
+        (b'{"a":' + b"[" * 5_000, 0, errors.LimitError),
+        (b'{"__metadata__":' + b"[" * 100_000, 0, errors.LimitError),
+        (b'{"__metadata__":{"a":NaN}}', 0, errors.HeaderJsonError),
+        (b'{"a":{"dtype":"I16","shape":[-0],"data_offsets":[0,0]}}', 0, errors.HeaderJsonError),
+        (json.dumps({"a": {**TENSOR, "x": {"a": "\ud800"}}}).encode(), 4, errors.HeaderJsonError),
+        (
+            json.dumps({"a": {**TENSOR, "shape": [0, 2**31, 2**31], "data_offsets": [0, 0]}}).encode(),
+            0,
+            errors.LimitError,
+        ),
+        (json.dumps({"a": {**TENSOR, "shape": [2**62] * 40}}).encode(), 4, errors.LimitError),
         (b'{"__metadata__":{"a":' + b"9" * 10_000 + b"}}", 0, errors.HeaderJsonError),
         (b'{"__metadata__":{"a":"1","a":"1"}}', 0, errors.HeaderJsonError),
         (json.dumps({"a": {**TENSOR, "shape": [2.0]}}).encode(), 4, errors.HeaderJsonError),
@@ -142,6 +152,34 @@ def test_refused(header: bytes, data_size: int, error: type[errors.Df11Error]) -
         parse(header, data_size)
     assert type(caught.value) is error
     assert caught.value.file == "file"
+
+
+def test_extra_members_are_ignored_as_safetensors_does() -> None:
+    nested: list[object] = []
+    for _ in range(124):
+        nested = [nested]
+    for extra, fine in ((nested, True), ([nested], False)):
+        header = json.dumps({"a": {**TENSOR, "x": extra}}).encode()
+        if fine:
+            assert parse(header, 4).entries[0].elements == 2
+            assert list(stock(len(header).to_bytes(8, "little") + header + bytes(4))) == ["a"]
+        else:
+            with pytest.raises(errors.LimitError, match="nested too deeply"):
+                parse(header, 4)
+            with pytest.raises(safetensors.SafetensorError, match="recursion limit"):
+                stock(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
+@pytest.mark.parametrize("unit", [b"[],", b'{"":0},', b"[[[[[[[[]]]]]]]],"])
+def test_memory_of_a_header_is_a_multiple_of_its_size(unit: bytes) -> None:
+    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":[' + unit * (3_000_000 // len(unit)) + b"0]}}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.LimitError, match="too many values"):
+            parse(header, 1)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_64_dimensions_are_fine() -> None:
@@ -197,7 +235,7 @@ def test_files_refused(tmp_path: Path, content: bytes, error: type[errors.Df11Er
     try:
         with pytest.raises(errors.Df11Error) as caught:
             open_file(path)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20  # Sizes are checked before memory is taken.
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20  # Sizes are checked before memory is allocated.
     finally:
         tracemalloc.stop()
     assert type(caught.value) is error
@@ -214,8 +252,24 @@ def test_a_file_cut_short_is_refused(
         open_file(path)
 
 
+class Halving(io.FileIO):
+    """A file of which one call reads half of what it is asked for."""
+
+    def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
+        assert size is not None
+        return super().read((size + 1) // 2)
+
+
+@given(strategies.safetensors_files(largest=50))
+def test_short_reads_go_on(tmp_path_factory: pytest.TempPathFactory, file: strategies.SafetensorsFile) -> None:
+    path = tmp_path_factory.mktemp("short") / "a.safetensors"
+    path.write_bytes(file.data)
+    with Halving(path) as opened:
+        assert framing.read_header(opened, path) == open_file(path)
+
+
 class Shrinking(io.FileIO):
-    """A file that loses its end after its size was asked for."""
+    """A file that loses its end after its size was read."""
 
     def readall_after(self, change: Callable[[], None]) -> None:
         self.change = change

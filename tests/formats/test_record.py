@@ -1,4 +1,4 @@
-"""Records and segments: every way to decode gives back the weights, and damage only ever raises a Df11Error."""
+"""Records and segments: every way to decode restores the weights, and damage only ever raises a Df11Error."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def test_compare_finds_any_difference(data: st.DataObject, weights: Weights) -> 
     st.integers(0, 255),
 )
 def test_any_legal_code_decodes(lengths: dict[int, int], size: int, seed: int, pad: int) -> None:
-    # What our encoder would not make: any code, exceptions that it could have coded, any padding. A complete code is a distribution of pairs.
+    # What our encoder would not make: any code, exceptions that could have been coded, any padding. A complete code is
+    # a distribution of pairs.
     rng = np.random.default_rng(seed)
     pairs = rng.choice(
         list(lengths), size // 2 + 1, p=None if len(lengths) == 1 else [2.0**-length for length in lengths.values()]
@@ -149,7 +150,7 @@ def test_flipped_bytes_are_found(weights: Weights, changes: list[tuple[int, int]
     record = encode_record(weights, 8192)
     damaged = flipped(record, changes)
     assume(damaged != record)
-    with pytest.raises(errors.FormatError):  # Every byte of a record is under a checksum.
+    with pytest.raises(errors.FormatError):  # Every byte of a record is covered by a checksum.
         read_all(damaged)
 
 
@@ -183,7 +184,7 @@ def test_random_bytes_are_refused(data: bytes) -> None:
 
 
 class Guarded:
-    """Memory that ends, or starts, where nothing may be read: a kernel that leaves it kills the process."""
+    """Memory with a forbidden page at its start or end: a kernel that leaves it is killed."""
 
     def __init__(self, size: int) -> None:
         page = mmap.PAGESIZE
@@ -222,7 +223,8 @@ def test_damage_never_makes_the_decoder_read_elsewhere(
 
 @pytest.mark.parametrize("weights", [8192, 8192 + 256, 257])
 def test_lanes_that_run_on_stay_in_the_segment(guarded: Guarded, weights: int) -> None:
-    # All bits are ones, which are codes of 12 bits, and all lanes say that they have one bit for each code: they would go on for 176 bytes.
+    # All bits are ones, which are codes of 12 bits, and all lanes claim one bit per code: they would run on for 176
+    # bytes.
     lengths = forge.staircase(range(13))
     codes = dict.fromkeys(lengths, "1")
     segment = forge.coded_segment([0] * weights, lengths, codes=codes, pad=0xFF)
@@ -232,7 +234,7 @@ def test_lanes_that_run_on_stay_in_the_segment(guarded: Guarded, weights: int) -
 
 
 def test_the_largest_lies_allocate_nothing() -> None:
-    # 5 MB that say to hold 2**40 weights.
+    # 5 MB that claim to hold 2**40 weights.
     count = 1 << 16
     segment = forge.raw_segment([0] * 8)
     header = {

@@ -1,8 +1,8 @@
-"""A second encoder, as plain as the reference decoder: records and containers made by hand, for vectors and tests.
+"""A second encoder, as simple as the reference decoder: records and containers made by hand, for vectors and tests.
 
-It shares nothing with df11.converter but the structures of df11.formats.layout, which tests/formats/test_spec.py holds against SPEC.md, and it can
-make what the reference writer never makes: any legal code, order and padding, and files that break one rule.
-"""
+It shares nothing with df11.converter but the structures of df11.formats.layout, which tests/formats/test_spec.py checks
+against SPEC.md. It can make what the reference writer never makes: any legal code, order and padding, and files that
+break one rule."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def u16s(weights: Iterable[int]) -> bytes:
 
 
 def padded(data: bytes, pad: int = 0, alignment: int = 16) -> bytes:
-    """``data``, and bytes ``pad`` up to a multiple of ``alignment``."""
+    """``data``, padded with bytes ``pad`` to a multiple of ``alignment``."""
     return data + bytes([pad]) * (-len(data) % alignment)
 
 
@@ -49,7 +49,7 @@ def padded(data: bytes, pad: int = 0, alignment: int = 16) -> bytes:
 
 
 def balanced(symbols: Collection[int]) -> dict[int, int]:
-    """A complete code whose lengths differ by one at most; a single symbol gets length 1."""
+    """A complete code whose lengths differ by at most one; a single symbol gets length 1."""
     ordered = sorted(symbols)
     if len(ordered) == 1:
         return {ordered[0]: 1}
@@ -64,7 +64,7 @@ def staircase(symbols: Sequence[int]) -> dict[int, int]:
 
 
 def canonical_codes(lengths: Lengths) -> dict[int, str]:
-    """The canonical code of each symbol, as text of 0 and 1, its first bit first."""
+    """The canonical code of each symbol, as text of 0 and 1, first bit first."""
     codes = {}
     code = previous = 0
     for length, value in sorted((length, value) for value, length in lengths.items()):
@@ -110,8 +110,9 @@ class Tile:
 
 @functools.cache
 def _stand_in(wanted: tuple[int, ...], codes: tuple[tuple[int, int], ...]) -> int:
-    # The coded symbol for a pair without a code, or for what exists of one: the shortest code that shares an exponent with it (if as short,
-    # the first exponent), else the shortest code. codes: (symbol, length) from short to long, then by symbol.
+    # The coded symbol for a pair without a code, or for its only existing weight: the shortest code that shares an
+    # exponent with it (on a tie, the first exponent), else the shortest code. codes: (symbol, length), by length, then
+    # by symbol.
     sharing = [
         (length, place, value)
         for place, e in enumerate(wanted)
@@ -152,7 +153,8 @@ def coded_segment(
 ) -> bytes:
     """A coded segment.
 
-    ``pad``: value of padding bytes; ``codes``: instead of the canonical ones; ``edit`` changes the tiles; ``fields`` of the header.
+    ``pad``: value of padding bytes. ``codes``: to use instead of the canonical ones. ``edit`` changes the tiles.
+    ``fields``: of the header.
     """
     tiles = [
         encode_tile(weights[first : first + 8192], codes or canonical_codes(lengths))
@@ -219,7 +221,10 @@ def record(
     entry: Mapping[str, int] | None = None,
     **fields: int | bytes,
 ) -> bytes:
-    """A record of (segment, its weights); ``entry`` changes fields of the last directory entry, ``fields`` those of the record header."""
+    """A record of (segment, its weights) pairs.
+
+    ``entry`` changes fields of the last directory entry, ``fields`` those of the record header.
+    """
     position = 48 + 32 * len(segments)
     directory = b""
     for place, (segment, weights) in enumerate(segments):
@@ -248,7 +253,7 @@ def record(
 
 
 def resealed(data: bytes) -> bytes:
-    """A record whose bytes were changed, with all checksums of stored bytes right again where its directory still makes sense."""
+    """A record with changed bytes, and corrected checksums of stored bytes where its directory still makes sense."""
     changed = bytearray(data)
     count = layout.RECORD_HEADER.unpack(changed)["segment_count"]
     end = 48 + 32 * count
@@ -270,7 +275,10 @@ def resealed(data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to store. ``stored``: its record, or its own bytes if verbatim; ``exact``: if it was cast, whether that lost nothing."""
+    """A tensor to store.
+
+    ``stored``: its record, or its own bytes if verbatim. ``exact``: if it was cast, whether nothing was lost.
+    """
 
     name: str
     dtype: str
@@ -279,7 +287,7 @@ class Tensor:
     stored: bytes | None = None
     exact: bool | None = None
     source: bytes | None = None
-    """The bytes in the source, if not ``decoded``."""
+    """The bytes in the source, if they are not ``decoded``."""
 
     @property
     def source_bytes(self) -> bytes:
@@ -303,13 +311,26 @@ def compact(value: object) -> bytes:
 
 
 def raw_frame(data: bytes) -> bytes:
-    """A Zstandard frame that stores ``data`` as it is (RFC 8878), so that it does not depend on the release of a compressor."""
+    """A Zstandard frame that stores ``data`` uncompressed (RFC 8878), independent of a compressor's release."""
     blocks = [data[start : start + (1 << 17)] for start in range(0, len(data), 1 << 17)] or [b""]
     stored = b"".join(
         (len(block) << 3 | (place == len(blocks) - 1)).to_bytes(3, "little") + block
         for place, block in enumerate(blocks)
     )
     return bytes.fromhex("28b52ffd a0") + len(data).to_bytes(4, "little") + stored
+
+
+def padded_frame(data: bytes, size: int) -> bytes:
+    """The same with spaces behind, up to ``size`` bytes, in blocks of one repeated byte."""
+    frame = raw_frame(data)
+    last = len(frame) - len(data) - 3  # Where the header of its only block is.
+    frame = frame[:5] + size.to_bytes(4, "little") + bytes([frame[last] & 0xFE]) + frame[last + 1 :]
+    left = size - len(data)
+    while left:
+        count = min(left, 1 << 17)
+        left -= count
+        frame += (count << 3 | 2 | (not left)).to_bytes(3, "little") + b" "
+    return frame
 
 
 def safetensors_file(
@@ -338,7 +359,10 @@ def container(
     edit: Callable[[dict[str, Any]], None] = unchanged,
     alignment: int = 64,
 ) -> bytes:
-    """A `.df11` file of the tensors in the given order; ``edit`` changes its header before it is written, ``alignment`` that of the data."""
+    """A `.df11` file of the tensors in the given order.
+
+    ``edit`` changes its header before it is written; ``alignment``: that of the data.
+    """
     default_header, default_data = safetensors_file(tensors)
     source_header = default_header if source_header is None else source_header
     source_data = default_data if source_data is None else source_data
@@ -386,7 +410,7 @@ def container(
 
 
 def with_header(header: bytes, data: bytes, alignment: int = 64) -> bytes:
-    """A safetensors file; the header is padded so that the data start at a multiple of ``alignment``."""
+    """A safetensors file. Its header is padded so that the data starts at a multiple of ``alignment``."""
     header = padded(bytes(8) + header, 0x20, alignment)[8:]
     return len(header).to_bytes(8, "little") + header + data
 

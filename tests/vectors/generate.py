@@ -1,4 +1,4 @@
-"""Make every golden and must-fail file and their index: ``python -m tests.vectors.generate`` writes them beside this file."""
+"""Make every golden and must-fail file and their index: ``python -m tests.vectors.generate`` writes them here."""
 
 from __future__ import annotations
 
@@ -7,41 +7,82 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+import zstandard
+
+from df11.formats import reference
 from tests.vectors.make_golden import MAKERS
 from tests.vectors.make_must_fail import CASES
 
 FOLDER: Final = Path(__file__).parent
 INDEX: Final = "index.json"
+COMPRESSED: Final = ".zst"
+MOST_UNCOMPRESSED: Final = 1 << 20
+"""Bytes of a file that is stored as it is."""
 
 
 def build() -> dict[str, bytes]:
-    """Every file: its path from this folder -> its bytes."""
+    """Every file: its path in this folder -> its bytes, uncompressed."""
     files: dict[str, bytes] = {}
     index: dict[str, list[dict[str, Any]]] = {"golden": [], "must_fail": []}
     for golden in [make() for make in MAKERS]:
-        files[f"golden/{golden.name}.df11"] = golden.file
-        tensors = {name: hashlib.sha256(content).hexdigest() for name, content in golden.tensors.items()}
+        path = f"golden/{golden.name}.df11" + (COMPRESSED if len(golden.file) > MOST_UNCOMPRESSED else "")
+        files[path] = golden.file
+        container = reference.open_file(golden.file)
         index["golden"].append(
             {
                 "name": golden.name,
+                "file": path,
                 "about": golden.about,
                 "sha256": hashlib.sha256(golden.file).hexdigest(),
-                "tensors": tensors,
+                "source": {
+                    "sha256": container.source["sha256"],
+                    "restorable": all(value.get("exact", True) for value in container.tensors.values()),
+                },
+                "tensors": {
+                    name: {
+                        "dtype": container.tensors[name]["dtype"],
+                        "shape": container.tensors[name]["shape"],
+                        "sha256": hashlib.sha256(content).hexdigest(),
+                    }
+                    for name, content in golden.tensors.items()
+                },
             }
         )
     for case in CASES:
-        files[f"must_fail/{case.name}.df11"] = case.file
+        path = f"must_fail/{case.name}.df11"
+        files[path] = case.file
         index["must_fail"].append(
             {
                 "name": case.name,
+                "file": path,
                 "rule": case.rule,
+                "stage": stage_of(case.file),
                 "error": case.error.__name__,
-                "reference": case.reference,
                 "sha256": hashlib.sha256(case.file).hexdigest(),
             }
         )
     files[INDEX] = json.dumps(index, ensure_ascii=False, indent=1).encode() + b"\n"
     return files
+
+
+def stage_of(file: bytes) -> str:
+    """When a file is to be refused: SPEC.md, section 12."""
+    try:
+        container = reference.open_file(file)
+    except reference.FormatError:
+        return "open"
+    try:
+        for name in container.entries:
+            reference.decode_tensor(container, name)
+    except reference.FormatError:
+        return "decode"
+    return "restore"
+
+
+def read(path: str) -> bytes:
+    """The bytes of a stored file, uncompressed."""
+    data = (FOLDER / path).read_bytes()
+    return zstandard.ZstdDecompressor().decompress(data) if path.endswith(COMPRESSED) else data
 
 
 def main() -> None:
@@ -52,12 +93,14 @@ def main() -> None:
             (FOLDER / path).unlink()
     for path, data in files.items():
         (FOLDER / path).parent.mkdir(exist_ok=True)
+        if path.endswith(COMPRESSED):
+            data = zstandard.ZstdCompressor(level=19).compress(data)
         (FOLDER / path).write_bytes(data)
 
 
 def stored() -> set[str]:
-    """The paths of the files that are there."""
-    return {path.relative_to(FOLDER).as_posix() for path in [*FOLDER.glob("*/*.df11"), *FOLDER.glob(INDEX)]}
+    """The paths of the existing files."""
+    return {path.relative_to(FOLDER).as_posix() for path in [*FOLDER.glob("*/*.df11*"), *FOLDER.glob(INDEX)]}
 
 
 if __name__ == "__main__":

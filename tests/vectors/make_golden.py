@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import df11
-from df11.formats import framing
+from df11.formats import framing, layout
 from tests.vectors import forge
 
 NAN_PAYLOADS: Final = (0x7F81, 0x7FC0, 0x7FFF, 0xFF81, 0xFFFF)
@@ -34,7 +34,7 @@ MAKERS: Final[list[Callable[[], Golden]]] = []
 
 
 def golden(make: Callable[[], tuple[bytes, Sequence[forge.Tensor]]]) -> Callable[[], Golden]:
-    """Register a maker; its name is the file's, its docstring says what it is about."""
+    """Register a maker; its name is the file's, its docstring says what the file is about."""
 
     def maker() -> Golden:
         file, tensors = make()
@@ -50,13 +50,13 @@ def golden(make: Callable[[], tuple[bytes, Sequence[forge.Tensor]]]) -> Callable
 
 
 def weights_of(symbols: Sequence[int], mantissas: Callable[[int], int] = lambda i: 37 * i & 0xFF) -> list[int]:
-    """Two weights a symbol; the sign/mantissa byte of weight i is ``mantissas(i)``."""
+    """Two weights per symbol; the sign/mantissa byte of weight i is ``mantissas(i)``."""
     exponents = [e for value in symbols for e in (value & 255, value >> 8)]
     return [(mantissas(i) & 0x80) << 8 | e << 7 | mantissas(i) & 0x7F for i, e in enumerate(exponents)]
 
 
 def drawn(lengths: forge.Lengths, count: int, seed: int) -> list[int]:
-    """Random symbols, each as often as its code is short. Only random(), whose values no release of Python changes, is used."""
+    """Random symbols, each as frequent as its code is short. Uses random() alone, which no Python release changes."""
     rng = random.Random(seed)
     codes = {code: value for value, code in forge.canonical_codes(lengths).items()}
     symbols = []
@@ -69,7 +69,7 @@ def drawn(lengths: forge.Lengths, count: int, seed: int) -> list[int]:
 
 
 def gaussian(count: int, seed: int, scale: float = 0.02) -> list[float]:
-    """Numbers that are about normally distributed."""
+    """Numbers with an approximately normal distribution."""
     rng = random.Random(seed)
     return [scale * (sum(rng.random() for _ in range(12)) - 6) for _ in range(count)]
 
@@ -138,7 +138,7 @@ def special_weights() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def single_code() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """A table with one code, of length 1. Both bits stand for its pair: one tensor has only 0 bits, the other only 1 bits."""
+    """A table with one code, of length 1. Both bits stand for its pair: one tensor has only 0 bits, one only 1 bits."""
     pair = forge.symbol(127, 127)
     weights = weights_of([pair] * 200)
     return file_of(coded("zeros", weights, {pair: 1}), coded("ones", weights, {pair: 1}, codes={pair: "1"}))
@@ -182,7 +182,7 @@ def odd_alphabet() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def chunk_sizes() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """Coded segments of 511, 512 and 513 weights: a last weight without a partner, a full last chunk, a last chunk of one weight."""
+    """Coded segments of 511, 512, 513 weights: no partner for the last weight, full last chunk, one of one weight."""
     lengths = forge.balanced(PAIRS[:4])
     weights = weights_of(drawn(lengths, 257, 3))
     return file_of(*(coded(f"w.{count}", weights[:count], lengths) for count in (511, 512, 513)))
@@ -198,7 +198,7 @@ def tile_sizes() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def exceptions() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """Exceptions on the first, the second and both weights of a pair, on the last weight, which has no partner, and on all weights of a lane."""
+    """Exceptions on the first, second and both weights of a pair, on a last weight without partner, on a whole lane."""
     lengths = forge.balanced(PAIRS[:4])
     weights = weights_of(drawn(lengths, 4151, 5), lambda i: i >> 4 & 0xFF)[:-1]
     for at in (0, 301, 510, 511, 8190, 8200, len(weights) - 1):
@@ -242,7 +242,7 @@ def padding() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def unknown_keys() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """Keys of the metadata and members of its objects that version 1 does not know, to be ignored."""
+    """Metadata keys and members of their objects that version 1 does not know, to be ignored."""
 
     def add(header: dict[str, Any]) -> None:
         header["__metadata__"] |= {"format": "pt", "df11.later": "{"}
@@ -256,7 +256,7 @@ def unknown_keys() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def unsorted_header() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """The header of the container, and that of the source, list the tensors in another order than their data; both are padded."""
+    """Container and source headers that list tensors in another order than their data; both are padded."""
     lengths = forge.balanced(PAIRS[:4])
     tensors = [
         coded("a", weights_of(drawn(lengths, 200, 11)), lengths),
@@ -278,7 +278,7 @@ def unsorted_header() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def cast() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """Tensors cast from F32, in records and verbatim: exact ones, and one that was rounded, so that the source cannot be written back."""
+    """Tensors cast from F32, in records and verbatim, one of them rounded, so that the source cannot be restored."""
     lengths = forge.balanced(PAIRS)
     weights = weights_of(drawn(lengths, 300, 12))
     stored = coded("", weights, lengths).stored
@@ -293,7 +293,7 @@ def cast() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def cast_exact() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """Tensors cast from F32 that are all exact: the source, with 16 zero bits below each weight, can be written back."""
+    """Tensors cast from F32 that are all exact: the source, with 16 zero bits below each weight, can be restored."""
     lengths = forge.balanced(PAIRS[:3])
     weights = weights_of(drawn(lengths, 300, 13))
     few = [weight for weight in SPECIAL if weight & 0x7FFF <= 0x7F80] + [0xFFFF]
@@ -307,20 +307,149 @@ def cast_exact() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 
 def widened(weights: Sequence[int], low: int = 0) -> bytes:
-    """F32 values: the weights and, below, the 16 bits ``low``."""
+    """F32 values: the weights above the 16 bits ``low``."""
     return struct.pack(f"<{len(weights)}I", *(weight << 16 | low for weight in weights))
 
 
-# What the writer makes. These files hold the encoder's choices: they change when it does.
+@golden
+def exceptions_alone() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """Exceptions whose sign/mantissa byte is not the weight's own, and exceptions that were not needed."""
+    lengths = forge.balanced(PAIRS[:4])
+    weights = weights_of(drawn(lengths, 200, 20), lambda i: 91 * i & 0xFF)
+    weights[77], weights[256] = 0xFF81, 0x0001
+    needless = [(8, weights[8]), (9, weights[9]), (399, weights[399])]
+
+    def add(tiles: list[forge.Tile]) -> None:
+        tiles[0].exceptions.extend(needless)
+        tiles[0].exceptions.sort(key=lambda listed: (listed[0] // 8 % 32, listed[0]))
+
+    segment = bytearray(forge.coded_segment(weights, lengths, edit=add))
+    start = layout.SEGMENT_HEADER.unpack(segment)["sign_mantissa_offset"]
+    for at in (77, 256, 9):
+        segment[start + at] ^= 0xD3
+    return file_of(forge.bf16("w", weights, forge.record([(bytes(segment), weights)])))
+
+
+@golden
+def every_weight_an_exception() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """Seven tiles; in the third, all 8192 weights are exceptions. The fifth has 300, more than a byte counts."""
+    pair = forge.symbol(127, 127)
+    lengths = {pair: 1, forge.symbol(126, 126): 1}
+    weights = weights_of([pair] * (6 * 4096 + 100), lambda i: i >> 5 & 0xFF)
+    for i in range(8192):
+        weights[2 * 8192 + i] = (40503 * i & 0x807F) | 3 << 7
+    for i in range(300):
+        weights[4 * 8192 + 17 * i] = 0x7F80 + i % 99
+    return file_of(coded("w", weights, lengths))
+
+
+@golden
+def shortest_lane() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """A shortest_lane that is less than that of any lane, and one that is 0."""
+    lengths = forge.staircase(PAIRS)
+    weights = weights_of(drawn(lengths, 300, 21))
+    tensors = []
+    for name, most in (("less", 7), ("zero", 1 << 16)):
+        segment = bytearray(forge.coded_segment(weights, lengths, lane_bytes=2))
+        header = layout.SEGMENT_HEADER.unpack(segment)
+        tile: dict[str, Any] = layout.TILE_DESCRIPTOR.unpack(segment, header["tiles_offset"])
+        by = min(most, tile["shortest_lane"])
+        tile["shortest_lane"] -= by
+        segment[header["tiles_offset"] : header["tiles_offset"] + 8] = layout.TILE_DESCRIPTOR.pack(**tile)
+        excess = struct.unpack_from("<32H", segment, header["lanes_offset"])
+        struct.pack_into("<32H", segment, header["lanes_offset"], *(value + by for value in excess))
+        tensors.append(forge.bf16(name, weights, forge.record([(bytes(segment), weights)])))
+    return file_of(*tensors)
+
+
+@golden
+def padding_bits() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """Bits after the codes of a tile that are not zero: from 1 to 31 of them. No writer may make them."""
+    lengths = forge.staircase(PAIRS)
+    tensors = []
+    for count in (99, 250, 251, 260):
+        weights = weights_of(drawn(lengths, count, count))[:-1]
+        tensors.append(coded(f"w.{count}", weights, lengths, pad=0xFF))
+    return file_of(*tensors)
+
+
+@golden
+def as_large_as_raw() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """Coded segments as large as raw ones, the smallest there are: of 96 and of 95 weights."""
+    weights = weights_of([forge.symbol(127, 127)] * 48)
+    lengths = {forge.symbol(127, 127): 1}
+    return file_of(*(coded(f"w.{count}", weights[:count], lengths) for count in (96, 95)))
+
+
+@golden
+def many_segments() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """A record of six segments of one tile, and a last one of a single weight."""
+    lengths = {forge.symbol(127, 127): 1, forge.symbol(126, 126): 1}
+    weights = weights_of([forge.symbol(127 - i % 2, 127 - i % 2) for i in range(6 * 4096)], lambda i: i >> 7 & 0xFF)
+    weights.append(0x1234)
+    parts = [weights[first : first + 8192] for first in range(0, len(weights), 8192)]
+    encoded = [forge.coded_segment(part, lengths) for part in parts[:-1]] + [forge.raw_segment(parts[-1])]
+    return file_of(forge.bf16("w", weights, forge.record(list(zip(encoded, parts, strict=True)), 8192)))
+
+
+@golden
+def order() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """A record of a tensor without dimensions; a record after a verbatim tensor and after an empty one."""
+    lengths = forge.balanced(PAIRS)
+    return file_of(
+        forge.Tensor("first", "I32", (2, 2), bytes(range(16))),
+        forge.bf16("scalar", [0xC049], forge.record([(forge.raw_segment([0xC049]), [0xC049])]), ()),
+        forge.Tensor("empty", "BF16", (0, 2**31, 2**30), b""),
+        coded("last", weights_of(drawn(lengths, 150, 22)), lengths),
+    )
+
+
+@golden
+def json_text() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """JSON with escapes, white space, unknown members of an entry, and lists inside each other as deep as allowed."""
+    lengths = forge.balanced(PAIRS)
+    tensors = [
+        coded("wörter/\U0001f600", weights_of(drawn(lengths, 150, 23)), lengths),
+        forge.Tensor("n", "I16", (4,), bytes(range(8))),
+    ]
+    deep: list[Any] = []
+    for _ in range(124):
+        deep = [deep]
+
+    def change(header: dict[str, Any]) -> None:
+        header["n"] = {"x": {"dtype": [1.5e3, -0.0, None, True]}, "deep": deep} | header["n"]
+        with forge.json_value(header, "df11.tensors") as value:
+            value["n"] = {"deep": deep} | value["n"]
+        for key in ("df11.source", "df11.tensors"):
+            header["__metadata__"][key] = json.dumps(json.loads(header["__metadata__"][key]), indent="\t") + "\r\n"
+
+    document, data = forge.split(forge.container(tensors, edit=change))
+    text = json.dumps(json.loads(document), indent=2).replace("dtype", "\\u0064type").encode()
+    return forge.with_header(text + b"\n\t", data), tensors
+
+
+@golden
+def large() -> tuple[bytes, Sequence[forge.Tensor]]:
+    """A stream_position beyond 65,535 and an element_count beyond 2^20, from more than a MiB of exceptions."""
+    count = 5 * 2**18
+    pair = forge.symbol(127, 127)
+    lengths = {pair: 1, forge.symbol(126, 126): 1}
+    tile = weights_of([pair] * 4096, lambda i: i >> 5 & 0xFF)
+    for i in range(1800):
+        tile[4 * i] = 0x4000 | i & 0x7F
+    return file_of(coded("w", tile * (count // 8192) + tile[:5], lengths))
+
+
+# What the writer makes. These files depend on the encoder's choices and change with them.
 
 
 def converted(source: Sequence[forge.Tensor], **options: Any) -> bytes:
-    """The container that df11.convert makes, with the name of its writer and the frame of the source header replaced: both depend on releases."""
+    """The container that df11.convert makes, with fixed values for what depends on releases: writer, source header."""
     with tempfile.TemporaryDirectory() as folder:
         header, data = forge.safetensors_file(source)
         path = Path(folder, "source.safetensors")
         path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-        df11.convert(path, path.with_suffix(".df11"), jobs=1, **options)
+        df11.convert(path, path.with_suffix(".df11"), threads=1, **options)
         document_bytes, body = forge.split(path.with_suffix(".df11").read_bytes())
     document = json.loads(document_bytes)
     document["__metadata__"] |= {
@@ -332,7 +461,7 @@ def converted(source: Sequence[forge.Tensor], **options: Any) -> bytes:
 
 @golden
 def writer() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """df11.convert: weights like a model's, all BF16 values, lanes that differ much, tensors too small to code, other dtypes between them."""
+    """df11.convert: weights like a model's, all BF16 values, very unequal lanes, small tensors, other dtypes."""
     unequal = [0x3F80 if i // 8 % 2 else value for i, value in enumerate(truncated(gaussian(9000, 1, 3.0)))]
     tensors = [
         forge.bf16("all_values", [40503 * i & 0xFFFF for i in range(3000)], None),
@@ -349,7 +478,7 @@ def writer() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def writer_exceptions() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """df11.convert: exponents so rare that their pairs become exceptions, on the first, the second and both weights; an odd number of weights."""
+    """df11.convert: pairs so rare that they become exceptions, on the first, second and both weights; odd count."""
     weights = truncated(gaussian(33001, 3))
     for i, at in enumerate(range(700, 33000, 4801)):
         weights[at] = 0x7F80 + i
@@ -362,7 +491,7 @@ def writer_exceptions() -> tuple[bytes, Sequence[forge.Tensor]]:
 
 @golden
 def writer_cast() -> tuple[bytes, Sequence[forge.Tensor]]:
-    """df11.convert --cast bf16: a tensor that was BF16 before, one that is rounded, and NaNs, ties, overflow and subnormals."""
+    """df11.convert --cast bf16: a tensor that was BF16 before, a rounded one, NaNs, ties, overflow and subnormals."""
     exact = truncated(gaussian(900, 4))
     full = list(struct.unpack("<900I", struct.pack("<900f", *gaussian(900, 5))))
     edge = [

@@ -1,4 +1,4 @@
-"""The worked record of formats/SPEC.md, section 13: ``python -m tests.vectors.worked_example`` prints its Markdown."""
+"""The worked examples of formats/SPEC.md, section 13: ``python -m tests.vectors.worked_example`` prints them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _rows(start: int, end: int, note: str) -> Iterator[str]:
 
 
 def dump() -> str:
-    """The bytes of the record, each with what it means. Offsets count from the start of the record, in decimal."""
+    """The bytes of the record, with their meaning. Offsets count from the start of the record, in decimal."""
     header = layout.SEGMENT_HEADER.unpack(SEGMENT)
     tiles, lanes, signs, stream = (
         START + header[f"{name}_offset"] for name in ("tiles", "lanes", "sign_mantissa", "stream")
@@ -83,8 +83,8 @@ def _quoted(parts: list[str]) -> str:
     return " ".join(f"`{part}`" for part in parts)
 
 
-def markdown() -> str:
-    """Section 13 without its heading."""
+def record_markdown() -> str:
+    """The worked record."""
     codes = forge.canonical_codes(LENGTHS)
     names = ", ".join(f"`{code}` for ({value & 255}, {value >> 8})" for value, code in codes.items())
     lane = forge.encode_tile(WEIGHTS, codes).lanes[0]
@@ -95,19 +95,123 @@ def markdown() -> str:
         at += length
     first = RECORD[START + layout.SEGMENT_HEADER.unpack(SEGMENT)["stream_offset"]]
     paragraphs = [
-        f"A record of 257 weights, {len(RECORD)} bytes. Weight i has the exponent 126 if i is a multiple of 5, else 127, is positive, and has "
-        f"the mantissa i mod 128; but weight {EXCEPTION} is `0xff80`, minus infinity, with the exponent 255. (The reference writer would code "
-        "this one pair; here it is an exception, to show one.) Offsets count from the start of the record, in decimal.",
-        f"The three codes, first bit first, for the exponents (e0, e1): {names}. The tile has C = 2 chunks, so each lane codes 8 pairs. "
-        f"The first byte of the stream, `{first:02x}`, is `{f'{first:08b}'[::-1]}` from bit 0 on. Lane 0 has {len(lane)} bits: "
-        f"{_quoted(parts[:4])} for the weights 0 to 7, {_quoted(parts[4:])} for 256 to 263, of which only 256 exists: (127, 127) serves it, "
-        f"as it serves pairs that do not exist at all. Weights 8 and {EXCEPTION}, (127, 255), are coded in lane 1 as (127, 127); then the "
-        f"exception replaces weight {EXCEPTION}, whose sign/mantissa byte is of no account.",
+        f"A record of 257 weights, {len(RECORD)} bytes. Weight i has the exponent 126 if i is a multiple of 5, else"
+        f" 127, is positive, and has the mantissa i mod 128; but weight {EXCEPTION} is `0xff80`, minus infinity, with"
+        " the exponent 255. (The reference writer would code this one pair; here it is an exception, to show one.)"
+        " Offsets count from the start of the record, in decimal.",
+        f"The three codes, first bit first, for the exponents (e0, e1): {names}. The tile has C = 2 chunks, so each"
+        f" lane codes 8 pairs. The first byte of the stream, `{first:02x}`, is `{f'{first:08b}'[::-1]}` from bit 0 on."
+        f" Lane 0 has {len(lane)} bits: {_quoted(parts[:4])} for the weights 0 to 7, {_quoted(parts[4:])} for"
+        " 256 to 263, of which only 256 exists: (127, 127) serves it, as it serves pairs that do not exist at all."
+        f" Weights 8 and {EXCEPTION}, (127, 255), are coded in lane 1 as (127, 127); then the exception"
+        f" replaces weight {EXCEPTION}, whose sign/mantissa byte is of no account.",
     ]
-    wrapped = [
-        textwrap.fill(paragraph, 140, break_long_words=False, break_on_hyphens=False) for paragraph in paragraphs
+    return f"{_wrapped(paragraphs[0])}\n\n```\n{dump()}\n```\n\n{_wrapped(paragraphs[1])}\n"
+
+
+def _wrapped(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
+
+
+# Two tiles, with an alphabet of three exponents.
+
+TWO_TILES: Final = [(125 + (i // 2) % 3) << 7 for i in range(8192)] + [127 << 7] * 3
+THREE: Final = {forge.symbol(125, 125): 2, forge.symbol(126, 126): 2, forge.symbol(127, 127): 1}
+
+
+def trace_markdown() -> str:
+    """The decoding of a segment of two tiles."""
+    segment = forge.coded_segment(TWO_TILES, THREE)
+    header = layout.SEGMENT_HEADER.unpack(segment)
+    lines = [
+        _line(32, segment[32:35], "alphabet: K = 3"),
+        _line(35, segment[35:40], "grid: 9 half bytes, the last one 0"),
     ]
-    return f"{wrapped[0]}\n\n```\n{dump()}\n```\n\n{wrapped[1]}\n"
+    for tile in range(2):
+        at = header["tiles_offset"] + 8 * tile
+        values = layout.TILE_DESCRIPTOR.unpack(segment, at)
+        note = f"tile {tile}: " + ", ".join(f"{field} = {value}" for field, value in values.items())
+        lines.append(_line(at, segment[at : at + 8], note))
+    for tile in range(2):
+        at = header["lanes_offset"] + 32 * tile
+        lines.append(_line(at, segment[at : at + 4], f"tile {tile}: lanes 0 to 3 beyond shortest_lane"))
+    bits = int.from_bytes(segment[header["stream_offset"] :], "little")
+    codes = {code: value for value, code in forge.canonical_codes(THREE).items()}
+    lines += ["", "tile  lane  first bit  bits  codes                                   weights: exponents"]
+    for tile, lane, shown in ((0, 0, 6), (0, 1, 6), (1, 0, 4), (1, 1, 4)):
+        values = layout.TILE_DESCRIPTOR.unpack(segment, header["tiles_offset"] + 8 * tile)
+        at = header["lanes_offset"] + 32 * tile
+        lengths = [values["shortest_lane"] + extra for extra in segment[at : at + 32]]
+        start = position = 128 * values["stream_position"] + sum(lengths[:lane])
+        pairs, places = [], []
+        for pair in range(shown):
+            code = ""
+            while code not in codes:
+                code += str(bits >> position & 1)
+                position += 1
+            place = 256 * (pair // 4) + 8 * lane + 2 * (pair % 4)
+            pairs.append(code)
+            places.append(f"{place}: {codes[code] & 255}" if tile * 8192 + place < len(TWO_TILES) else f"{place}: none")
+        more = " ..." if position - start < lengths[lane] else ""
+        text = " ".join(pairs) + more
+        lines.append(f"{tile:4d}  {lane:4d}  {start:9d}  {lengths[lane]:4d}  {text:38}  {', '.join(places)}{more}")
+    named = ", ".join(f"`{code}` for {value & 255}" for code, value in codes.items())
+    paragraphs = [
+        f"The trace of a coded segment of {len(TWO_TILES)} weights, all positive with mantissa 0: in the first tile,"
+        " pairs of the exponents 125, 126, 127 in turn; in the second, three weights of exponent 127. The codes, each"
+        f" for a pair of the same exponent, are {named}. Offsets count from the start of the segment; its code stream"
+        f" starts at {header['stream_offset']}.",
+        "The second tile has m = 3 and C = 1: every lane codes 4 pairs, though only lane 0 has any weights. The"
+        " weight 3 does not exist either: the decoder drops it.",
+    ]
+    return f"{_wrapped(paragraphs[0])}\n\n```\n" + "\n".join(lines) + f"\n```\n\n{_wrapped(paragraphs[1])}\n"
+
+
+# A container.
+
+NUMBERS: Final = forge.Tensor("n", "I16", (2,), bytes.fromhex("0100ffff"))
+CONTAINER: Final = forge.container([forge.bf16("w", WEIGHTS, RECORD), NUMBERS])
+
+
+def container_markdown() -> str:
+    """The worked container."""
+    header, data = forge.split(CONTAINER)
+    text = header.decode().rstrip(" ")
+    for piece in (',"df11.', '},"w":', '},"n":', ',\\"n\\"'):
+        text = text.replace(piece, piece[: piece.index(",") + 1] + "\n " + piece[piece.index(",") + 1 :])
+    source_header = forge.safetensors_file([forge.bf16("w", WEIGHTS, RECORD), NUMBERS])[0].decode()
+    lines = [line if len(line) < 180 else f"{line[:100]}...{line[-20:]}" for line in text.splitlines()]
+    size = len(header)
+    body = [
+        f"{0:5d}  {CONTAINER[:8].hex(' ')}   N = {size}",
+        f"{8:5d}  JSON, {size - (spaces := size - len(header.rstrip(b' ')))} bytes, and {spaces} spaces",
+        f"{8 + size:5d}  the record of w, {len(RECORD)} bytes: see below",
+        f"{8 + size + len(RECORD):5d}  {data[len(RECORD) :].hex(' ')}               n, verbatim; the end of the file",
+    ]
+    intro = (
+        f"A container of {len(CONTAINER)} bytes, with the record below as the tensor `w` and a verbatim tensor `n`."
+        " Offsets count from the start of the file."
+    )
+    json_intro = "Its JSON, with line breaks that are not in the file, and one long value shortened:"
+    end = f"`df11.source_header` holds the {len(source_header)} bytes"
+    return (
+        f"{_wrapped(intro)}\n\n```\n"
+        + "\n".join(body)
+        + f"\n```\n\n{json_intro}\n\n```\n"
+        + "\n".join(lines)
+        + f"\n```\n\n{end}\n\n```\n{source_header}\n```\n"
+    )
+
+
+def markdown() -> str:
+    """Section 13 without its heading."""
+    return "\n".join(
+        [
+            f"**A container**\n\n{container_markdown()}",
+            f"**A record**\n\n{record_markdown()}",
+            f"**Two tiles, K odd**\n\n{trace_markdown()}",
+        ]
+    )
 
 
 if __name__ == "__main__":
