@@ -1,4 +1,4 @@
-"""What the four scripts share: the flags of OmniGen2's own inference.py, loading, and the images that go in and out."""
+"""What the four scripts share: the flags of OmniGen2's own inference.py, loading, and input and output of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from df11.runtime import omnigen2
 
 
 def parse(description: str | None, **defaults: Any) -> argparse.Namespace:
-    """The flags of a script; ``defaults``: others than those of inference.py."""
+    """The flags of a script; ``defaults``: those that differ from inference.py."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model_path", required=True, help="df11 folder of OmniGen2")
@@ -31,7 +31,7 @@ def parse(description: str | None, **defaults: Any) -> argparse.Namespace:
     add("--cfg_range_start", type=float, default=0.0)
     add("--cfg_range_end", type=float, default=1.0)
     add("--instruction", default="A dog running in the park")
-    add("--negative_prompt", default="", help="inference.py has a long one: pass that, too, to get its images")
+    add("--negative_prompt", default="", help="inference.py has a long one: pass that too, to get its images")
     add("--input_image_path", nargs="+", default=[], help="images, or a folder of them")
     add("--output_image_path", type=Path, default=Path("output.png"))
     add("--num_images_per_prompt", type=int, default=1)
@@ -40,11 +40,11 @@ def parse(description: str | None, **defaults: Any) -> argparse.Namespace:
     add("--enable_group_offload", action="store_true")
     add("--enable_teacache", action="store_true")
     add("--teacache_rel_l1_thresh", type=float, default=0.05)
-    add("--enable_taylorseer", action="store_true", help="wins over --enable_teacache")
+    add("--enable_taylorseer", action="store_true", help="takes precedence over --enable_teacache")
     add(
         "--omnigen2",
         metavar="CHECKOUT",
-        help="folder of OmniGen2's repository, unless its package omnigen2 can be imported anyway",
+        help="folder of OmniGen2's repository, unless its package omnigen2 is installed",
     )
     add("--device", default="cuda")
     parser.set_defaults(**defaults)
@@ -64,7 +64,8 @@ def load(args: argparse.Namespace, *, chat: bool = False) -> Any:
         args.model_path, args.device, offload=offload, classes=args.omnigen2, chat=chat, **other
     )
     if args.transformer_lora_path:
-        # OmniGen2's load_lora_weights does not work with diffusers of today. Told of the pipeline, diffusers renews its offloading.
+        # OmniGen2's load_lora_weights does not work with current diffusers. Given the pipeline, diffusers renews its
+        # offloading.
         pipeline.transformer.load_lora_adapter(
             args.transformer_lora_path, prefix="transformer", use_safetensors=True, _pipeline=pipeline
         )
@@ -83,7 +84,7 @@ def load(args: argparse.Namespace, *, chat: bool = False) -> Any:
 
 
 def read_images(paths: list[str]) -> list[Image.Image]:
-    """The images at these paths, or in the folder that is the only path, as their cameras meant them to be seen."""
+    """The images at these paths, or in the folder that is the only path, rotated as their cameras recorded."""
     files = (
         sorted(Path(paths[0]).iterdir())
         if len(paths) == 1 and Path(paths[0]).is_dir()
@@ -113,7 +114,7 @@ def ask(pipeline: Any, args: argparse.Namespace, images: list[Image.Image] | Non
 
 
 def save(images: list[Image.Image], path: Path) -> None:
-    """Write an image; or several, numbered, and all side by side in one."""
+    """Write an image; or several, numbered, and one with all of them side by side."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if len(images) > 1:
         for i, image in enumerate(images):

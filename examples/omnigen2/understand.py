@@ -1,4 +1,4 @@
-"""Say what is on images. The model may also answer with an image, which is saved."""
+"""Describe images. The model may also answer with an image, which is saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main() -> None:
     args = parse(__doc__, instruction="Please describe this image briefly.")
     images = read_images(args.input_image_path)
     if not images:
-        sys.exit("understand.py takes one image or more: --input_image_path")
+        sys.exit("understand.py takes one or more images: --input_image_path")
     pipeline = load(args, chat=True)
     torch.manual_seed(args.seed)
     answer = ask(pipeline, args, images)

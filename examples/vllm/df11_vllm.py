@@ -1,9 +1,10 @@
-"""vLLM plugin for models in `.df11` files: linear layers keep their records and decode them as they run, each weight for its own product only.
+"""vLLM plugin for models in `.df11` files: linear layers keep records and decode each weight only for its product.
 
-Two parts. The *loader* (``--load-format df11``) reads the files and hands vLLM's model decoded BF16 tensors, as vLLM's own loader does, so that
-embeddings, norms and whatever a model does with its weights as it loads work as ever. The *quantization method* (``--quantization df11``)
-looks at a linear layer's tensor for the record that it was decoded from, keeps that and drops the tensor. The parts of a fused layer (q, k and
-v; gate and up) keep a record each and are decoded side by side into one matrix, so that the product is the one of the BF16 model.
+It has two parts. The *loader* (``--load-format df11``) reads the files and hands vLLM's model decoded BF16 tensors,
+like vLLM's own loader, so that embeddings, norms and everything a model does with its weights while loading work as
+usual. The *quantization method* (``--quantization df11``) looks up the record that a linear layer's tensor was decoded
+from, keeps that and drops the tensor. The parts of a fused layer (q, k and v; gate and up) keep a record each and are
+decoded side by side into one matrix, so that the product is that of the BF16 model.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ from df11.runtime.model import files_of, load_tensor
 
 NAME = "df11"
 RECORD = "df11_record"
-"""Attribute of a decoded tensor: the CompressedTensor that it comes from, and its version then. A view, a slice or a copy of the tensor has none."""
+"""Attribute of a decoded tensor: the CompressedTensor it comes from, and the tensor's version at that time.
+
+A view, a slice or a copy of the tensor does not have it."""
 _ORDER = {"q": 0, "k": 1, "v": 2}
 _CPU = torch.device("cpu")
 
 
 def register() -> None:
-    """Entry point of the plugin: vLLM calls it in each of its processes. Importing this module has registered both parts, once a process."""
+    """Entry point of the plugin, which vLLM calls in each process. Importing this module registers both parts."""
 
 
 def tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and decoded tensors, in the processor's memory, of a `.df11` file or a folder of them; checked against their checksums."""
+    """Names and decoded tensors, in CPU memory, of a `.df11` file or a folder of them; checksums are checked."""
     for file in files_of(path):
         with Container(file) as container:
             for name in container.keys():
@@ -52,16 +55,16 @@ def tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 @register_model_loader(NAME)
 class Df11ModelLoader(BaseModelLoader):
-    """Loads a local folder with `config.json`, tokenizer and `.df11` files. Without ``--quantization df11`` the model runs decoded."""
+    """Loads a local folder of `config.json`, tokenizer and `.df11` files; decoded without ``--quantization df11``."""
 
     def download_model(self, model_config: Any) -> None:
-        """Nothing is downloaded: raises a Df11Error if the files are not there."""
+        """Downloads nothing: raises a Df11Error if the files are missing."""
         files_of(model_config.model)
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Let vLLM's model take the tensors."""
         loaded = model.load_weights(tensors(model_config.model))
-        if loaded is None:  # Such a model does not say what it has loaded: only its linear layers are checked.
+        if loaded is None:  # Such a model does not report what it has loaded: only its linear layers are checked.
             return
         parameters = dict(model.named_parameters(remove_duplicate=False))
         filled = {
@@ -93,7 +96,7 @@ class Df11Config(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """No file of the model says anything about df11."""
+        """No file of the model mentions df11."""
         return []
 
     @classmethod
@@ -102,12 +105,12 @@ class Df11Config(QuantizationConfig):
         return cls()
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:  # noqa: ARG002
-        """Linear layers; embeddings, output layers, experts and attention are as they are without a quantization method."""
+        """Linear layers; embeddings, output layers, experts and attention stay as without a quantization method."""
         return Df11LinearMethod() if isinstance(layer, LinearBase) else None
 
 
 class Df11LinearMethod(LinearMethodBase):
-    """Decode, multiply. The layer has a record for each of its parts as the parameters ``weight_df11_0``, ``weight_df11_1`` and so on."""
+    """Decode, multiply. A layer has a record per part, in the parameters ``weight_df11_0``, ``weight_df11_1``, etc."""
 
     def create_weights(
         self,
@@ -119,18 +122,21 @@ class Df11LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,  # noqa: ARG002 - vLLM's weight loader, which would copy into a BF16 parameter
     ) -> None:
-        """A ``weight`` without memory that takes the parts as they come. Raises where tensor parallelism would have to cut a record."""
+        """A ``weight`` without memory that takes the parts as they arrive.
+
+        Raises if tensor parallelism would have to split a record.
+        """
         rows = sum(output_partition_sizes)
         if (input_size_per_partition, rows) != (input_size, output_size):
             raise errors.UsageError(
-                "df11: a record cannot be cut for tensor parallelism", hint="set tensor_parallel_size to 1"
+                "df11: a record cannot be split for tensor parallelism", hint="set tensor_parallel_size to 1"
             )
         if params_dtype != torch.bfloat16:
             raise errors.UsageError(
                 "df11: records decode to bfloat16", found=params_dtype, hint="set dtype to bfloat16"
             )
         weight = nn.Parameter(torch.empty(rows, input_size, dtype=params_dtype, device="meta"), requires_grad=False)
-        device, parts = torch.get_default_device(), {}  # The device that vLLM creates the model on
+        device, parts = torch.get_default_device(), {}  # The device on which vLLM creates the model
 
         def load(_: nn.Parameter, loaded: torch.Tensor, loaded_shard_id: Any = None) -> None:
             key = (
@@ -148,7 +154,7 @@ class Df11LinearMethod(LinearMethodBase):
         layer.df11_loaded = parts
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Put what has been loaded into the layer: records, or BF16 where the model has changed a tensor on its way here."""
+        """Put what was loaded into the layer: records, or BF16 if the model has changed a tensor on its way here."""
         parts = [part for _, part in sorted(layer.__dict__.pop("df11_loaded", {}).items())]
         shape = tuple(layer.weight.shape)
         found = [tuple(part.shape) for part in parts]
@@ -186,7 +192,10 @@ def linear(
     segment_elements: list[int],
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Inputs [..., in] by records of [rows[i], in], one below the other. One operator, so that no compiler decodes a weight before its turn."""
+    """Inputs [..., in] by records of [rows[i], in], one below the other.
+
+    A single operator, so that no compiler decodes a weight early.
+    """
     columns = x.shape[-1]
     weight = x.new_empty(sum(rows), columns, dtype=torch.bfloat16)
     weights = [count * columns for count in rows]
@@ -197,9 +206,9 @@ def linear(
 @linear.register_fake
 def _(
     x: torch.Tensor,
-    records: list[torch.Tensor],
+    records: list[torch.Tensor],  # noqa: ARG001
     rows: list[int],
-    segment_elements: list[int],
-    bias: torch.Tensor | None,
-) -> torch.Tensor:  # noqa: ARG001
+    segment_elements: list[int],  # noqa: ARG001
+    bias: torch.Tensor | None,  # noqa: ARG001
+) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], sum(rows))

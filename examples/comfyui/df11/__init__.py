@@ -1,5 +1,5 @@
-"""ComfyUI custom nodes: diffusion models from `.df11` files. ComfyUI imports this folder and looks for the two names below."""
+"""ComfyUI custom nodes: diffusion models from `.df11` files. ComfyUI imports this folder and reads two names."""
 
-from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: TID252 - a folder of nodes has whatever name ComfyUI gives it
+from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: TID252 - ComfyUI chooses the name of a folder of nodes
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

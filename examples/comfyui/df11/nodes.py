@@ -1,8 +1,9 @@
 """The node "Load Diffusion Model (df11)": large weights stay records, and a linear layer decodes its own as it runs.
 
-ComfyUI moves, patches, merges, saves and casts weights in many places. So a weight here is a tensor like any other to all of them: it has the
-shape and dtype of what it decodes to, and whatever is computed with it is computed with the decoded values. Only three things are special: it
-moves between devices as a record, it counts as many bytes as the record has, and it cannot be written to, only replaced, as LoRAs do.
+ComfyUI moves, patches, merges, saves and casts weights in many places. To all of them, a weight here is a tensor like
+any other: it has the shape and dtype of what it decodes to, and computations see the decoded values. Only three things
+are special: it moves between devices as a record, it counts as many bytes as the record has, and it cannot be written
+to, only replaced, which is what LoRAs do.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from df11.runtime.model import load_tensor
 from df11.runtime.modules import DecodedWeight
 
 FOLDER = "diffusion_models_df11"
-"""Name, for ComfyUI, of the `.df11` files in its folders of diffusion models."""
+"""ComfyUI's name for the `.df11` files in its folders of diffusion models."""
 folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.folder_names_and_paths["diffusion_models"][0], {".df11"})
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
 
 
 class Df11Weight(torch.Tensor):
-    """A BF16 tensor that is held as a record, ``compressed``. Not writable."""
+    """A BF16 tensor held as a record, ``compressed``. Not writable."""
 
     compressed: CompressedTensor
 
@@ -44,7 +45,7 @@ class Df11Weight(torch.Tensor):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the record: with this, ComfyUI plans what fits into the GPU's memory."""
+        """Bytes of the record: ComfyUI uses this to decide what fits into GPU memory."""
         return self.compressed.record.nbytes
 
     def __repr__(self, **_: Any) -> str:
@@ -54,10 +55,10 @@ class Df11Weight(torch.Tensor):
         raise _read_only("an assignment")
 
     def storage(self) -> Any:
-        """Nothing that a file could be written from; safetensors asks for it."""
+        """Nothing that could be written to a file; safetensors asks for it."""
         raise errors.UsageError(
             "a compressed weight cannot be saved as it is",
-            hint="df11 restore gives the .safetensors file back; start from that",
+            hint="restore the .safetensors file with df11 restore, and start from that",
         )
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -82,12 +83,12 @@ class Df11Weight(torch.Tensor):
             ]
             if any(isinstance(value, Df11Weight) for value in [*written, kwargs.get("out")]):
                 raise _read_only(str(function))
-        if function.overloadpacket is _aten.to:  # In inference mode these come undivided.
+        if function.overloadpacket is _aten.to:  # In inference mode these arrive undivided.
             return function.decompose(*args, **kwargs)
         if function is _aten.copy_.default:
             return args[0].copy_(
                 args[1].compressed.to(args[0].device).decode()
-            )  # moved as a record, decoded where it goes
+            )  # moved as a record, decoded at the destination
         if function is _aten.detach.default or function is _aten.alias.default:
             return Df11Weight(args[0].compressed)
         if function is _aten.clone.default:
@@ -112,12 +113,12 @@ class Df11Weight(torch.Tensor):
 
 def _read_only(what: str) -> errors.UsageError:
     return errors.UsageError(
-        f"{what}: the weight is compressed and cannot be written to", hint="load the .safetensors file"
+        f"{what}: the weight is compressed and cannot be written to", hint="load the .safetensors file instead"
     )
 
 
 def _guarded(result: Any, weight: Df11Weight) -> Any:
-    # A view of decoded values: what is written to it would be lost.
+    # A view of decoded values: writes to it would be lost.
     if isinstance(result, (list, tuple)):
         return type(result)(_guarded(part, weight) for part in result)
     return DecodedWeight.of(result, torch.nn.Parameter(weight.compressed.record, requires_grad=False))
@@ -132,7 +133,7 @@ def _decoded(value: Any) -> Any:
 
 
 class Df11Ops(comfy.ops.manual_cast):
-    """ComfyUI's layers; the linear ones keep records. Others decode theirs when they are loaded."""
+    """ComfyUI's layers; linear ones keep records, the others decode theirs when they are loaded."""
 
     class Linear(comfy.ops.manual_cast.Linear):
         """A linear layer whose weight may be a Df11Weight."""
@@ -142,12 +143,12 @@ class Df11Ops(comfy.ops.manual_cast):
         ) -> None:
             if isinstance(
                 state_dict.get(prefix + "weight"), Df11Weight
-            ):  # taken as it is, rather than copied into a BF16 tensor
+            ):  # kept as it is rather than copied into a BF16 tensor
                 local_metadata = {**local_metadata, "assign_to_params_buffers": True}
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
         def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - ComfyUI's name
-            """Inputs [..., in] to [..., out]: decode where the inputs are, cast and patch as ComfyUI does, multiply."""
+            """Inputs [..., in] to [..., out]: decode where the inputs are, cast and patch like ComfyUI, multiply."""
             if not isinstance(self.weight, Df11Weight):  # a small one, or one with a LoRA
                 return super().forward_comfy_cast_weights(input)
             weight = self.weight.compressed.to(input.device).decode().to(input.dtype)
@@ -160,7 +161,7 @@ class Df11Ops(comfy.ops.manual_cast):
 
 
 def state_dict(path: str) -> dict[str, torch.Tensor]:
-    """All tensors of a `.df11` file in the processor's memory, checked; large BF16 ones as Df11Weight."""
+    """All tensors of a `.df11` file in CPU memory, checked; large BF16 ones as Df11Weight."""
     tensors: dict[str, torch.Tensor] = {}
     with Container(path) as container:
         for name in container.keys():
@@ -186,7 +187,7 @@ class LoadDiffusionModelDf11:
         return {"required": {"model_name": (folder_paths.get_filename_list(FOLDER),)}}
 
     def load(self, model_name: str) -> tuple[Any]:
-        """The model, as ComfyUI's own loader gives it."""
+        """The model, as ComfyUI's own loader returns it."""
         path = folder_paths.get_full_path_or_raise(FOLDER, model_name)
         options: dict[str, Any] = {"model_options": {"custom_operations": Df11Ops}}
         if "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters:
@@ -196,7 +197,7 @@ class LoadDiffusionModelDf11:
             raise errors.UsageError(
                 "ComfyUI does not recognize this model",
                 file=path,
-                hint="it must be a diffusion model that it can load itself",
+                hint="it must be a diffusion model that ComfyUI can load",
             )
         if model.load_device.type == "cuda":
             warm_up(model.load_device)
