@@ -1,9 +1,10 @@
 # make demo         convert real weights, verify, restore, compare
 # make check        style, types, tests of formats and converter but the slow ones: about a minute, without torch
-# make test         all of it: what CI runs; make test-formats, test-converter, test-runtime, test-pipelines: one room
+# make test         all of it: what CI runs; make test-FOLDER: one folder
+# make docs         the documentation as a site, build/docs; warnings and broken links are errors
 # make lock         take today's releases into requirements/; nothing else changes what is installed
 # make test-newest  the tests with today's releases, make test-oldest with the oldest that pyproject.toml allows
-ROOMS := formats converter pipelines runtime
+ROOMS := formats storage converter pipelines runtime
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ INSTALL := $(PIP) install --no-deps --only-binary :all: --require-hashes
 pick = sed -n '/^$(1)==/,/^ *\# via/p' $(2)
 UV := build/uv/bin/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --only-binary :all: --upgrade \
-	--custom-compile-command "make lock" --no-emit-package torch pyproject.toml
+	--custom-compile-command "make lock" --no-emit-package torch
 # The oldest client of the Hub that is supported; the environment has the newest.
 OLDEST_HUB := build/oldest-hub
 
@@ -25,13 +26,13 @@ OLDEST_HUB := build/oldest-hub
 GPU_PYTHON ?= python3
 GPU_OPTIONS ?=
 GPU_RUN := PYTHONPATH="build/package:.:$$PYTHONPATH" $(GPU_PYTHON) -m
-PACKAGE := $(wildcard pyproject.toml setup.py build_backend.py $(addsuffix /*.*,src/df11 $(ROOMS) runtime/kernels))
+PACKAGE := $(wildcard pyproject.toml setup.py build_backend.py $(addsuffix /*.*,src/df11 $(ROOMS) runtime/kernels pipelines/templates))
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: setup test-setup demo style check quality test suite lock bench bench-compare docs-demo gpu-check gpu-bench gpu-omnigen2 \
-	vectors clean $(addprefix test-,$(ROOMS) newest oldest)
+.PHONY: setup test-setup demo style check quality test suite docs lock bench bench-compare docs-demo gpu-check \
+	gpu-bench gpu-omnigen2 vectors clean $(addprefix test-,$(ROOMS) newest oldest)
 
 setup: $(VENV)/.ready
 
@@ -72,8 +73,8 @@ style: setup
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy $(addprefix -p df11.,formats converter pipelines) -m df11 -m df11.__main__
-	$(PYTEST) -m "not slow" tests/formats tests/converter
+	$(BIN)/mypy $(addprefix -p df11.,formats storage converter pipelines) -m df11 -m df11.__main__
+	$(PYTEST) -m "not slow" tests/formats tests/storage tests/converter
 
 quality: test-setup
 	$(BIN)/ruff format --check .
@@ -82,7 +83,7 @@ quality: test-setup
 
 test: quality suite
 
-test-formats test-converter: test-%: setup
+test-formats test-storage test-converter: test-%: setup
 	$(PYTEST) tests/$*
 
 test-runtime test-pipelines: test-%: test-setup
@@ -102,12 +103,14 @@ $(UV): Makefile
 	touch $@
 
 lock: $(UV)
-	$(COMPILE) --extra ray --group test --output-file requirements/test.txt
-	$(COMPILE) --extra convert --extra hub --group check --constraint requirements/test.txt --output-file requirements/check.txt
-	$(COMPILE) --extra ray --group test --resolution lowest-direct --output-file requirements/oldest.txt
+	$(COMPILE) pyproject.toml --extra ray --group test --output-file requirements/test.txt
+	$(COMPILE) pyproject.toml --extra convert --extra hub --group check --constraint requirements/test.txt \
+		--output-file requirements/check.txt
+	$(COMPILE) pyproject.toml --extra ray --group test --resolution lowest-direct --output-file requirements/oldest.txt
+	$(COMPILE) --group docs --constraint requirements/test.txt --output-file requirements/docs.txt
 
 build/newest.txt: $(UV) .FORCE
-	$(COMPILE) --extra ray --group test --output-file $@
+	$(COMPILE) pyproject.toml --extra ray --group test --output-file $@
 
 build/oldest.txt: requirements/oldest.txt
 	mkdir -p build && cp $< $@
@@ -124,7 +127,7 @@ test-newest test-oldest: test-%: build/%.txt
 
 .FORCE:
 
-# One JSON a run; BENCH names sections and options, see benchmarks/README.md.
+# One JSON file per run; BENCH names sections and options, see benchmarks/README.md.
 bench: $(VENV)/.weights
 	$(BIN)/python -m benchmarks.bench $(BENCH)
 
@@ -132,7 +135,17 @@ bench: $(VENV)/.weights
 bench-compare: setup
 	$(BIN)/python -m benchmarks.compare $(A) $(B)
 
-# docs/demo: the report and the card of a small stand-in.
+# What the pages are and how links become the site's: mkdocs.yml and docs/pages.py.
+docs: $(VENV)/.ready-for-docs
+	$(BIN)/mypy docs/pages.py
+	$(BIN)/mkdocs build --strict
+
+# mkdocs reads docstrings through the links in src/df11, which installing the package makes.
+$(VENV)/.ready-for-docs: $(VENV)/.ready requirements/docs.txt
+	$(INSTALL) -r requirements/docs.txt
+	touch $@
+
+# docs/demo: the report and the model card of a small stand-in.
 docs-demo: test-setup
 	$(BIN)/python -m benchmarks.demo_report
 

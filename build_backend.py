@@ -1,9 +1,10 @@
-"""Builds df11: setuptools, and what it lacks.
+"""Builds df11: setuptools, plus what it lacks.
 
-The package's rooms are top-level folders. A wheel takes them from there. An editable install links them into ``src/df11``, so that ``src`` holds the
-package as it is imported, and type checkers, editors and debuggers see the files of the checkout.
+The package's folders are at the top level. A wheel takes them from there. An editable install links them into
+``src/df11``, so that ``src`` holds the package as it is imported. Type checkers, editors and debuggers then see the
+files of the checkout.
 
-Where no C compiler is found, pip is asked to bring one for the build: Zig, which is a package like any other.
+If there is no C compiler, pip is asked to install one for the build: Zig, which is an ordinary package.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-ROOMS: Final = ("converter", "formats", "pipelines", "runtime")
+ROOMS: Final = ("converter", "formats", "pipelines", "runtime", "storage")
 ZIG: Final = "ziglang==0.17.1"
-# One build serves all versions of Python, but for the free-threaded ones, which have no stable interface.
+# One build serves all versions of Python but the free-threaded ones, which have no stable ABI.
 LIMITED: Final = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 _HERE: Final = Path(__file__).resolve().parent
@@ -58,7 +59,7 @@ def packages() -> list[str]:
 
 
 def package_dir() -> dict[str, str]:
-    """Where packages lie; once the rooms are linked, all below ``src``, which setuptools then simply puts on the path."""
+    """Where packages are: once linked, all below ``src``, which setuptools then simply puts on the path."""
     return {"": "src"} | ({} if _linked else {f"df11.{room}": room for room in ROOMS})
 
 
@@ -77,18 +78,18 @@ def _link(room: str) -> None:
             raise
         import _winapi
 
-        _winapi.CreateJunction(str(target), str(link))  # Windows wants a right for symbolic links, but none for these.
+        _winapi.CreateJunction(str(target), str(link))  # Unlike symbolic links, these need no privilege on Windows.
 
 
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
-    """PEP 517. setuptools alone would pack what an earlier build has left and the sources no longer hold."""
+    """PEP 517. On its own, setuptools would pack leftovers of earlier builds that are no longer in the sources."""
     for left in (_HERE / "build").glob("lib*"):
         shutil.rmtree(left)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
-    """PEP 660. Where there are no links, setuptools' own finder takes their place at run time."""
+    """PEP 660. If the links cannot be made, setuptools' own finder takes their place at run time."""
     global _linked
     try:
         for room in ROOMS:
@@ -96,7 +97,8 @@ def build_editable(wheel_directory: str, config_settings: Any = None, metadata_d
         _linked = True
     except OSError as error:
         print(
-            f"df11: no links to the rooms in src/df11, so that type checkers and editors may not find them: {error}",
+            "df11: src/df11 has no links to the package's folders; type checkers and editors may not find them: "
+            f"{error}",
             file=sys.stderr,
         )
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
@@ -113,7 +115,7 @@ def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
 
 
 def _find_compiler() -> bool:
-    """Whether there is a C compiler that runs. Sets ``CC`` if it is another than the one that built this Python."""
+    """Whether there is a C compiler that runs. Sets ``CC`` if it is not the one that built this Python."""
     if sys.platform == "win32":
         from setuptools._distutils.ccompiler import new_compiler
 
@@ -126,7 +128,7 @@ def _find_compiler() -> bool:
         return True
     built_with = shlex.split(sysconfig.get_config_var("CC") or "cc")[0]
     for name in (built_with, "cc", "gcc", "clang"):
-        # macOS has a cc that only says how to get one.
+        # macOS has a cc that only says how to install one.
         if (path := shutil.which(name)) and subprocess.run(
             [path, "--version"], capture_output=True, check=False
         ).returncode == 0:
@@ -137,7 +139,7 @@ def _find_compiler() -> bool:
 
 
 class BuildExtension(build_ext):
-    """Compiles with the machine's compiler, else with Zig's. Never goes on without the extension."""
+    """Compiles with the machine's compiler, or else with Zig. Never continues without the extension."""
 
     def run(self) -> None:
         """Choose the compiler before setuptools sets its own up."""
@@ -160,7 +162,8 @@ class BuildExtension(build_ext):
             self._build_with_zig(ext)
         else:
             raise CompileError(
-                f"df11 needs a C compiler to build: apt install gcc (or the like), or let pip reach an index that has {ZIG}, or pip install {ZIG}"
+                "df11 needs a C compiler to build: apt install gcc (or the like), "
+                f"or let pip reach an index that has {ZIG}, or pip install {ZIG}"
             )
 
     def _build_with_zig(self, ext: Extension) -> None:
@@ -168,7 +171,7 @@ class BuildExtension(build_ext):
         output, folder = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        linked = folder / output.name  # On Windows, with a .lib and a .pdb beside it, which the package does not want.
+        linked = folder / output.name  # On Windows, a .lib and a .pdb come with it.
         macros = [f"-D{name}={value}" for name, value in ext.define_macros]
         include = [f"-I{path}" for path in {sysconfig.get_path("include"), sysconfig.get_path("platinclude")}]
         command = [
@@ -187,17 +190,18 @@ class BuildExtension(build_ext):
         ]
         command += [*ext.sources, "-o", str(linked), *options]
         print(shlex.join(command), flush=True)
-        # The cache for all of Zig's users would be 50 MB in the home folder, which a build need not have.
+        # Zig's shared cache would put 50 MB into the home folder.
         environment = {"ZIG_GLOBAL_CACHE_DIR": str(folder / "zig"), **os.environ}
         if subprocess.run(command, env=environment, check=False).returncode:
             raise CompileError(
-                f"Zig could not compile {ext.name}, see above; with a C compiler (apt install gcc, or the like) df11 builds without it"
+                f"Zig could not compile {ext.name}, see above; "
+                "with a C compiler (apt install gcc, or the like) df11 builds without it"
             )
         shutil.copyfile(linked, output)
 
 
 def _zig_target() -> tuple[str, list[str]]:
-    """The machine as Zig names it, and what linking takes there."""
+    """The machine as Zig names it, and the extra options for linking."""
     machine = platform.machine().lower()
     processor = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
     if sys.platform == "win32":

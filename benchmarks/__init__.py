@@ -1,1 +1,1 @@
-"""The demo and the benchmarks; what the GPU programs share with them. Nothing of it is part of the package."""
+"""The demo and the benchmarks, and what they share with the GPU programs. None of it is part of the package."""

@@ -1,7 +1,7 @@
-"""Start one command, wait for it, and write what it took as JSON: ``_child.py RESULT COMMAND...``.
+"""Start one command, wait for it, and write what it used as JSON: ``_child.py RESULT COMMAND...``.
 
-A process of its own, because Linux counts the memory of the process that starts a command into the peak of that
-command: this one is small. Only the standard library, run with ``python -I -S``.
+This is a process of its own and a small one, because Linux counts the memory of the parent into the peak of a new
+process. Only the standard library; run with ``python -I -S``.
 """
 
 import json
@@ -12,9 +12,9 @@ import time
 
 
 def main() -> None:
-    """Run the command with this process's standard streams; exit with 0: the command's exit code is in the result."""
+    """Run the command with this process's standard streams. Exits with 0; the command's exit code is in the result."""
     result, command = sys.argv[1], sys.argv[2:]
-    # Handlers, not SIG_IGN: the command must not inherit it. A Ctrl-C reaches the command by itself.
+    # Handlers, not SIG_IGN: the command must not inherit that. Ctrl-C reaches the command directly.
     signal.signal(signal.SIGINT, lambda *_: None)
     start = time.perf_counter()
     pid = os.posix_spawnp(command[0], command, os.environ)

@@ -1,7 +1,7 @@
-"""The benchmark: sections by name, one JSON file a run. ``python -m benchmarks.bench``, or ``make bench``.
+"""The benchmark: sections by name, one JSON file per run. ``python -m benchmarks.bench``, or ``make bench``.
 
-Timings are of programs that take turns; quote the median of the ratios of pairs, with the least and the most. Nothing
-here decides whether tests pass: machines differ. ``python -m benchmarks.compare`` says what changed between two files.
+Programs are timed in turns; quote the median of the paired ratios, with the minimum and the maximum. No test depends on
+timings: machines differ. ``python -m benchmarks.compare`` says what changed between two files.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ SECTIONS: Final[dict[str, Callable[[Bench], None]]] = {
 DEFAULT: Final = ("start", "cores", "convert", "sizes", "memory")
 SHARED_MEMORY: Final = Path("/dev/shm")
 ROOM: Final = {"start": 3e8, "cores": 2e8, "convert": 16.5e9, "sizes": 1.6e9, "memory": 11e9, "job": 15e9}
-"""Bytes that a section has in its folder at a time; they are scaled by --size."""
+"""Bytes that a section needs in its folder at a time; scaled by --size."""
 ON_DISK: Final = ("job", "omnigen2")
-"""Sections that are about a real disk."""
+"""Sections that measure a real disk."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections and return the exit code: 1 if one has failed, 2 if none could begin."""
+    """Run the sections and return the exit code: 1 if one failed, 2 if none could start."""
     options = _parse(arguments)
     measure.interrupt_on_signals()
     board, found = Board(), peers.Peers()
@@ -93,7 +93,7 @@ def _peers(board: Board) -> peers.Peers:
 
 
 def _folder(board: Board, section: str, options: argparse.Namespace) -> Path | None:
-    # Where the section works; None, and a note, if there is no room. Pages of shared memory may be too few.
+    # The folder of a section; None, and a note, if there is no room. Shared memory may have too few pages.
     needed = omnigen2.needed(options.scale) if section == "omnigen2" else int(ROOM[section] * max(options.size, 0.01))
     usual = [Path(tempfile.gettempdir())]
     if section not in ON_DISK and SHARED_MEMORY.is_dir():
@@ -112,13 +112,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description="Measure df11 on this machine.")
     about = f"default: {' '.join(DEFAULT)}"
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; {about}")
-    parser.add_argument("--against", metavar="PATH[:PYTHON]", help="another checkout, which takes turns with this one")
+    parser.add_argument(
+        "--against", metavar="PATH[:PYTHON]", help="another checkout to compare with; it takes turns with this one"
+    )
     parser.add_argument("--folder", type=Path, help="where to work (default: shared memory, if there is room)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default: %(default)s)")
-    parser.add_argument("--size", type=float, default=1.0, help="what sizes are multiplied by (default: 1)")
-    parser.add_argument("--scale", type=float, default=1.0, help="that of the OmniGen2 stand-in (default: 1, 31 GB)")
+    parser.add_argument("--size", type=float, default=1.0, help="factor for all sizes (default: 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="scale of the OmniGen2 stand-in (default: 1, 31 GB)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="threads (default: all cores)")
-    parser.add_argument("--no-peers", action="store_true", help="df11 alone, nothing is installed")
+    parser.add_argument("--no-peers", action="store_true", help="df11 alone; nothing is installed")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/DATE-NAME.json (default: build/bench)")
     options = parser.parse_args(arguments)
     options.sections = options.sections or list(DEFAULT)
@@ -128,7 +130,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def warm_up(checkouts: list[Checkout], found: peers.Peers) -> None:
-    """Convert a small file with every program: what is done once a machine, such as compiling, counts nowhere."""
+    """Convert a small file with every program, so that one-time work, such as compiling, is counted nowhere."""
     with tempfile.TemporaryDirectory(prefix="df11-bench-") as work:
         source, target = Path(work, "x.safetensors"), Path(work, "x.df11")
         synthetic.write_gaussian(source, 2_000_000)

@@ -1,9 +1,9 @@
 """What changed between two results files: ``python -m benchmarks.compare A.json B.json``, ``make bench-compare``.
 
-A figure has changed for certain if the ranges of its samples do not overlap (and, where fewer than three samples leave
-the noise unknown, the change is more than 3 %); sizes, which do not vary, if they differ at all. It has perhaps changed
-if its median did by more than 3 %. Of eight samples or more the range is the middle half, which a few disturbed ones do
-not widen. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
+A timing has changed for certain if the ranges of its samples do not overlap (and, with fewer than three samples, which
+leave the noise unknown, if it changed by more than 3 %); a size, which does not vary, if it differs at all. A timing
+has perhaps changed if its median moved by more than 3 %. With eight or more samples, the range is the middle half,
+which a few outliers do not widen. The exit code is 0 whatever has changed, and 2 if a file cannot be used.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ THRESHOLD: Final = 0.03
 FEW: Final = 3
 """Fewer samples say nothing about the noise."""
 MANY: Final = 8
-"""From so many samples on their middle half counts."""
+"""From this many samples on, their middle half is the range."""
 EXACT: Final = ("bytes", "files", "of BF16")
-"""Units of what is counted, not timed."""
+"""Units of what is counted rather than timed."""
 TIMINGS: Final = ("s", "GB/s")
-"""Units that say nothing about another machine."""
+"""Units whose values mean nothing on another machine."""
 SPEEDS: Final = (*TIMINGS, "x")
 HARDWARE: Final = ("cpu", "gpu", "cores", "memory", "file_system")
 
@@ -43,7 +43,7 @@ class Change:
 
     @property
     def relative(self) -> float:
-        """What was added, as a share of the first."""
+        """The increase, as a share of the first value."""
         return self.b.value / self.a.value - 1 if self.a.value else float(self.b.value != 0)
 
     @property
@@ -58,7 +58,7 @@ class Change:
 
     @property
     def possible(self) -> bool:
-        """Whether the median has changed much, but the ranges overlap."""
+        """Whether the median moved much although the ranges overlap."""
         return not self.certain and self.a.unit not in EXACT and abs(self.relative) > THRESHOLD
 
     @property
@@ -89,7 +89,7 @@ def _range(result: Result) -> tuple[float, float]:
 
 
 def compare(a: Sequence[Result], b: Sequence[Result], *, other_machine: bool = False) -> list[str]:
-    """The lines of the comparison. Of other machines no timings are compared, but their ratios."""
+    """The lines of the comparison. Between different machines only ratios are compared, not timings."""
     first, second = _by_key(a), _by_key(b)
     changes = [Change(result, second[key]) for key, result in first.items() if key in second]
     left_out = [change for change in changes if other_machine and change.a.unit in TIMINGS]
@@ -118,7 +118,7 @@ def _by_key(found: Sequence[Result]) -> dict[Key, Result]:
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], keys: Sequence[str]) -> list[str]:
-    """What two descriptions say differently: "cpu: A, B"."""
+    """Where two descriptions differ: "cpu: A, B"."""
     return [f"{key}: {a.get(key)}, {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
 
 
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machines.append(content["machine"])
         found.append(rows)
         print(f"{name}: {content['machine']['date'][:10]}, commit {content['machine']['commit']}, {path}")
-    # To the GiB: virtual machines of one kind differ by some pages.
+    # To the GiB: virtual machines of one kind differ by a few pages.
     rounded = [machine | {"memory": f"{machine['memory_bytes'] / 2**30:.0f} GiB"} for machine in machines]
     hardware = differences(rounded[0], rounded[1], HARDWARE)
     if hardware:

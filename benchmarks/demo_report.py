@@ -1,7 +1,7 @@
-"""The report and the card of the OmniGen2-shaped stand-in, for docs/demo. ``python -m benchmarks.demo_report``, a minute or so.
+"""Makes docs/demo: the report and the model card of a stand-in for OmniGen2. ``python -m benchmarks.demo_report``.
 
-The folder has every tensor of OmniGen2's checkpoint, but smaller, in F32 as on the Hub, with **synthetic** random weights; it is converted with
-``cast="bf16"``. Page and card say so.
+The folder has every tensor of OmniGen2's checkpoint, but smaller, in F32 as on the Hub, and with **synthetic** random
+weights. It is converted with ``cast="bf16"``. The report and the model card say so. Takes about a minute.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ FOLDER: Final = Path(__file__).parents[1] / "docs" / "demo"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write report.html, card.md and the pictures, and print their sizes. The same scale gives the same bytes on one machine."""
+    """Write report.html, card.md and the pictures, and print their sizes.
+
+    The same scale gives the same bytes on one machine.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo_report",
-        description="Make the report and the card of an OmniGen2-shaped folder.",
+        description="Make the report and the model card of an OmniGen2-shaped folder.",
     )
     parser.add_argument(
         "--scale", type=float, default=SCALE, help="size of the folder, 1 being the real one (default: %(default)s)"
@@ -49,13 +52,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_card(tree: Path, scale: float) -> str:
-    """The card of the converted folder; its pictures lie beside it."""
-    manifest, _ = report.read_tree(tree)
+    """The model card of the converted folder, for a file beside the pictures."""
+    manifest, _ = report.find_manifest(tree)
     fields = card.CardFields(
         title="Synthetic stand-in of the shape of OmniGen2",
-        notes="**These are not OmniGen2's weights.** The folder has the names of all tensors of OmniGen2's checkpoint, in the same files and "
-        f"dtypes, with {scale:g} times as many weights in each, and random numbers with the statistics that were published of the real ones. "
-        "It makes no images; it is here to show what a card looks like.",
+        notes="**These are not OmniGen2's weights.** The folder has a tensor for each one in OmniGen2's checkpoint, "
+        f"with the same name, file and dtype, but {scale:g} times as many weights: random numbers with the statistics "
+        "that were published of the real ones. It makes no images; it shows what a model card looks like.",
         license="apache-2.0",
         pipeline_tag="any-to-any",
         library_name="diffusers",

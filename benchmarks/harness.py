@@ -31,7 +31,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Checkout:
-    """A checkout of df11, and the Python that runs it; ``name``: "df11", or "against" for the other one."""
+    """A checkout of df11 and the Python that runs it. ``name``: "df11", or "against" for the other one."""
 
     name: str
     path: Path
@@ -44,14 +44,14 @@ class Checkout:
         return {**os.environ, "PYTHONPATH": path}
 
     def program(self, name: str, *arguments: object, output: Path | None = None) -> Program:
-        """Its command line; ``name`` follows the checkout's."""
+        """Its command line; ``name`` is appended to that of the checkout."""
         command = [self.python, "-m", "df11", *map(str, arguments)]
         return Program(f"{self.name} {name}".strip(), command, output, self.env)
 
 
 @dataclass(slots=True)
 class Board:
-    """The figures of a run. ``section``: that of the next ones; ``notes``: what is missing or has failed, and why."""
+    """The figures of a run. ``section``: that of the next figure. ``notes``: what is missing or has failed, and why."""
 
     section: str = ""
     found: list[Result] = field(default_factory=list)
@@ -62,9 +62,9 @@ class Board:
         self.found.append(Result.of(self.section, name, unit, better, samples, ratio=ratio))
 
     def turns(self, case: str, programs: Sequence[Program], pairs: Sequence[Pair], rounds: int) -> Taken:
-        """Run the programs one after the other, ``rounds`` times (A B A B), and keep what they took.
+        """Run the programs in turns, ``rounds`` times (A B A B), and keep what they took.
 
-        For each of ``pairs``, two names: how many times as fast as the second the first is, round by round.
+        ``pairs``: pairs of names, for which the speed of the first is divided by that of the second, round by round.
         """
         taken: Taken = {program.name: [] for program in programs}
         for number in range(rounds):
@@ -73,25 +73,25 @@ class Board:
                 taken[program.name].append(run(program))
         for name, runs in taken.items():
             self.add(f"{case}: {name}", "s", "lower", [one.wall for one in runs])
-            self.add(f"{case}: {name}, processor", "s", "lower", [one.cpu for one in runs])
+            self.add(f"{case}: {name}, CPU time", "s", "lower", [one.cpu for one in runs])
             self.add(f"{case}: {name}, peak memory", "MiB", "lower", [one.peak_rss / 2**20 for one in runs])
         for first, second in pairs:
             both = list(zip(taken[first], taken[second], strict=True))
             speeds, thrift = [b.wall / a.wall for a, b in both], [b.cpu / a.cpu for a, b in both]
             self.add(f"{case}: speed, {first} / {second}", "x", "higher", speeds, ratio=True)
-            self.add(f"{case}: speed by processor time, {first} / {second}", "x", "higher", thrift, ratio=True)
+            self.add(f"{case}: speed by CPU time, {first} / {second}", "x", "higher", thrift, ratio=True)
         return taken
 
 
 def run(program: Program) -> Measured:
-    """Run a program, without what it wrote the last time."""
+    """Run a program after removing what its last run wrote."""
     if program.output:
         remove(program.output)
     return measure.run(program.command, program.env)
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """A file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -99,7 +99,7 @@ def remove(path: Path) -> None:
 
 
 def evict(path: Path) -> None:
-    """Force a file, or all files below a directory, to the disk and out of the page cache."""
+    """Write a file, or all files in a folder, to the disk, and drop them from the page cache."""
     for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -110,16 +110,16 @@ def evict(path: Path) -> None:
 
 
 def checkouts(against: str | None) -> list[Checkout]:
-    """The checkout that this is, and the other one, ``PATH`` or ``PATH:PYTHON``, if there is one. Raises ValueError."""
+    """The checkout of this file, and the other one, ``PATH`` or ``PATH:PYTHON``, if given. Raises ValueError."""
     found = [Checkout("df11", results.ROOT)]
     if against:
         path, _, python = against.partition(":")
         if not Path(path, "src", "df11").is_dir():
-            raise ValueError(f"{path} is no checkout of df11")
+            raise ValueError(f"{path} is not a checkout of df11")
         found.append(Checkout("against", Path(path).resolve(), python or sys.executable))
     return found
 
 
 def say(line: str) -> None:
-    """Tell people what goes on, on standard error."""
+    """Report progress on standard error."""
     print(f"bench: {line}", file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""The section ``job``: a Hub-to-Hub job on a model of 4 GB in 8 shards: time, peak memory, what it has on the disk.
+"""The section ``job``: a Hub-to-Hub job on a model of 4 GB in 8 shards: time, peak memory, disk usage.
 
-The Hub is the one of the tests, in a process of its own on this machine: no network, so that what is measured is the
-job. The Hub takes part of the cores: it reads, hashes and writes all that passes. Beside it: ``df11 convert`` of the
-same shards from and to the same disk.
+The Hub is the one of the tests, in another process on this machine: with no network involved, the job itself is
+measured. That Hub takes part of the CPU time: it reads, hashes and writes everything that passes. For comparison:
+``df11 convert`` of the same shards from and to the same disk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SAMPLES: Final = 0.01
 
 
 def job(bench: Bench) -> None:
-    """A job from the Hub to the Hub, both on this machine, and again when everything is done."""
+    """A job from the Hub to the Hub, both on this machine; and once more, with nothing left to do."""
     size = bench.bytes(4e9)
     case = f"{readable(size)} in {SHARDS} shards"
     checkout, board, folder = bench.checkouts[0], bench.board, bench.folder
@@ -47,7 +47,7 @@ def job(bench: Bench) -> None:
         process.join()
     files = [event for event in measure.events(first.stdout) if event["event"] == "file"]
     board.add(f"{case}: df11 job", "s", "lower", [first.wall])
-    board.add(f"{case}: df11 job, processor", "s", "lower", [first.cpu])
+    board.add(f"{case}: df11 job, CPU time", "s", "lower", [first.cpu])
     board.add(f"{case}: df11 job, peak memory", "MiB", "lower", [max(first.peak_rss, again.peak_rss) / 2**20])
     board.add(f"{case}: df11 convert", "s", "lower", [local.wall])
     board.add(f"{case}: speed, df11 job / df11 convert", "x", "higher", [local.wall / first.wall], ratio=True)
@@ -71,7 +71,7 @@ def _serve(pipe: Connection, folder: Path) -> None:
 
 
 class Watcher:
-    """Looks at a folder again and again: the most files and bytes that were in it at a time."""
+    """Watches a folder: the most files and bytes that were in it at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -95,7 +95,7 @@ class Watcher:
                     if path.is_file() and path.name != ".lock":
                         sizes.append(path.stat().st_size)
                 except OSError:
-                    continue  # It is gone.
+                    continue  # It has been removed meanwhile.
             self.most_files = max(self.most_files, len(sizes))
             self.most_bytes = max(self.most_bytes, sum(sizes))
             time.sleep(_SAMPLES)

@@ -1,4 +1,4 @@
-"""Run commands as whole processes and measure them: wall time, processor time, peak memory."""
+"""Run commands as whole processes and measure them: wall time, CPU time, peak memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _CHILD: Final = Path(__file__).with_name("_child.py")
 
 
 class CommandError(Exception):
-    """A measured command failed; the message holds the end of what it said."""
+    """A measured command failed; the message ends with its last output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one process: seconds by the clock; of processor time in the program and in the kernel; peak resident bytes.
+    """One process: seconds of wall time; seconds of CPU time in user and in kernel mode; peak resident bytes.
 
-    All but the first are what wait4 says, the peak therefore that of the largest process of its tree.
+    All but the first come from wait4. The peak is therefore that of the largest process among it and its children.
     """
 
     wall: float
@@ -35,7 +35,7 @@ class Measured:
 
     @property
     def cpu(self) -> float:
-        """Seconds of processor time."""
+        """Seconds of CPU time."""
         return self.user + self.system
 
 
@@ -49,7 +49,7 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Measure
         try:
             stdout, stderr = process.communicate()
         except BaseException:
-            process.terminate()  # which ends the command, too
+            process.terminate()  # which also ends the command
             process.wait()
             raise
         if not result.exists():
@@ -62,13 +62,13 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Measure
 
 
 def interrupt_on_signals() -> None:
-    """Let SIGTERM and SIGHUP, like Ctrl-C, raise KeyboardInterrupt, so that temporary folders are removed."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, like Ctrl-C, so that temporary folders are removed."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, as under nohup
             signal.signal(number, interrupt)
 
 
@@ -78,7 +78,7 @@ def df11(*arguments: object) -> list[str]:
 
 
 def events(stdout: str) -> list[dict[str, Any]]:
-    """The JSON lines that ``--json`` makes df11 print."""
+    """The JSON lines that df11 prints with ``--json``."""
     return [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
 
 
@@ -89,17 +89,17 @@ def sha256(path: Path) -> str:
 
 
 def stored_bytes(path: Path, suffix: str = "") -> int:
-    """Size of a file, or of all files below a directory whose names end with ``suffix``."""
+    """Size in bytes of a file, or of all files in a folder whose names end with ``suffix``."""
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob(f"*{suffix}") if file.is_file())
 
 
 def use_once(folder: Path, size: int) -> None:
-    """Fill ``size`` bytes of a folder in memory, and free them: those that a virtual machine has never used are slow the first time."""
+    """Fill ``size`` bytes of a folder in memory and free them: a virtual machine's first use of its memory is slow."""
     path = folder / "zeros"
-    piece = bytes(64 << 20)
+    block = bytes(64 << 20)
     with path.open("wb", buffering=0) as file:
-        for start in range(0, size, len(piece)):
-            file.write(piece[: size - start])
+        for start in range(0, size, len(block)):
+            file.write(block[: size - start])
     path.unlink()

@@ -1,7 +1,7 @@
 """The section ``omnigen2``: a stand-in for the whole OmniGen2 checkpoint, 31.2 GB of F32, on a real disk.
 
-31.2 GB do not fit into the memory of most machines. So that all steps meet the same conditions on any machine, every
-file that a step reads is put out of the page cache first: all reads are from the disk.
+Few machines can hold 31.2 GB in memory. To give all steps the same conditions on any machine, every file is dropped
+from the page cache before a step reads it: all reads come from the disk.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import harness, measure, synthetic
-from benchmarks.floor import measure_floor
+from benchmarks.entropy_bound import measure_entropy_bound
 from benchmarks.harness import Board, Checkout
 from benchmarks.measure import Measured
 from benchmarks.sections import Bench
 
 SHARE: Final = 1.4
-"""Room for all, as a share of the F32 source: a third for the containers, the largest file once more, tables."""
-FLOOR_STEP: Final = 16
-"""The floor is estimated from each 16th mebibyte of a tensor."""
-EXACT_FLOOR_SCALE: Final = 0.1
-"""Up to this scale the floor is counted from all weights."""
+"""Disk space as a share of the F32 source: a third for the containers, the largest file once more, tables."""
+BOUND_STEP: Final = 16
+"""Above that scale, the entropy bound is estimated from every 16th mebibyte of a tensor."""
+EXACT_BOUND_SCALE: Final = 0.1
+"""Up to this scale, the entropy bound takes all weights into account."""
 COMPONENTS: Final = ("transformer", "mllm", "vae")
 
 
 def omnigen2(bench: Bench) -> None:
-    """``cp`` with fsync and ``df11 convert --cast bf16`` in turns; sizes by component; verify; a shard restored."""
+    """``cp`` with fsync and ``df11 convert --cast bf16`` in turns; sizes by component; verify; restore of a shard."""
     source, target = bench.folder / "omnigen2", bench.folder / "omnigen2-df11"
     harness.say(f"omnigen2: making {sum(synthetic.omnigen2_bytes(bench.scale).values()) / 1e9:.2f} GB")
     files = list(synthetic.write_omnigen2(source, bench.scale))
@@ -49,12 +49,12 @@ def omnigen2(bench: Bench) -> None:
     taken["restore"] = [_restore_shard(checkout, source, target, bench.folder / "restored.safetensors", bench.jobs)]
     for name, runs in taken.items():
         board.add(f"{case}: {name}", "s", "lower", [one.wall for one in runs])
-        board.add(f"{case}: {name}, processor", "s", "lower", [one.cpu for one in runs])
+        board.add(f"{case}: {name}, CPU time", "s", "lower", [one.cpu for one in runs])
         board.add(f"{case}: {name}, peak memory", "MiB", "lower", [one.peak_rss / 2**20 for one in runs])
 
 
 def _copy(source: Path, names: Sequence[str], target: Path) -> Measured:
-    # File by file; each copy is removed before the next, outside the time, so that little room is needed.
+    # File by file: each copy is removed before the next, outside the measured time, so that little space is needed.
     runs = []
     for name in names:
         harness.evict(source / name)
@@ -65,11 +65,11 @@ def _copy(source: Path, names: Sequence[str], target: Path) -> Measured:
 
 
 def _add_sizes(board: Board, name: str, source: Path, target: Path, scale: float) -> None:
-    bound = measure_floor(source, cast=True, every=FLOOR_STEP if scale > EXACT_FLOOR_SCALE else 1)
+    bound = measure_entropy_bound(source, cast=True, every=BOUND_STEP if scale > EXACT_BOUND_SCALE else 1)
     stored = measure.stored_bytes(target, ".df11")
     board.add(name, "bytes", "lower", [stored])
     board.add(name, "of BF16", "lower", [stored / bound.bf16_bytes], ratio=True)
-    board.add(f"{name}, floor", "of BF16", "lower", [bound.ratio], ratio=True)
+    board.add(f"{name}, entropy bound", "of BF16", "lower", [bound.ratio], ratio=True)
 
 
 def _restore_shard(checkout: Checkout, source: Path, target: Path, restored: Path, jobs: int) -> Measured:
@@ -79,11 +79,11 @@ def _restore_shard(checkout: Checkout, source: Path, target: Path, restored: Pat
     harness.evict(container)
     taken = harness.run(checkout.program("", "restore", container, restored, "-j", jobs, "--quiet"))
     if measure.sha256(restored) != measure.sha256(source / name):
-        raise measure.CommandError(f"{name}: what was restored differs from the source")
+        raise measure.CommandError(f"{name}: the restored file differs from the source")
     restored.unlink()
     return taken
 
 
 def needed(scale: float) -> int:
-    """Bytes of disk for the section."""
+    """Disk space for the section, in bytes."""
     return int(SHARE * sum(synthetic.omnigen2_bytes(scale).values())) + 500_000_000

@@ -1,7 +1,7 @@
-"""The programs that df11 is compared with, in an environment of their own: ``build/bench/peers-<Python>``, made once.
+"""The programs that df11 is compared with, in their own environment: ``build/bench/peers-<Python>``, made once.
 
-lmzip takes turns with df11. zipnn and zstd are there for their sizes alone: the former's speed was no match
-(results/2026-11-23-cpu.md), the latter knows nothing of BF16.
+lmzip takes turns with df11. zipnn and zstd are there for their sizes alone: zipnn is much slower
+(results/2026-11-23-cpu.md), and zstd does not know BF16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.harness import Program, say
 
 PACKAGES: Final = ("lmzip==1.3.0", "zipnn==0.5.4", "zstandard", "numpy", "safetensors")
 
-# zipnn imports torch for tensors; what codes bytes does without, so that a stand-in saves its gigabyte.
+# zipnn imports torch for tensors. Its byte coder does not need it: a stand-in saves a gigabyte.
 _ZIPNN: Final = """
 import sys, pathlib, unittest.mock
 sys.modules["torch"] = unittest.mock.MagicMock()
@@ -41,19 +41,19 @@ print(json.dumps({name: metadata.version(name) for name in sys.argv[1:]}))
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """The peers' Python, None if there is none, and their versions."""
+    """The peers' Python, or None without one, and their versions."""
 
     python: Path | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def lmzip(self, *arguments: object, output: Path | None = None) -> list[Program]:
-        """A command of lmzip as a list, which is empty without it."""
+        """A command of lmzip as a list; empty without lmzip."""
         if self.python is None:
             return []
         return [Program("lmzip", [str(self.python.with_name("lmz")), *map(str, arguments)], output)]
 
     def smallest(self, source: Path, target: Path) -> list[Program]:
-        """Whoever can say how small it makes a file."""
+        """All programs that can tell the compressed size of a file."""
         if self.python is None:
             return []
         programs = self.lmzip("compress", "-q", "-f", source, target, output=target)
@@ -65,7 +65,7 @@ class Peers:
 
 
 def prepare() -> Peers:
-    """Make the environment, or find it. Raises RuntimeError if that fails."""
+    """Make or find the environment. Raises RuntimeError if that fails."""
     place = results.BUILD / f"peers-{sys.version_info.major}.{sys.version_info.minor}"
     python, ready = place / "bin" / "python", place / ".ready"
     if not ready.exists() or ready.read_text() != " ".join(PACKAGES):
@@ -80,6 +80,6 @@ def prepare() -> Peers:
 def _run(command: list[str]) -> str:
     process = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if process.returncode:
-        lines = (process.stderr.strip() or process.stdout.strip() or "nothing was said").splitlines()
+        lines = (process.stderr.strip() or process.stdout.strip() or "no output").splitlines()
         raise RuntimeError(f"{' '.join(command[:4])}: {lines[-1]}")
     return process.stdout

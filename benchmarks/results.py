@@ -1,7 +1,7 @@
-"""The one format of all results: what was measured, on which machine, with which versions. All programs here write it.
+"""The one format of all results: what was measured, on which machine, with which versions. Every program here uses it.
 
-A file is a JSON object: ``format``, 1; ``machine``, as ``describe`` gives it; ``results``, a list of ``Result``;
-and what a program adds: ``notes`` of what is missing, ``against``, the ``sections`` of the programs for a GPU.
+A file is a JSON object: ``format``, 1; ``machine``, as returned by ``describe``; ``results``, a list of ``Result``; and
+extras of a program: ``notes`` on what is missing, ``against``, the ``sections`` of the programs for a GPU.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import df11
 FORMAT: Final = 1
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
-"""What is committed."""
+"""For results that are committed."""
 BUILD: Final = ROOT / "build" / "bench"
-"""What is not, and the peers' environment."""
+"""For results that are not, and for the peers' environment."""
 MACHINE: Final = ("date", "commit", "cpu", "cores", "memory_bytes", "kernel", "versions")
 """What every description of a machine has."""
 Better = Literal["lower", "higher"]
@@ -37,10 +37,10 @@ Samples = Sequence[float]
 class Result:
     """One figure.
 
-    ``unit``: "s", "GB/s", "MiB", "bytes", "files", or, of a ``ratio``, "x" (times as fast) or "of …" (a share).
-    ``value`` is the one to quote, the median of the ``samples``; ``low`` and ``high`` are the least and the most of
-    them. Samples are in the order of time: those of two programs that took turns are pairs, and a ratio has a sample
-    a pair. A program that kept no samples gives none.
+    ``unit``: "s", "GB/s", "MiB", "bytes", "files" or, for a ``ratio``, "x" (times as fast) or "of …" (a share).
+    ``value`` is the one to quote, the median of the ``samples``; ``low`` and ``high`` are their minimum and maximum.
+    Samples are in the order of time: those of two programs that took turns are pairs, and a ratio has a sample per
+    pair. Programs that kept no samples have none.
     """
 
     section: str
@@ -55,13 +55,13 @@ class Result:
 
     @classmethod
     def of(cls, section: str, name: str, unit: str, better: Better, samples: Samples, *, ratio: bool = False) -> Result:
-        """The result of samples, of which there must be one at least."""
+        """The result of one or more samples."""
         value, low, high = statistics.median(samples), min(samples), max(samples)
         return cls(section, name, unit, better, ratio, value, low, high, tuple(samples))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
-    """A results file: all of it, and the results in it. Raises ValueError, or OSError, if it is none."""
+    """A results file: all of it, and the results in it. Raises ValueError, or OSError, if it is not one."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"not results of format {FORMAT}")
@@ -71,12 +71,12 @@ def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
         for row in rows:
             _ = row.value + row.low + row.high
     except (KeyError, TypeError) as error:
-        raise ValueError(f"results or machine are not as they should be: {error}") from error
+        raise ValueError(f"results or machine are invalid: {error}") from error
     return content, rows
 
 
 def write(path: Path, found: Iterable[Result], machine: dict[str, Any], **more: Any) -> None:
-    """Write a results file; a line for each figure, so that a difference can be read."""
+    """Write a results file with a line per figure, so that a diff is readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({"format": FORMAT, "machine": machine, **more}, indent=1)
     rows = ",\n".join(f"  {json.dumps(_rounded(asdict(row)))}" for row in found)
@@ -84,7 +84,7 @@ def write(path: Path, found: Iterable[Result], machine: dict[str, Any], **more: 
 
 
 def _rounded(value: Any) -> Any:
-    # Six digits of what was timed; what was counted is whole numbers, which stay.
+    # Timings are kept to six digits; counts are whole numbers and kept exactly.
     if isinstance(value, dict):
         return {key: _rounded(one) for key, one in value.items()}
     if isinstance(value, tuple):
@@ -98,7 +98,7 @@ def dated(name: str, folder: Path = RESULTS) -> Path:
 
 
 def describe() -> dict[str, Any]:
-    """Date, commit, processor, cores, memory, kernel, versions."""
+    """Date, commit, CPU, cores, memory, operating system, versions."""
     versions = {"df11": df11.__version__, "python": platform.python_version()}
     for name in ("numpy", "xxhash", "zstandard"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -130,7 +130,7 @@ def _field(path: str, name: str) -> str:
 
 
 def commit(checkout: Path) -> str:
-    """The commit of a checkout, ``-dirty`` if it was changed; "unknown" without git."""
+    """The commit of a checkout, with ``-dirty`` if it was changed; "unknown" without git."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -150,7 +150,7 @@ def file_system(folder: Path) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with spaces: the first one to the left, the others to the right."""
+    """Columns padded with spaces: the first aligned to the left, the others to the right."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks import floor, harness, measure, safetensors_file, synthetic
+from benchmarks import entropy_bound, harness, measure, safetensors_file, synthetic
 from benchmarks.harness import Board, Checkout, Program
 from benchmarks.peers import Peers
 from benchmarks.safetensors_file import Tensor
 
 SHARDS: Final = 8
 CORE_BYTES: Final = 8 << 20
-"""Of the weights that the kernels get."""
+"""Bytes of the weights for the kernels."""
 CORE_ROUNDS: Final = 8
 START_ROUNDS: Final = 4
-"""For each round of the other sections: these runs are short."""
+"""Runs per round of the other sections: these runs are short."""
 MANY: Final = 20_000
 """Tensors of 8 KiB."""
 _KERNELS: Final = Path(__file__).with_name("kernels.py")
@@ -29,8 +29,8 @@ _KERNELS: Final = Path(__file__).with_name("kernels.py")
 class Bench:
     """What a section works with.
 
-    ``folder``: empty, removed afterwards; ``checkouts``: this one, and the one it is compared with, if there is one;
-    ``size``: what all sizes are multiplied by; ``scale``: that of the OmniGen2 stand-in; ``jobs``: threads.
+    ``folder``: empty, removed afterwards. ``checkouts``: this one, and the one to compare with, if any. ``size``:
+    factor for all sizes. ``scale``: of the OmniGen2 stand-in. ``jobs``: threads.
     """
 
     board: Board
@@ -43,17 +43,17 @@ class Bench:
     jobs: int
 
     def bytes(self, count: float) -> int:
-        """A size, scaled, of at least a megabyte."""
+        """A scaled size, at least a megabyte."""
         return max(1_000_000, int(count * self.size))
 
 
 def readable(size: float) -> str:
-    """A size for the name of a case."""
+    """A size, for the name of a case."""
     return f"{size / 1e9:.3g} GB" if size >= 5e8 else f"{size / 1e6:.3g} MB"
 
 
 def start(bench: Bench) -> None:
-    """Short runs, where starting up is much of the time: no work at all, 2 MB, and MiniLM in BF16, 45 MB."""
+    """Short runs, dominated by start-up: no work at all, 2 MB, and MiniLM in BF16, 45 MB."""
     rounds = START_ROUNDS * bench.rounds
     programs = [checkout.program("", "--version") for checkout in bench.checkouts] + bench.peers.lmzip("--version")
     bench.board.turns("--version", programs, _pairs(programs), rounds)
@@ -68,12 +68,12 @@ def start(bench: Bench) -> None:
 
 
 def _pairs(programs: list[Program]) -> list[tuple[str, str]]:
-    # The first one beside each other.
+    # The first program of each checkout, as a pair.
     return [(programs[0].name, program.name) for program in programs[1:]]
 
 
 def _compressors(bench: Bench, source: Path) -> list[Program]:
-    # Each writes to the path that ``_packed`` says; all use as many threads.
+    # Each writes to the path that ``_packed`` returns; all use the same number of threads.
     programs = []
     for checkout in bench.checkouts:
         target = _packed(bench, source, checkout.name)
@@ -89,7 +89,7 @@ def _packed(bench: Bench, source: Path, by: str) -> Path:
 
 
 def convert(bench: Bench) -> None:
-    """Whole processes beside lmzip and the other checkout: converting, verified and not, verifying, restoring."""
+    """Whole processes compared with lmzip and the other checkout: convert, verified and not; verify; restore."""
     for nominal, shards in ((0.85e9, 1), (4e9, 1), (2e9, SHARDS)):
         size = bench.bytes(nominal)
         case = readable(size) + (f" in {shards} shards" if shards > 1 else "")
@@ -100,7 +100,7 @@ def convert(bench: Bench) -> None:
             checkout.program("--no-verify", *program.command[3:], "--no-verify", output=program.output)
             for checkout, program in zip(bench.checkouts, verified, strict=False)
         ]
-        # The verified ones come last, so that they leave what is verified and restored below.
+        # The verified ones come last: they leave the files that are verified and restored below.
         unverified = others + [program for program in verified if program.name == "lmzip"]
         pairs = _pairs(verified) + [(others[0].name, program.name) for program in unverified[1:]]
         bench.board.turns(f"convert {case}", others + verified, pairs, bench.rounds)
@@ -116,17 +116,17 @@ def convert(bench: Bench) -> None:
         ]
         archive = _packed(bench, source, "lmzip")
         restorers += bench.peers.lmzip("decompress", "-q", "-f", "-j", bench.jobs, archive, restored, output=restored)
-        # This checkout's comes last, and is looked at.
+        # This checkout's comes last, and its output is checked.
         bench.board.turns(f"restore {case}", restorers[::-1], _pairs(restorers), bench.rounds)
         for file in safetensors_file.files_below(source):
             if measure.sha256(file) != measure.sha256(restored / file.relative_to(source)):
-                raise measure.CommandError(f"{case}: what was restored differs from the source")
+                raise measure.CommandError(f"{case}: the restored file differs from the source")
         for path in (source, restored, *(program.output for program in verified if program.output)):
             harness.remove(path)
 
 
 def write_shards(source: Path, size: int, shards: int) -> None:
-    """A Gaussian file, or a folder of so many shards that have the size together."""
+    """A Gaussian file, or a folder of this many shards with this total size."""
     if shards == 1:
         synthetic.write_gaussian(source, size)
         return
@@ -138,7 +138,7 @@ def write_shards(source: Path, size: int, shards: int) -> None:
 
 
 def sizes(bench: Bench) -> None:
-    """Bytes stored, everything counted, beside the floor: 8 bits and the entropy of the exponents, tensor by tensor."""
+    """Bytes stored, everything counted, and the entropy bound: 8 bits and the exponents' entropy, by tensor."""
     size = bench.bytes(0.85e9)
     cases: dict[str, Callable[[Path], object]] = {
         "MiniLM": synthetic.write_minilm_bf16,
@@ -147,8 +147,8 @@ def sizes(bench: Bench) -> None:
     source, target = bench.folder / "x.safetensors", bench.folder / "packed"
     for name, make in cases.items():
         make(source)
-        bound = floor.measure_floor(source)
-        bench.board.add(f"{name}: floor", "of BF16", "lower", [bound.ratio], ratio=True)
+        bound = entropy_bound.measure_entropy_bound(source)
+        bench.board.add(f"{name}: entropy bound", "of BF16", "lower", [bound.ratio], ratio=True)
         container = target.with_suffix(".df11")
         command = ("convert", source, container, "--quiet")
         programs = [checkout.program("", *command, output=container) for checkout in bench.checkouts]
@@ -163,7 +163,7 @@ def sizes(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    """Peak resident memory: at rest, on one tensor of 1 GB, on 4 GB, and on many small tensors."""
+    """Peak resident memory: idle, on one tensor of 1 GB, on 4 GB, and on many small tensors."""
     one, large = bench.bytes(1e9), bench.bytes(4e9)
     many = [Tensor(f"layers.{i}.weight", "BF16", (64, 64)) for i in range(max(100, int(MANY * bench.size)))]
     cases: dict[str, Callable[[Path], object]] = {
@@ -199,12 +199,12 @@ def _peak(bench: Bench, case: str, programs: list[Program]) -> None:
 
 
 def cores(bench: Bench) -> None:
-    """The kernels alone, one thread, weights in memory; those of the other checkout take turns, call by call."""
+    """The kernels alone, one thread, weights in memory. The other checkout's take turns, call by call."""
     weights = bench.folder / "weights.bin"
     rows = max(1, bench.bytes(CORE_BYTES) // 8192)
     with weights.open("wb") as file:
-        for piece in synthetic.gaussian(Tensor("core", "BF16", (rows, 4096))):
-            file.write(piece)
+        for block in synthetic.gaussian(Tensor("core", "BF16", (rows, 4096))):
+            file.write(block)
     size = weights.stat().st_size
     with ExitStack() as stack:
         children = {checkout.name: stack.enter_context(_child(checkout, weights)) for checkout in bench.checkouts}

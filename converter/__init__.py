@@ -1,1 +1,1 @@
-"""From safetensors to `.df11` and back, within a fixed memory bound. Knows `df11.formats` only."""
+"""From safetensors to `.df11` and back, within a fixed memory bound."""

@@ -1,6 +1,6 @@
 """The command line: ``df11 convert`` (also ``df11-convert``), ``verify``, ``restore``, ``inspect``.
 
-A command imports what it does its work with: NumPy alone takes ten times as long as Python's own start.
+Each command imports its dependencies when it runs: NumPy alone takes ten times as long as Python's own start.
 """
 
 from __future__ import annotations
@@ -10,8 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-from df11.converter.options import DEFAULT_MEMORY, Argument, Command, Debug, Force, Json, Option, Quiet, Threads
-from df11.converter.terminal import Bar, VerificationFailed, event, print_line, say
+from df11.converter.options import (
+    DEFAULT_MEMORY,
+    AllowMissing,
+    Argument,
+    Command,
+    Debug,
+    Exclude,
+    Force,
+    Include,
+    Json,
+    Option,
+    Quiet,
+    Threads,
+)
+from df11.converter.terminal import Bar, VerificationFailed, event, print_line, say, shown
 from df11.formats import errors
 
 if TYPE_CHECKING:
@@ -28,26 +41,29 @@ def convert_command(
     dst: Annotated[str, Argument(metavar="DST", help="A .df11 file for a file, a folder for a folder.")],
     threads: Threads = None,
     max_memory: Annotated[
-        str, Option("--max-memory", metavar="SIZE", help="Memory of the whole process.")
+        str, Option("--max-memory", metavar="SIZE", help="Memory for the whole process.")
     ] = DEFAULT_MEMORY,
     max_disk: Annotated[
         str | None,
         Option(
             "--max-disk",
             metavar="SIZE",
-            help="For a network that breaks off often: download shards of the Hub, one at a time, within SIZE, instead of reading them as they come.",
+            help="For unreliable networks: download shards from the Hub first, one at a time, within SIZE.",
             show_default=False,
         ),
     ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    allow_missing: AllowMissing = False,
     cast: Annotated[
         str | None, Option("--cast", metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)
     ] = None,
     verify: Annotated[
-        bool, Option("--verify/--no-verify", help="Decode and compare everything before it is written.")
+        bool, Option("--verify/--no-verify", help="Decode and compare everything before writing it.")
     ] = True,
     resume: Annotated[bool, Option("--resume/--no-resume", help="Keep finished outputs of the same source.")] = True,
     force: Force = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be done.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be done; write nothing.")] = False,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -58,18 +74,22 @@ def convert_command(
 
     def on_file(report: FileReport) -> None:
         if json_lines:
-            event("file", **report.as_event())
+            event("file", **asdict(report))
         elif report.status == "planned" and not quiet:
-            print_line(f"{report.source} -> {report.output}: {report.source_bytes:,} bytes, {report.tensors} tensors")
+            names = f"{shown(report.source)} -> {shown(report.output)}"
+            print_line(f"{names}: {report.source_bytes:,} bytes, {report.tensors} tensors")
 
     with Bar("convert", quiet=quiet or dry_run) as bar:
         report = convert(
             src,
             dst,
-            jobs=threads,
+            threads=threads,
             max_memory=max_memory,
             max_disk=max_disk,
             cast=_cast(cast),
+            include=include or (),
+            exclude=exclude or (),
+            allow_missing=allow_missing,
             verify=verify,
             resume=resume,
             force=force,
@@ -106,15 +126,16 @@ def _cast(value: str | None) -> Literal["bf16"] | None:
 
 def _summary(report: ConversionReport) -> str:
     skipped = sum(file.status == "skipped" for file in report.files)
-    text = f"{report.source_bytes:,} -> {report.output_bytes:,} bytes ({report.ratio:.4f}) in {report.seconds:.1f} s, {len(report.files)} files"
+    text = f"{report.source_bytes:,} -> {report.output_bytes:,} bytes ({report.ratio:.4f}) in {report.seconds:.1f} s"
+    text += f", {len(report.files)} files"
     if skipped:
-        text += f", {skipped} of them finished before"
+        text += f", {skipped} of them already finished"
     if report.copied:
-        text += f", {report.copied} others copied"
+        text += f", plus {report.copied} copied"
     casts = sum(file.cast_tensors for file in report.files)
     if casts:
         exact = sum(file.exact_tensors for file in report.files)
-        text += f"; {casts} tensors cast from F32, {exact} of them without any change"
+        text += f"; {casts} tensors cast from F32, {exact} of them unchanged"
     return text
 
 
@@ -135,12 +156,12 @@ def verify_command(
 
     try:
         with Bar("verify", quiet=quiet) as bar:
-            report = verify(path, against, jobs=threads, on_total=bar.total, on_progress=bar.advance)
+            report = verify(path, against, threads=threads, on_total=bar.total, on_progress=bar.advance)
     except (errors.FormatError, errors.SafetensorsError) as error:
         raise VerificationFailed(error) from error
     if json_lines:
         event("done", **asdict(report))
-    compared = "equal to the source" if report.compared else "all checksums right"
+    compared = "equal to the source" if report.compared else "all checksums correct"
     say(f"{report.files} files, {report.tensors} tensors, {report.bytes:,} decoded bytes: {compared}", quiet=quiet)
 
 
@@ -148,25 +169,39 @@ def restore_command(
     path: ContainerPath,
     dst: Annotated[Path, Argument(metavar="DST", help="A file for a file, a folder for a folder.")],
     bf16: Annotated[
-        bool, Option("--bf16", help="Where a cast has changed values, write a BF16 safetensors file.")
+        bool, Option("--bf16", help="If a cast changed values, write a BF16 safetensors file instead.")
     ] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    allow_missing: AllowMissing = False,
     threads: Threads = None,
     force: Force = False,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write the source back, byte for byte, proven by its SHA-256."""
+    """Write the original file back, byte for byte, proven by its SHA-256."""
     del debug
     from df11.converter.restore import restore
 
     with Bar("restore", quiet=quiet) as bar:
-        report = restore(path, dst, bf16=bf16, force=force, jobs=threads, on_total=bar.total, on_progress=bar.advance)
+        report = restore(
+            path,
+            dst,
+            bf16=bf16,
+            include=include or (),
+            exclude=exclude or (),
+            allow_missing=allow_missing,
+            force=force,
+            threads=threads,
+            on_total=bar.total,
+            on_progress=bar.advance,
+        )
     for file in report.files:
         if json_lines:
             event("file", **asdict(file))
-        proof = "written as BF16; not the source" if file.bf16 else "SHA-256 is the source's"
-        say(f"{file.output}: {file.bytes:,} bytes, SHA-256 {file.sha256}, {proof}", quiet=quiet)
+        proof = "written as BF16, so not the source" if file.bf16 else "SHA-256 is the source's"
+        say(f"{shown(file.output)}: {file.bytes:,} bytes, SHA-256 {file.sha256}, {proof}", quiet=quiet)
     if json_lines:
         event("done", files=len(report.files), bytes=sum(file.bytes for file in report.files), copied=report.copied)
 
@@ -174,8 +209,8 @@ def restore_command(
 def inspect_command(path: ContainerPath, json_lines: Json = False, debug: Debug = False) -> None:
     """List tensors, sizes and the source's hash."""
     del debug
+    from df11.converter.files import list_containers
     from df11.converter.inspect import as_text, describe
-    from df11.converter.tree import list_containers
     from df11.formats.container import Container
 
     for file in list_containers(path):

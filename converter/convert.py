@@ -1,34 +1,36 @@
-"""Convert a safetensors file or a tree of them to `.df11`: plan, skip what is finished, convert, copy the rest, report."""
+"""Convert a safetensors file or a model folder to `.df11`."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
-import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Final, Literal
 
-from df11.converter import manifest
-from df11.converter.files import SourceFile, Tree, open_tree
-from df11.converter.manifest import FileRow, TensorRow
+from df11.converter.apply import Delivery, apply_plan
+from df11.converter.files import is_shard
+from df11.converter.manifest import Cast, TensorRow
 from df11.converter.options import DEFAULT_MEMORY
-from df11.converter.pipeline import Settings, convert_file
-from df11.converter.plan import Cast
-from df11.converter.source import Progress, Source, ignore
-from df11.converter.tree import DF11, SAFETENSORS, FileJob, already_there, copy_file, plan_tree, read_index, write_index
+from df11.converter.pipeline import PARQUET_MEMORY
+from df11.converter.plan import Options, Plan, Step
+from df11.converter.planning import make_plan
+from df11.converter.scan import check_installed
+from df11.converter.settings import Settings, parse_size, thread_count, too_little_memory
+from df11.converter.source import Progress, ignore
+from df11.converter.work import Done
 from df11.formats import errors
 from df11.formats.container import Container
-from df11.formats.hub import is_address
-from df11.formats.writer import AtomicWriter, make_parents
+from df11.storage.address import is_address
+from df11.storage.local import LocalStore
+from df11.storage.paths import kind_of, same
+from df11.storage.store import Store, open_source
 
-if TYPE_CHECKING:
-    from df11.converter.hub import HubFile
-
-MOST_THREADS: Final = 1024
-"""More than any machine can make use of; each takes some memory before it does anything."""
+log: Final = logging.getLogger("df11")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,7 @@ class FileReport:
     cast_tensors: int
     """Tensors that were cast from F32 to BF16."""
     exact_tensors: int
-    """Those of them whose every value was a BF16 value already."""
-    rows: tuple[TensorRow, ...] = field(default=(), repr=False)
-    """Of the manifest, for a file that was converted."""
-
-    def as_event(self) -> dict[str, Any]:
-        """All but the rows, for JSON."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rows"}
+    """Cast tensors whose values were all BF16 values already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +56,7 @@ class ConversionReport:
 
     files: tuple[FileReport, ...]
     copied: int
-    """Files that are no shards: index files rewritten, others copied."""
+    """Files other than shards: index files rewritten, others copied."""
     seconds: float
 
     @property
@@ -75,7 +71,7 @@ class ConversionReport:
 
     @property
     def ratio(self) -> float:
-        """Output bytes for each source byte."""
+        """Output bytes per source byte."""
         return self.output_bytes / self.source_bytes if self.source_bytes else 0.0
 
 
@@ -83,10 +79,13 @@ def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    jobs: int | None = None,
+    threads: int | None = None,
     max_memory: int | str = DEFAULT_MEMORY,
     max_disk: int | str | None = None,
     cast: Cast = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    allow_missing: bool = False,
     verify: bool = True,
     resume: bool = True,
     force: bool = False,
@@ -95,215 +94,144 @@ def convert(
     on_progress: Progress = ignore,
     on_file: Callable[[FileReport], None] = ignore,
 ) -> ConversionReport:
-    """Convert ``src``, a `.safetensors` file or a folder, to ``dst``, a file or a folder.
+    """Convert ``src``, a `.safetensors` file or a model folder, to ``dst``, a file or a folder.
 
-    ``src`` may be on the Hub: ``"hf://owner/name[@revision][/path]"``. The revision is looked up once; shards are read as they are converted, and
-    each must have the SHA-256 that the Hub lists. With ``max_disk``, bytes or text, each is downloaded first, beside its output, and removed after.
+    ``src`` may be on the Hub: ``"hf://owner/name[@revision][/path]"``. The revision is resolved once. Shards are read
+    while they are converted, and each must have the SHA-256 that the Hub lists. With ``max_disk``, in bytes or as text,
+    each is downloaded first, beside its output, and removed afterwards.
 
-    ``jobs``: encoding threads, by default one a core. ``max_memory``: bytes, or text such as ``"256MiB"``; of the whole process.
-    ``cast="bf16"`` rounds F32 tensors to BF16. ``verify``: every segment is decoded and compared before it is written. ``resume``: a finished
-    output of the same source and cast is kept (the source's SHA-256 decides). ``force``: replace whatever is there. ``dry_run``: write
+    ``threads``: encoder threads, by default one per core. ``max_memory``: of the whole process, in bytes or as text
+    such as ``"256MiB"``. ``cast="bf16"`` rounds F32 tensors to BF16. ``include`` and ``exclude``: glob patterns of
+    files, as in the Hub's client. ``allow_missing``: continue although an index names a shard that does not exist.
+    ``verify``: decode and compare every segment before it is written. ``resume``: keep a finished output of the same
+    source and cast; the source's SHA-256 decides. ``force``: replace files that df11 did not write. ``dry_run``: write
     nothing. ``on_total`` and ``on_progress`` get bytes of source, ``on_file`` the report of each shard when it is done.
-    A folder gets a manifest; see docs/manifest.md.
+    A folder gets a manifest; see docs/manifest.md. Anything odd about a source is logged as a warning of the logger
+    ``df11``.
 
     Raises a :class:`~df11.formats.errors.Df11Error`. A file takes its name only when it is complete.
     """
     started = time.monotonic()
     if is_address(dst):
-        raise errors.UsageError(
-            "the target must be on this machine",
-            file=str(dst),
-            hint="for one on the Hub: df11 job run, or df11 hub push",
-        )
+        hint = "for one on the Hub: df11 job run, or df11 hub push"
+        raise errors.UsageError("the target must be on this machine", file=str(dst), hint=hint)
     if cast not in (None, "bf16"):
         raise errors.UsageError("cast", expected="bf16", found=cast)
     if max_disk is not None and not is_address(src):
         raise errors.UsageError("--max-disk is for sources on the Hub", file=src, hint="leave it out")
-    settings = Settings(thread_count(jobs), parse_size(max_memory), cast, verify)
-    disk = None if max_disk is None else parse_size(max_disk)
-    tree = open_tree(src)
-    plan = plan_tree(tree, Path(dst), SAFETENSORS, DF11)
-    shards = [job for job in plan if job.kind == "convert"]
-    kept = (
-        {}
-        if dry_run or force or not resume
-        else {job: report for job in shards if (report := _kept(job, cast)) is not None}
+    settings = Settings(thread_count(threads), parse_size(max_memory), cast, verify)
+    source = open_source(src)
+    source.list()
+    target, name = open_target(source, Path(dst))
+    if not source.is_file and not dry_run:
+        check_installed()  # Better now than at the end.
+    options = Options(
+        cast, tuple(include), tuple(exclude), allow_missing, force, resume, max_memory=settings.max_memory
     )
-    tensors = {}
-    for job in shards:
-        if job not in kept:
-            if disk is not None and job.source.sha256 is not None and job.source.size > disk:
-                raise errors.BudgetError(
-                    "--max-disk is too small for this file",
-                    file=job.source.label,
-                    expected=f"at least {job.source.size} bytes",
-                    found=disk,
-                )
-            with job.source.open() as source:  # Every header is checked before the first byte is written.
-                tensors[job] = len(source.header.entries)
-    if not tree.is_file and not dry_run:
-        manifest.check_installed()  # Better found now than when all is done.
-    indexes = {job: read_index(job.source, SAFETENSORS, DF11) for job in plan if job.kind == "index"}
-    on_total(sum(job.source.size for job in shards))
-    reports = []
-    for job in shards:
-        if job in kept:
-            report = kept[job]
-            on_progress(job.source.size)
-        elif dry_run:
-            report = FileReport(
-                job.source.label, str(job.target), job.source.size, None, None, tensors[job], "planned", 0, 0
+    plan = make_plan(source, target, "convert", options, name=name, on_total=on_total, on_progress=on_progress)
+    _check_budgets(plan, settings, None if max_disk is None else parse_size(max_disk))
+    shards = [step for step in plan.steps if step.kind in ("convert", "prove")]
+    others = len(plan.steps) - len(shards)
+    reports = {step.name: _kept(plan, step) for step in shards if step.kept}
+    for step in shards:
+        if step.kept:
+            on_file(reports[step.name])
+    if kept := sum(step.entry.size for step in plan.steps if step.kept and step.kind != "write" and not step.counted):
+        on_progress(kept)
+    if dry_run:
+        for step in shards:
+            if not step.kept:
+                reports[step.name] = _planned(plan, step)
+                on_file(reports[step.name])
+    else:
+
+        def report(done: Done) -> None:
+            if done.row is not None:
+                reports[done.step.name] = _report(plan, done)
+                on_file(reports[done.step.name])
+
+        # The manifest after every shard, so that a run that is killed is known by the next; if there is memory for it.
+        less = dataclasses.replace(settings, max_memory=settings.max_memory - PARQUET_MEMORY)
+        is_room = not source.is_file and max(step.memory for step in plan.steps) <= less.max_memory
+        delivery = Delivery(containers_per_commit=1 if is_room else None, download=max_disk is not None, on_done=report)
+        outcome = apply_plan(plan, less if is_room else settings, delivery, progress=on_progress)
+        rows = outcome.manifest.tensors if outcome.manifest else [row for done in outcome.done for row in done.tensors]
+        tell_if_nothing_is_compressed(plan, rows)
+    return ConversionReport(tuple(reports[step.name] for step in shards), others, time.monotonic() - started)
+
+
+def open_target(source: Store, path: Path) -> tuple[LocalStore, str | None]:
+    """The folder that a target path stands for, and, if the source is a file, the name of the target file."""
+    if not source.is_file:
+        if kind_of(path) not in (None, "folder"):
+            raise errors.UsageError("the target is a file, but the source is a folder", file=path, hint="name a folder")
+        return LocalStore(path), None
+    if kind_of(path) == "folder":
+        raise errors.UsageError("the target is a folder, but the source is a file", file=path, hint="name a file")
+    if isinstance(source, LocalStore) and same(path, source.root / source.name):
+        raise errors.UsageError("source and target are the same file", file=path)
+    if not path.name:
+        raise errors.UsageError("this cannot be the name of a file", file=repr(str(path)), hint="name the target")
+    if kind_of(path.parent) not in (None, "folder"):
+        raise errors.UsageError("this is a file, not a folder", file=path.parent, hint="choose another target")
+    return LocalStore(path.parent), path.name
+
+
+def _check_budgets(plan: Plan, settings: Settings, disk: int | None) -> None:
+    for step in plan.tasks:
+        if step.memory > settings.max_memory:
+            raise too_little_memory(plan.locate(step), step.memory, settings.max_memory)
+        if disk is not None and step.kind == "convert" and step.entry.sha256 is not None and step.entry.size > disk:
+            raise errors.BudgetError(
+                "--max-disk is too small for this file",
+                file=plan.locate(step),
+                expected=f"at least {step.entry.size} bytes",
+                found=disk,
             )
-        else:
-            report = convert_shard(
-                job.source,
-                job.target,
-                settings,
-                resume=resume,
-                force=force,
-                download=disk is not None,
-                on_progress=on_progress,
-            )
-        on_file(report)
-        reports.append(report)
-    others = [job for job in plan if job.kind != "convert"]
-    for job in others:
-        if dry_run:
-            continue
-        if job in indexes:
-            write_index(job, indexes[job], force=force)
-        else:
-            copy_file(job, force=force)
-    if not tree.is_file and not dry_run:
-        _write_manifest(tree, Path(dst), shards, reports, settings)
-    return ConversionReport(tuple(reports), len(others), time.monotonic() - started)
 
 
-def _write_manifest(
-    tree: Tree, folder: Path, shards: Sequence[FileJob], reports: Sequence[FileReport], settings: Settings
-) -> None:
-    files = []
-    for job, report in zip(shards, reports, strict=True):
-        assert report.output_bytes is not None and report.source_sha256 is not None  # As this is no dry run.
-        name = job.target.relative_to(folder).as_posix()
-        row = FileRow(
-            name, report.output_bytes, None, job.source.name.as_posix(), report.source_bytes, report.source_sha256
-        )
-        files.append((row, report.rows if report.status == "converted" else None))
-    manifest.collect(folder, tree.origin, settings.cast, files, jobs=settings.jobs)
-
-
-def convert_shard(
-    file: SourceFile,
-    target: Path,
-    settings: Settings,
-    *,
-    resume: bool = True,
-    force: bool = False,
-    download: bool = False,
-    on_progress: Progress = ignore,
-) -> FileReport:
-    """Convert one shard; options as of :func:`convert`, ``download``: to the disk first. ``file`` must have the SHA-256 that the Hub lists for it.
-
-    Raises a :class:`~df11.formats.errors.Df11Error`. ``target`` takes its name only when it is complete and right.
-    """
-    if target.exists() and not force:
-        report = _finished(file, target, settings.cast, on_progress) if resume else None
-        if report is None:
-            raise already_there(target)
-        return report
-    make_parents(target)
-    with _source(file, target, download=download) as source, AtomicWriter(target) as writer:
-        result = convert_file(source, writer, settings, on_progress)
-        listed = _listed(file)
-        if listed is not None and listed.sha256 != result.source_sha256:
-            raise listed.differs(result.source_sha256)
-        if target.exists() and not force:
-            raise errors.ConflictError(
-                "this file has appeared meanwhile", file=target, hint="run the same command again"
-            )
-        writer.commit()
-        casts = sum(settings.cast is not None and entry.dtype == "F32" for entry in source.header.entries)
-    return FileReport(
-        file.label,
-        str(target),
-        result.source_bytes,
-        result.output_bytes,
-        result.source_sha256,
-        result.tensors,
-        "converted",
-        casts,
-        casts - len(result.inexact),
-        result.rows,
-    )
-
-
-def _source(file: SourceFile, target: Path, *, download: bool) -> AbstractContextManager[Source]:
-    listed = _listed(file) if download else None
-    if listed is None:
-        return file.open()
-    from df11.converter.hub import downloaded
-
-    return downloaded(listed, target)
-
-
-def _listed(file: SourceFile) -> HubFile | None:
-    # The file, if the Hub lists its hash. Local files have none: converting them does not import what speaks to the Hub.
-    if file.sha256 is None:
-        return None
-    from df11.converter.hub import HubFile
-
-    return file if isinstance(file, HubFile) else None
-
-
-def _kept(job: FileJob, cast: Cast) -> FileReport | None:
-    # The report of a finished output of a shard whose SHA-256 the Hub lists: nothing is fetched.
-    return (
-        _finished(job.source, job.target, cast, ignore)
-        if job.source.sha256 is not None and job.target.exists()
-        else None
-    )
-
-
-def _finished(file: SourceFile, target: Path, cast: Cast, progress: Progress) -> FileReport | None:
-    # The report of a finished output of this source, or None. Only the SHA-256 can tell: the one that the Hub lists, or that of the bytes.
-    try:
-        with Container(target) as container:
-            stored = container.source
-            entries = container.source_header.entries
-            infos = [container.info(name) for name in container.keys()]
-            output_bytes = container.size
-    except (errors.FormatError, errors.SafetensorsError):
-        return None
-    if not any(entry.dtype == "F32" for entry in entries):
-        cast = None  # As it would be written: there is nothing to cast.
-    if stored.bytes != file.size or stored.cast != cast:
-        return None
-    sha256 = file.sha256
-    if sha256 is None:
-        with file.open() as source:
-            sha256 = source.sha256(progress)
-    if stored.sha256 != sha256:
-        return None
+def _kept(plan: Plan, step: Step) -> FileReport:
+    with Container(plan.target.locate(step.name)) as container:
+        infos = [container.info(name) for name in container.keys()]
+        size, sha256 = container.size, container.source.sha256
     casts = sum(info.exact is not None for info in infos)
     exact = sum(info.exact is True for info in infos)
+    output = plan.target.locate(step.name)
+    return FileReport(plan.locate(step), output, step.entry.size, size, sha256, len(infos), "skipped", casts, exact)
+
+
+def _planned(plan: Plan, step: Step) -> FileReport:
+    output = plan.target.locate(step.name)
+    return FileReport(plan.locate(step), output, step.entry.size, None, None, step.tensors, "planned", 0, 0)
+
+
+def _report(plan: Plan, done: Done) -> FileReport:
+    assert done.row is not None
+    casts = sum(row.exact is not None for row in done.tensors)
+    exact = sum(row.exact is True for row in done.tensors)
     return FileReport(
-        file.label, str(target), file.size, output_bytes, stored.sha256, len(infos), "skipped", casts, exact
+        plan.locate(done.step),
+        plan.target.locate(done.step.name),
+        done.step.entry.size,
+        done.row.bytes,
+        done.row.source_sha256,
+        len(done.tensors),
+        "converted" if done.step.kind == "convert" else "skipped",
+        casts,
+        exact,
     )
 
 
-def thread_count(jobs: int | None) -> int:
-    """``jobs`` if it is given, else the cores that this process may use."""
-    if jobs is not None and not 1 <= jobs <= MOST_THREADS:
-        raise errors.UsageError("--threads", expected=f"at least 1 and at most {MOST_THREADS}", found=jobs)
-    return jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def parse_size(value: int | str) -> int:
-    """Bytes of a size such as ``268435456``, ``"256MiB"`` or ``"2GB"``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", str(value).strip(), re.IGNORECASE)
-    if not match:
-        raise errors.UsageError("not a size", expected="such as 256MiB", found=value)
-    number, unit, binary = match.groups()
-    power = 0 if unit is None else "KMGT".index(unit.upper()) + 1
-    return int(min(float(number), 1e15) * (1024 if binary else 1000) ** power)
+def tell_if_nothing_is_compressed(plan: Plan, rows: Sequence[TensorRow]) -> None:
+    """Warn, with the reason, if no tensor has become smaller."""
+    if any(row.encoding == "df11" for row in rows) or any(step.kept for step in plan.steps if step.kind == "convert"):
+        return
+    dtypes = Counter(row.dtype for row in rows)
+    found = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items(), key=lambda item: -item[1]))
+    why = f"its tensors are {found}, and only BF16 is compressed" if dtypes else "its shards have no tensors"
+    if not any(is_shard(step.entry.name) for step in plan.steps) and not dtypes:
+        why = "it holds only adapters, which peft and diffusers read themselves"
+    elif set(dtypes) == {"BF16"}:
+        why = f"its {found} are too small, or have too many different exponents, to get smaller"
+    hint = "; --cast bf16 would round F32 to it" if "F32" in dtypes and plan.options.cast is None else ""
+    log.warning("%s: nothing was compressed: %s%s", plan.source.label, why, hint)

@@ -1,5 +1,5 @@
-/* Encode segments, in the order in which it is done: count pairs (SPEC.md, section 12), choose the code (section 6),
- * write tiles (section 7); casts. */
+/* Encode segments. In order: count pairs (SPEC.md, section 12), choose the code (section 6), write tiles (section 7);
+ * casts. */
 
 #include <stdlib.h>
 
@@ -13,9 +13,9 @@ enum {
     CODE_AND_LENGTH = FIRST_IS_EXCEPTION - 1,
 };
 
-/* What encoding takes: 2 MB, zeros at first; qsort takes up to half a megabyte more while it sorts. */
+/* The state of an encoder: 2 MB, initially zeros; qsort takes up to half a megabyte more while it sorts. */
 struct df11_encoder {
-    struct df11_counts counts; /* zeros, but between counting and choosing the code */
+    struct df11_counts counts; /* zeros except between counting and choosing the code */
     uint32_t table[SYMBOLS];   /* entries of the symbols that occur */
     int64_t exponents[256];    /* how often each occurs in the weights counted last */
     unsigned used_count;
@@ -83,7 +83,7 @@ COMPILE_TWICE(void, split, (const uint16_t *weights, unsigned count, uint8_t *ex
 
 /* Counting. */
 
-/* Add the pairs of `count` weights to the counts; a last weight without a partner is in no pair. `weights` need not be
+/* Add the pairs of `count` weights to the counts; a last weight without a partner forms no pair. `weights` need not be
  * aligned. */
 void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64_t count)
 {
@@ -104,7 +104,7 @@ void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64
     }
 }
 
-/* Count exponents, i64 [256], of weights that df11_count_pairs does not see. */
+/* Count exponents, i64 [256], for weights that df11_count_pairs does not see. */
 void df11_count_exponents(const uint16_t *weights, uint64_t count, int64_t *exponents)
 {
     uint32_t counts[4][256];
@@ -195,8 +195,8 @@ static void package_merge(struct df11_encoder *encoder, unsigned m)
     }
 }
 
-/* Find the symbols with the shortest codes, of equal ones the smaller symbol: by first and by second exponent; returns
- * that of all. */
+/* Find the symbols with the shortest codes (on a tie, the smaller symbol) by first and by second exponent; returns the
+ * shortest of all. */
 static unsigned find_shortest(struct df11_encoder *encoder, const uint8_t *lengths)
 {
     int best = -1;
@@ -236,7 +236,7 @@ static unsigned stand_in(const struct df11_encoder *encoder, const uint8_t *leng
     return best;
 }
 
-/* Place the exponents of all pairs with a code; returns how many there are. */
+/* Assign alphabet places to the exponents of all pairs that have a code; returns their number. */
 static unsigned make_alphabet(struct df11_encoder *encoder, const uint8_t *lengths)
 {
     unsigned size = 0;
@@ -252,7 +252,7 @@ static unsigned make_alphabet(struct df11_encoder *encoder, const uint8_t *lengt
     return size;
 }
 
-/* Code the `kept` most frequent pairs, the others as exceptions; returns the bits of codes and exceptions, and those of
+/* Code the `kept` most frequent pairs, and the others as exceptions; returns the bits of codes and exceptions, and of
  * the table. */
 static int64_t try_code(struct df11_encoder *encoder, unsigned kept, int64_t *table_bits)
 {
@@ -305,7 +305,7 @@ static unsigned write_section(struct df11_encoder *encoder, unsigned alphabet_si
     return size;
 }
 
-/* The encoding table: canonical codes, first bit lowest, and for pairs without a code that of their stand-in. */
+/* The encoding table: canonical codes, first bit lowest; pairs without a code get that of their stand-in. */
 static void write_table(struct df11_encoder *encoder, unsigned best)
 {
     const uint8_t *lengths = encoder->best_lengths;
@@ -338,8 +338,8 @@ static int occurs(const struct df11_encoder *encoder, unsigned symbol)
     return 0;
 }
 
-/* Choose which pairs of the weights, two at least, get a code, and its length; make the code table section and the
- * encoding table (SPEC.md, section 12). The pairs are counted, unless that has been done. */
+/* Choose which pairs of the weights (at least two) get a code, and its length; make the code table section and the
+ * encoding table (SPEC.md, section 12). The pairs are counted first if they have not been. */
 void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count, struct df11_code *code)
 {
     uint64_t pairs = count / 2;
@@ -349,8 +349,8 @@ void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint
     if (!encoder->counts.weights)
         df11_count_pairs(&encoder->counts, (const uint8_t *)weights, count);
     collect(encoder);
-    /* A pair that is rarer than about 2^-16 costs less as an exception than as a code of 12 bits, which takes 2^-12 of
-     * the code space from all others. Try a few limits around that. */
+    /* A pair rarer than about 2^-16 costs less as an exception than as a code of 12 bits, which takes 2^-12 of the code
+     * space from all others. Try a few limits around that. */
     for (unsigned shift = 14; shift < 18; shift++) {
         unsigned kept = 0;
         while (kept < encoder->used_count && kept < TABLE_SIZE
@@ -386,7 +386,7 @@ void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint
 
 /* Writing tiles. */
 
-/* The bits of all lanes so far, of which whole bytes have been written. */
+/* The bits of all lanes so far; whole bytes have been written. */
 struct bits {
     uint8_t *at;
     uint64_t pending;
@@ -403,7 +403,7 @@ ALWAYS_INLINE void append(struct bits *stream, uint64_t bits, unsigned count)
     stream->count &= 7;
 }
 
-/* The codes of four pairs in a row. Lengths are the low six bits of entries and, as they stay below 64, of sums of
+/* The codes of four consecutive pairs. Lengths are the low six bits of entries and, as they stay below 64, of sums of
  * entries; flags lie above all codes in both. */
 ALWAYS_INLINE uint64_t join_four(const uint32_t *table, const uint16_t *symbols, unsigned *length, int *any_exception)
 {
@@ -422,12 +422,12 @@ ALWAYS_INLINE uint64_t join_four(const uint32_t *table, const uint16_t *symbols,
     return low | high << (first_two & 63);
 }
 
-/* Append the codes of all lanes; note the bits of each, and the groups with an exception in `marked`. Returns how many
- * are marked.
+/* Append the codes of all lanes; note the bits of each, and the groups with an exception in `marked`. Returns the
+ * number of marked groups.
  *
- * This is the other loop that decides the speed. Each append waits for the one before it, so a lane's groups of four
- * pairs are joined by twos first: one append for 16 weights where they have at most 56 bits together, as nearly always.
- */
+ * This is the other loop that decides the speed. Each append waits for the one before it, so that groups of four pairs
+ * are first joined by twos: one append for 16 weights if they have at most 56 bits together, which is nearly always the
+ * case. */
 ALWAYS_INLINE unsigned encode_lanes(const uint32_t *table, const uint16_t *symbols, unsigned chunks, uint8_t *out,
                                     uint64_t *lane_bits, uint16_t *marked)
 {
@@ -473,8 +473,8 @@ COMPILE_TWICE(unsigned, encode_lanes,
                uint16_t *marked),
               (table, symbols, chunks, out, lane_bits, marked))
 
-/* Split a tile: its sign/mantissa bytes to `sign_mantissa`, its exponents to the encoder's symbols. Weights that do not
- * exist get the filler's. */
+/* Split a tile: its sign/mantissa bytes go to `sign_mantissa`, its exponents to the encoder's symbols. Weights that do
+ * not exist get those of the filler. */
 static void split_tile(struct df11_encoder *encoder, const uint16_t *weights, unsigned count, unsigned filler,
                        uint8_t *sign_mantissa)
 {
@@ -485,8 +485,8 @@ static void split_tile(struct df11_encoder *encoder, const uint16_t *weights, un
         exponents[i] = (uint8_t)(filler >> 8 * (i & 1));
 }
 
-/* List the exceptions of the marked groups of a tile, from `at` on; returns the byte after them, or null if that would
- * be beyond `end`. */
+/* List the exceptions of the marked groups of a tile, from `at` on; returns the byte after them, or null if that
+ * exceeds `end`. */
 static uint8_t *list_exceptions(const struct df11_encoder *encoder, unsigned groups, const uint16_t *weights,
                                 unsigned count, uint8_t *at, const uint8_t *end)
 {
@@ -505,7 +505,8 @@ static uint8_t *list_exceptions(const struct df11_encoder *encoder, unsigned gro
     return at;
 }
 
-/* Store the lane lengths of a tile. Returns the shortest, or -1 if one byte cannot say how much longer another is. */
+/* Store the lane lengths of a tile. Returns the shortest, or -1 if the others exceed it by more than one byte can
+ * say. */
 static int store_lane_lengths(const uint64_t *lane_bits, unsigned lane_bytes, uint8_t *out)
 {
     uint64_t shortest = lane_bits[0], longest = lane_bits[0];
@@ -526,10 +527,10 @@ static int store_lane_lengths(const uint64_t *lane_bits, unsigned lane_bytes, ui
     return (int)shortest;
 }
 
-/* Encode all tiles of a segment into `out`, from the tile descriptors on. `layout`: elements, lane_bytes and the
- * offsets of the segment to be made; `end`: the size that it must stay below, of which `out` has ENCODE_SLACK bytes
- * more. Returns the segment's size, LANE_OVERFLOW if its lanes differ by more than lane_bytes can say, or NOT_SMALLER
- * if it reaches `end`. */
+/* Encode all tiles of a segment into `out`, from the tile descriptors on. `layout`: elements, lane_bytes and offsets of
+ * the segment to make. `end`: the size that it must stay below; `out` has ENCODE_SLACK bytes more. Returns the size of
+ * the segment, LANE_OVERFLOW if its lanes differ by more than lane_bytes can say, or NOT_SMALLER if it reaches
+ * `end`. */
 int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights, const struct df11_segment *layout,
                           unsigned filler, uint8_t *out, uint64_t end, uint64_t *exceptions)
 {

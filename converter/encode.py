@@ -1,4 +1,4 @@
-"""Encode one segment: count its pairs, choose the code, write header, table, tiles and stream, and prove it by decoding."""
+"""Encode one segment: count pairs, choose the code, write header, table, tiles and stream, and prove it by decoding."""
 
 from __future__ import annotations
 
@@ -36,14 +36,17 @@ class SegmentEncoder:
         """How often each exponent occurs in the segment encoded last."""
 
     def hash_weights(self, digest: Sha256, data: Bytes) -> None:
-        """Append to ``digest`` the bytes of the weights that are encoded next; where the CPU has SHA instructions, count their pairs, too."""
+        """Append the bytes of the weights that will be encoded next to ``digest``.
+
+        If the CPU has SHA instructions, this also counts their pairs.
+        """
         digest.update_counting(data, self._encoder)
 
     def encode(self, weights: Weights, out: Bytes, *, verify: bool) -> EncodedSegment:
         """Encode ``weights`` (u16, 1 to 2**24) into ``out`` (u8, at least raw_segment_size + ENCODE_SLACK bytes).
 
-        With ``verify``, what was written is decoded from its bytes and compared; a DifferenceError then means a defect in df11 or
-        in the memory of the machine.
+        With ``verify``, the written bytes are decoded and compared. A DifferenceError then means a defect in df11 or
+        in the machine's memory.
         """
         n = len(weights)
         size = (self._encode_coded(weights, out) if n > 1 else 0) or _encode_raw(weights, out)
@@ -60,14 +63,14 @@ class SegmentEncoder:
         return segment
 
     def _encode_coded(self, weights: Weights, out: Bytes) -> int:
-        # Returns the size, or 0 if coding does not pay.
+        # Returns the size, or 0 if coding does not save anything.
         n = len(weights)
         end = layout.raw_segment_size(n) - layout.RECORD_ALIGNMENT
         code = self._encoder.build_code(weights)
         for lane_bytes in (1, 2):
             sections = layout.segment_sections(n, code.alphabet_size, lane_bytes)
             if sections["stream_offset"] + code.bits // 8 + layout.STREAM_END > end:
-                return 0  # Surely too large; what is only nearly so is found while encoding.
+                return 0  # Certainly too large; close cases are found while encoding.
             size, exceptions = self._encoder.encode_tiles(weights, code, lane_bytes, sections, end, out)
             if size != LANE_OVERFLOW:
                 break

@@ -1,191 +1,220 @@
-"""Where the files of a tree come from: a disk, or a repository on the Hub (:mod:`df11.converter.hub`)."""
+"""What becomes of the files of a model folder: which are shards, which are copied, and their names in the target."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import posixpath
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Final, Protocol
+from pathlib import Path
+from typing import Final, Literal
 
-from df11.converter.manifest import Origin
-from df11.converter.source import LocalSource, Source
+from df11.converter.index import read_shards, split_index_name
+from df11.converter.manifest import FILE_NAME
 from df11.formats import errors
-from df11.formats.hub import Address, is_address
-from df11.formats.writer import AtomicWriter
+from df11.storage.entry import Entry
+from df11.storage.local import LocalStore
+from df11.storage.names import is_left_out
+from df11.storage.store import open_source
 
-SKIPPED_FOLDERS: Final = frozenset({".git", ".cache"})
-"""Bookkeeping of git and of the Hub's client, not part of a model."""
-LEFT_OVERS: Final = (".partial", ".download")
-"""Ends of hidden files that a killed run has left."""
-CHUNK: Final = 4 << 20
-"""Bytes that are copied or compared at once."""
+SAFETENSORS: Final = ".safetensors"
+SOURCE_SUFFIXES: Final = (SAFETENSORS, ".sft")
+DF11: Final = ".df11"
+ATTRIBUTES: Final = ".gitattributes"
+ATTRIBUTES_LINE: Final = b"\n*.df11 filter=lfs diff=lfs merge=lfs -text\n"
+"""Added to the copy of a .gitattributes file, so that git keeps containers in LFS like shards."""
 
+_BY_NAME: Final = re.compile(
+    r"(adapter_model|pytorch_lora_weights|learned_embeds|ip-adapter)([._-].*)?\.(safetensors|sft)", re.DOTALL
+)
+"""Small files that peft and diffusers look up by these names and read themselves."""
 
-class SourceFile(Protocol):
-    """One file of a tree. Can be pickled."""
-
-    @property
-    def name(self) -> PurePosixPath:
-        """Its path in the tree; of a tree that is one file: the file's name."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """What messages, reports and logs call it: its path, or hf://owner/name@commit/path."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        ...
-
-    @property
-    def sha256(self) -> str | None:
-        """SHA-256 in hexadecimal, as the Hub lists it for files in LFS; what is read is held to it."""
-        ...
-
-    @property
-    def blob_id(self) -> str | None:
-        """The id of the content in git (of an LFS file: of its pointer), as the Hub lists it."""
-        ...
-
-    def open(self) -> Source:
-        """The file as a safetensors source."""
-        ...
-
-    def read_bytes(self) -> bytes:
-        """All of a small file."""
-        ...
-
-    def copy_to(self, writer: AtomicWriter) -> None:
-        """Write the content to ``writer``, in pieces; what is wrong with it is raised before this returns."""
-        ...
-
-    def has_content(self, path: Path) -> bool:
-        """Whether the local file ``path`` has the same content."""
-        ...
-
-
-class Tree:
-    """A file, or a folder with all that is in it."""
-
-    label: str
-    origin: Origin
-    path: Path | None
-    """On this machine, if it is there."""
-    is_file: bool
-    files: Sequence[SourceFile]
-    """In the order of their names."""
-
-
-def open_tree(src: str | os.PathLike[str]) -> Tree:
-    """The tree that a path or an ``hf://`` address means. Raises a Df11Error."""
-    if isinstance(src, str) and is_address(src):
-        from df11.converter.hub import HubTree
-
-        return HubTree(Address.parse(src))
-    return LocalTree(Path(src))
-
-
-def missing(path: Path) -> errors.MissingError:
-    """The error for a path where nothing is."""
-    hint = "check the path"
-    if path.parts[0] == "hf:":  # Of an address, which has lost a slash on its way.
-        hint = "this reads files on this machine only; first: df11 hub pull hf://OWNER/NAME FOLDER"
-    elif path.parts[0] in ("http:", "https:"):
-        hint = "for a model on the Hub: hf://OWNER/NAME"
-    return errors.MissingError("no such file or folder", file=path, hint=hint)
-
-
-def is_left_out(name: PurePath) -> bool:
-    """Whether a file is none of the model's."""
-    hidden = name.name.startswith(".") and name.name.endswith(LEFT_OVERS)
-    return hidden or any(folder in SKIPPED_FOLDERS for folder in name.parts[:-1])
+Action = Literal["convert", "restore", "copy"]
+"""What happens to a model folder: shards into containers, containers into shards, or everything copied."""
+Kind = Literal["convert", "restore", "copy", "index", "attributes"]
 
 
 @dataclass(frozen=True, slots=True)
-class LocalFile:
-    """A :class:`SourceFile` on a disk."""
+class Assignment:
+    """A file of the source and what becomes of it."""
 
-    name: PurePosixPath
-    path: Path
-    size: int
-    sha256: None = None
-    blob_id: None = None
-
-    @property
-    def label(self) -> str:
-        """Its path."""
-        return str(self.path)
-
-    def open(self) -> Source:
-        """The file as a safetensors source."""
-        return LocalSource(self.path)
-
-    def read_bytes(self) -> bytes:
-        """All of the file."""
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise errors.from_os_error(error, file=self.path) from None
-
-    def copy_to(self, writer: AtomicWriter) -> None:
-        """Write the content to ``writer``, in pieces."""
-        try:
-            with self.path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    writer.write(chunk)
-        except OSError as error:
-            raise errors.from_os_error(error, file=self.path) from None
-
-    def has_content(self, path: Path) -> bool:
-        """Whether the file ``path`` has the same content."""
-        if self.path.stat().st_size != path.stat().st_size:
-            return False
-        with self.path.open("rb") as mine, path.open("rb") as other:
-            while chunk := mine.read(CHUNK):
-                if chunk != other.read(len(chunk)):
-                    return False
-        return True
+    kind: Kind
+    entry: Entry
+    name: str
+    """Its name in the target."""
 
 
-class LocalTree(Tree):
-    """A file or folder on a disk. Links are followed, as the Hub's cache makes them."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
-            raise missing(path)
-        self.path = path
-        self.label = str(path)
-        self.origin = Origin()
-        self.is_file = path.is_file()
-        found = [path] if self.is_file else walk(path)
-        self.files = [
-            LocalFile(PurePosixPath(file.relative_to(path.parent if self.is_file else path)), file, file.stat().st_size)
-            for file in found
-        ]
+def is_shard(name: str) -> bool:
+    """Whether a file's name makes it a shard to convert."""
+    return name.endswith(SOURCE_SUFFIXES) and _BY_NAME.fullmatch(name.rpartition("/")[2]) is None
 
 
-def walk(folder: Path) -> list[Path]:
-    """All files of a folder and the folders in it, links followed, in the order of their paths."""
-    return sorted(_walk(folder, frozenset()))
+def container_name(name: str) -> str:
+    """A shard's name after conversion; other names stay the same."""
+    for suffix in SOURCE_SUFFIXES:
+        if name.endswith(suffix) and is_shard(name):
+            return name.removesuffix(suffix) + DF11
+    return name
 
 
-def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in above:
-        raise errors.UsageError("a link leads back to a folder above it", file=folder)
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise errors.from_os_error(error, file=folder) from None
+def shard_name(name: str, originals: Mapping[str, str]) -> str:
+    """A container's name before conversion. ``originals``: names in a manifest, trusted only for the suffix."""
+    if not name.endswith(DF11):
+        return name
+    stem = name.removesuffix(DF11)
+    known = originals.get(name)
+    return known if known in {stem + suffix for suffix in SOURCE_SUFFIXES} else stem + SAFETENSORS
+
+
+def assign(entries: Iterable[Entry], action: Action, originals: Mapping[str, str] = {}) -> list[Assignment]:
+    """Assign a target to each file of a folder: shards first, index files last.
+
+    A manifest is left out of a conversion or restoration, as it describes one conversion only. Raises UsageError if two
+    files would get the same name.
+    """
+    found: dict[str, Assignment] = {}
     for entry in entries:
-        if entry.is_dir():
-            if entry.name not in SKIPPED_FOLDERS:
-                yield from _walk(folder / entry.name, above | {real})
-        elif entry.is_file():
-            if not is_left_out(PurePath(entry.name)):
-                yield folder / entry.name
-        else:
-            raise errors.MissingError("neither a file nor a folder, or a link that leads nowhere", file=entry.path)
+        index = split_index_name(entry.name)
+        is_ours = entry.name.endswith(DF11) or (index is not None and index[0].endswith(DF11))
+        if action == "convert" and is_ours:  # On the way back it would be taken for what df11 has made.
+            hint = "name the folder of the original model, or leave it out: --exclude '*.df11*'"
+            raise errors.UsageError("this folder holds .df11 files already", file=entry.name, hint=hint)
+        kind, name = _assign_one(entry.name, action, originals)
+        if kind is None:
+            continue
+        if name in found:
+            both = f"{found[name].entry.name} and {entry.name} would both be written to this file"
+            hint = "leave one of them out: --exclude"
+            raise errors.UsageError(both, file=name, hint=hint)
+        found[name] = Assignment(kind, entry, name)
+    order: tuple[Kind, ...] = ("convert", "restore", "copy", "attributes", "index")
+    return sorted(found.values(), key=lambda one: order.index(one.kind))
+
+
+def target_names(entries: Iterable[Entry], action: Action, originals: Mapping[str, str]) -> set[str]:
+    """The names that all files of a folder would have in the target."""
+    return {_assign_one(entry.name, action, originals)[1] for entry in entries}
+
+
+def _assign_one(name: str, action: Action, originals: Mapping[str, str]) -> tuple[Kind | None, str]:
+    if action == "copy":
+        return "copy", name
+    if name == FILE_NAME:
+        return None, name
+    if name.rpartition("/")[2] == ATTRIBUTES:
+        return "attributes", name
+    index = split_index_name(name)
+    if action == "convert":
+        if is_shard(name):
+            return "convert", container_name(name)
+        if index is not None and is_shard(index[0]):
+            return "index", container_name(index[0]) + index[1]
+    else:
+        if name.endswith(DF11):
+            return "restore", shard_name(name, originals)
+        if index is not None and index[0].endswith(DF11):
+            return "index", _index_name(index[0], originals) + index[1]
+    return "copy", name
+
+
+def _index_name(stem: str, originals: Mapping[str, str]) -> str:
+    # What an index takes its name from: what its shards, those beside it, were called.
+    folder = stem.rpartition("/")[0]
+    before = [original for name, original in originals.items() if name.rpartition("/")[0] == folder]
+    is_sft = bool(before) and all(name.endswith(".sft") for name in before)
+    return stem.removesuffix(DF11) + (".sft" if is_sft else SAFETENSORS)
+
+
+def with_attributes(data: bytes, action: Action) -> bytes:
+    """The copy of a .gitattributes file: with containers in LFS, or, on the way back, as it was."""
+    return data + ATTRIBUTES_LINE if action == "convert" else data.removesuffix(ATTRIBUTES_LINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Completeness:
+    """What the index files of a folder say about its shards."""
+
+    missing: tuple[tuple[str, str], ...]
+    """Index file, and a shard that it names but that does not exist."""
+    unnamed: tuple[str, ...]
+    """Shards beside an index that does not list them."""
+
+
+def check_shards(indexes: Mapping[str, bytes], names: Collection[str], where: str) -> Completeness:
+    """Compare index files, given by name and content, with all file ``names``. ``where``: the folder, for errors."""
+    missing: list[tuple[str, str]] = []
+    named: set[str] = set()
+    folders: set[tuple[str, str]] = set()
+    for index, data in indexes.items():
+        folder = index[: index.rfind("/") + 1]
+        shards = {posixpath.normpath(folder + shard) for shard in read_shards(data, f"{where}/{index}").values()}
+        named |= shards
+        missing += [(index, shard) for shard in sorted(shards - set(names))]
+        split = split_index_name(index)
+        assert split is not None
+        folders.add((folder, DF11 if split[0].endswith(DF11) else SAFETENSORS))
+    unnamed = [
+        name
+        for name in sorted(names)
+        if any(
+            name.startswith(folder) and "/" not in name[len(folder) :]
+            for folder, suffix in folders
+            if name.endswith(suffix)
+        )
+        and name not in named
+        and (is_shard(name) or name.endswith(DF11))
+    ]
+    return Completeness(tuple(missing), tuple(unnamed))
+
+
+def index_names(names: Iterable[str]) -> list[str]:
+    """The names that belong to index files of shards or containers."""
+    found = []
+    for name in names:
+        index = split_index_name(name)
+        if index is not None and (is_shard(index[0]) or index[0].endswith(DF11)) and not is_left_out(name):
+            found.append(name)
+    return found
+
+
+def raise_if_missing(found: Completeness, where: str, *, may_allow: bool = True) -> None:
+    """Raise a MissingError for the first shard that an index names but that does not exist.
+
+    ``may_allow``: whether to suggest ``--allow-missing``.
+    """
+    if found.missing:
+        index, shard = found.missing[0]
+        more = f" and {len(found.missing) - 1} more" if len(found.missing) > 1 else ""
+        what = f"this file is missing, but {index} names it{more}"
+        hint = "get the file, for example by downloading again"
+        if may_allow:
+            hint += ", or pass --allow-missing to continue without it"
+        raise errors.MissingError(what, file=f"{where}/{shard}", hint=hint)
+
+
+def list_containers(path: Path) -> list[Path]:
+    """The containers at ``path``: the file itself, or all `.df11` files in the folder."""
+    store = open_source(path)
+    assert isinstance(store, LocalStore)
+    if store.is_file:
+        return [path]
+    files = [store.root / entry.name for entry in store.list() if entry.name.endswith(DF11)]
+    if not files:
+        raise errors.UsageError(f"no {DF11} file in this folder", file=path, hint="check the path")
+    return files
+
+
+_OTHER_FORMS: Final = re.compile(
+    r"consolidated.*\.(safetensors|pth|pt)|pytorch_model.*\.bin|(tf_model|flax_model).*\.(h5|msgpack)|.*\.(gguf|ckpt)"
+)
+
+
+def second_copies(names: Sequence[str]) -> list[str]:
+    """Files whose names suggest that they are another copy of the model, beside its shards."""
+
+    def folder_of(name: str) -> str:
+        return name.rpartition("/")[0]
+
+    others = [name for name in names if _OTHER_FORMS.fullmatch(name.rpartition("/")[2])]
+    folders = {folder_of(name) for name in names if is_shard(name) and name not in others}
+    return [name for name in others if folder_of(name) in folders]

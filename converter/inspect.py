@@ -1,9 +1,10 @@
-"""Say what is in a container."""
+"""Describe the contents of a container."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
+from df11.converter.terminal import shown
 from df11.formats import layout
 from df11.formats.container import Container
 
@@ -35,8 +36,17 @@ def describe(container: Container) -> dict[str, Any]:
     }
 
 
+WIDEST: Final = 80
+"""Characters of a name or shape in a table: a stranger's name may have any length."""
+
+
+def _fitted(text: str) -> str:
+    text = shown(text)
+    return text if len(text) <= WIDEST else f"{text[: WIDEST // 2]}...{text[-WIDEST // 2 + 3 :]}"
+
+
 def as_text(description: dict[str, Any]) -> str:
-    """The same for people: a table of the tensors, and a line of totals."""
+    """The same for people: a table of the tensors, and a line with the totals."""
     rows = [("tensor", "dtype", "shape", "encoding", "bytes", "bits/weight")]
     for tensor in description["tensors"]:
         bits = tensor["bits_per_weight"]
@@ -44,9 +54,9 @@ def as_text(description: dict[str, Any]) -> str:
         note = "" if tensor.get("exact", True) else " (rounded)"
         rows.append(
             (
-                tensor["name"],
+                _fitted(tensor["name"]),
                 tensor["dtype"] + note,
-                shape,
+                _fitted(shape),
                 tensor["encoding"],
                 f"{tensor['stored_bytes']:,}",
                 "-" if bits is None else f"{bits:.2f}",
@@ -64,7 +74,8 @@ def as_text(description: dict[str, Any]) -> str:
     ratio = description["bytes"] / source["bytes"]
     cast = " cast to BF16" if source["cast"] else ""
     lines.append(
-        f"{description['path']}: {description['bytes']:,} bytes, {ratio:.4f} of {source['bytes']:,} bytes of source{cast}"
+        f"{shown(description['path'])}: {description['bytes']:,} bytes, "
+        f"{ratio:.4f} of {source['bytes']:,} bytes of source{cast}"
     )
     lines.append(f"source SHA-256 {source['sha256']}")
     return "\n".join(lines)

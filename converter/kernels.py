@@ -1,4 +1,4 @@
-"""Call the encoding kernels, which are C (``encode.c``): typed, and with the meaning of what they return."""
+"""Typed calls of the encoding kernels, which are in C (``encode.c``)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from df11.formats.record import Bytes, Weights
 LANE_OVERFLOW: Final = _kernels.LANE_OVERFLOW
 NOT_SMALLER: Final = _kernels.NOT_SMALLER
 ENCODE_SLACK: Final = _kernels.ENCODE_SLACK
-"""Bytes after the end of a segment that encoding may write to, before it finds that a tile does not fit."""
+"""Bytes beyond the end of a segment that encoding may write before it notices that a tile does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """The code of a segment. ``section``: code table section; ``bits``: of all codes and exceptions; ``filler``: a symbol."""
+    """The code of a segment.
+
+    ``section``: the code table section; ``bits``: of all codes and exceptions; ``filler``: a symbol.
+    """
 
     alphabet_size: int
     section: Bytes
@@ -29,22 +32,22 @@ class Code:
 
 
 class Encoder:
-    """The encoding kernels with what they keep, about 2 MB. One thread at a time: another gets a ValueError."""
+    """The encoding kernels and their state, about 2 MB. One thread at a time: another gets a ValueError."""
 
     def __init__(self) -> None:
         self.handle = _kernels.new_encoder()
-        """For the C functions."""
+        """State for the C functions."""
 
     def build_code(self, weights: Weights) -> Code:
         """Count the pairs of ``weights`` (2 to 2**24) and choose their code, which :meth:`encode_tiles` then uses.
 
-        After :meth:`Sha256.update_counting`, ``weights`` must be those that were hashed: they are not counted again.
+        After :meth:`Sha256.update_counting`, ``weights`` must be the hashed ones: they are not counted again.
         """
         alphabet_size, section, bits, filler = _kernels.build_code(self.handle, weights)
         return Code(alphabet_size, np.frombuffer(section, np.uint8), bits, filler)
 
     def exponents(self) -> npt.NDArray[np.int64]:
-        """How often each exponent occurs in the weights that :meth:`build_code` saw last: i64 [256]."""
+        """How often each exponent occurs in the last weights that :meth:`build_code` saw: i64 [256]."""
         return np.frombuffer(_kernels.exponents(self.handle), np.int64)
 
     def encode_tiles(
@@ -52,8 +55,9 @@ class Encoder:
     ) -> tuple[int, int]:
         """Encode all tiles of a segment into ``out``, from the tile descriptors on: (size of the segment, exceptions).
 
-        ``end``: the size that the segment must stay below; ``out``: u8, at least ``end`` + ``ENCODE_SLACK``. The size is
-        ``LANE_OVERFLOW`` if the lanes of a tile differ by more than ``lane_bytes`` can say, ``NOT_SMALLER`` if ``end`` is reached.
+        ``end``: the size that the segment must stay below; ``out``: u8, at least ``end`` + ``ENCODE_SLACK``. The size
+        is ``LANE_OVERFLOW`` if the lanes of a tile differ by more than ``lane_bytes`` can express, and ``NOT_SMALLER``
+        if ``end`` is reached.
         """
         return _kernels.encode_tiles(
             self.handle,
@@ -70,7 +74,7 @@ class Encoder:
 
 
 class Sha256:
-    """SHA-256 as hashlib's; where the CPU has instructions for it, pairs of weights are counted along at no cost of time."""
+    """SHA-256, as in hashlib. With the CPU's SHA instructions, it also counts pairs of weights at no extra time."""
 
     def __init__(self, data: bytes = b"") -> None:
         self._hash = _kernels.new_sha256()
@@ -82,7 +86,7 @@ class Sha256:
         self._append(data, None)
 
     def update_counting(self, data: Bytes, encoder: Encoder) -> None:
-        """Append the bytes of the weights for which ``encoder`` builds its next code, which then need not be counted."""
+        """Append the bytes of the weights of ``encoder``'s next code, and count their pairs on the way."""
         self._append(data, encoder)
 
     def _append(self, data: bytes | Bytes, encoder: Encoder | None) -> None:
@@ -107,5 +111,5 @@ def count_exponents(weights: Weights) -> npt.NDArray[np.int64]:
 
 
 def cast_f32(source: npt.NDArray[np.uint32], out: Weights) -> bool:
-    """Round F32 bits to BF16 bits as SPEC.md, section 3; returns whether every value is exact."""
+    """Round F32 bits to BF16 bits as in SPEC.md, section 3; returns whether every value is exact."""
     return _kernels.cast_f32(source, out)

@@ -1,7 +1,7 @@
-"""Commands, declared once, as functions whose annotations describe their options, and two readers of command lines.
+"""Commands, declared once as functions whose annotations describe their options, and two command-line parsers.
 
-:func:`read` knows the usual calls and takes no time. All else (help, mistakes, rare spellings) is for Typer, which gets the same
-declarations from :func:`typer_app`; importing it takes as long as converting a small file.
+:func:`read` handles the usual calls and takes no time. Everything else (help, mistakes, rare spellings) goes to Typer,
+which gets the same declarations from :func:`typer_app`. Importing Typer takes as long as converting a small file.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class Argument:
-    """Goes into the annotation of a parameter that is given by its place. ``settings`` are those of ``typer.Argument``."""
+    """Annotation of a positional parameter. ``settings`` are those of ``typer.Argument``."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
 
 class Option:
-    """Goes into the annotation of a parameter that is given by name: ``"--cast"``, or ``"--verify/--no-verify"`` for a flag.
+    """Annotation of a named parameter: ``"--cast"``, or ``"--verify/--no-verify"`` for a flag.
 
-    ``former``: a name that it had, which still works and which help does not show. ``settings`` are those of ``typer.Option``.
+    ``former``: an old name, which still works but is not in the help. ``settings`` are those of ``typer.Option``.
     """
 
     def __init__(self, *names: str, former: str | None = None, **settings: Any) -> None:
@@ -40,22 +40,22 @@ class Option:
 Command: TypeAlias = Callable[..., int | None]
 """Returns the exit code; None is 0."""
 Start: TypeAlias = Callable[[Command, dict[str, Any]], int | None]
-"""Gets a command and its values."""
+"""Receives a command and its values."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Commands under a common name."""
+    """Commands under one name."""
 
     help: str
     commands: Mapping[str, Command | Group]
 
 
 DEFAULT_MEMORY: Final = "256MiB"
-"""Of a conversion; here, as help shows it, which must not import what converts."""
+"""Default of a conversion. It is here because the help must not import the converter."""
 
 Debug = Annotated[bool, Option("--debug", help="Show a traceback with an error.")]
-Json = Annotated[bool, Option("--json", help="Print JSON on standard output, for programs.")]
+Json = Annotated[bool, Option("--json", help="Machine-readable output on stdout: JSON lines.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print errors only.")]
 Threads = Annotated[
     int | None,
@@ -64,11 +64,22 @@ Threads = Annotated[
         "-j",
         former="--jobs",
         metavar="N",
-        help="Threads that encode or decode; by default one a core.",
+        help="Threads that encode or decode; default: one per core.",
         show_default=False,
     ),
 ]
-Force = Annotated[bool, Option("--force", help="Replace what is there.")]
+Include = Annotated[
+    list[str] | None,
+    Option("--include", metavar="PATTERN", help="Only files that match, as in the Hub's client; repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    Option("--exclude", metavar="PATTERN", help="Leave out files that match; repeatable."),
+]
+AllowMissing = Annotated[
+    bool, Option("--allow-missing", help="Continue if an index names a shard that does not exist.")
+]
+Force = Annotated[bool, Option("--force", help="Replace files that df11 did not write.")]
 
 
 def _number(text: str) -> int:
@@ -87,7 +98,7 @@ _READERS: Final[Mapping[Any, Callable[[str], Any]]] = {
 
 
 def read(commands: Group, arguments: Sequence[str]) -> tuple[Command, dict[str, Any]] | None:
-    """The command that ``arguments`` name, and the value of each of its parameters; None if Typer is to say what they mean."""
+    """The command that ``arguments`` name, and the value of each parameter; None if Typer has to interpret them."""
     found: Command | Group | None = commands
     rest = iter(arguments)
     while isinstance(found, Group):
@@ -132,7 +143,7 @@ def read(commands: Group, arguments: Sequence[str]) -> tuple[Command, dict[str, 
 
 
 def typer_app(commands: Group, version: str, start: Start) -> typer.Typer:
-    """The same commands for Typer, and ``--version``. ``start`` gets the command that is to run and its values."""
+    """The same commands for Typer, and ``--version``. ``start`` gets the chosen command and its values."""
     try:
         import typer
     except ModuleNotFoundError:

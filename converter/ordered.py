@@ -1,4 +1,4 @@
-"""Run a function over items in threads; take the results in order, with a bounded amount of memory."""
+"""Run a function over items in threads; yield the results in order, within a bounded amount of memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Result = TypeVar("Result")
 
 
 def ordered(
-    function: Callable[[Item, tuple[Scratch, ...]], Result], items: Iterable[Item], jobs: int
+    function: Callable[[Item, tuple[Scratch, ...]], Result], items: Iterable[Item], threads: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield (item, function(item, scratch)) in order, from ``jobs`` threads.
+    """Yield (item, function(item, scratch)) in order, computed by ``threads`` threads.
 
-    ``scratch`` is some memory that the result may live in: it is used again when the next result is asked for.
+    ``scratch`` is memory that the result may use. It is reused once the next result is requested.
     """
-    free = [tuple(Scratch() for _ in range(3)) for _ in range(jobs + 1)]
+    free = [tuple(Scratch() for _ in range(3)) for _ in range(threads + 1)]
     waiting: deque[tuple[Item, tuple[Scratch, ...], Future[Result]]] = deque()
-    executor = ThreadPoolExecutor(jobs, "df11-worker")
+    executor = ThreadPoolExecutor(threads, "df11-worker")
     try:
         for item in items:
             if not free:

@@ -1,4 +1,4 @@
-"""Lay out a container as it is written: records, verbatim tensors, and at last the header in the room that was kept for it."""
+"""Lay out a container while it is written: records, verbatim tensors, and at the end the header, in reserved space."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ from typing import Any, Final
 import xxhash
 import zstandard
 
+from df11.converter.batches import SEGMENT_WEIGHTS, SourceTensor
 from df11.converter.encode import EncodedSegment
-from df11.converter.manifest import Exponents, TensorRow, row_of
-from df11.converter.plan import SEGMENT_WEIGHTS, Cast, TensorPlan
+from df11.converter.exponents import Exponents
+from df11.converter.manifest import Cast, TensorRow
+from df11.converter.scan import row_of
 from df11.converter.source import Source
 from df11.formats import errors, framing, layout
 from df11.formats.container import TensorInfo
 from df11.formats.record import Bytes, SegmentPlace, pack_front
-from df11.formats.writer import AtomicWriter
+from df11.storage.atomic import AtomicWriter
 from df11.version import __version__
 
 SOURCE_HEADER_LEVEL: Final = 19
-"""Zstandard level of the source header: part of what makes the output the same everywhere."""
+"""Zstandard level of the source header: fixed, so that the output is the same everywhere."""
 
 
 class ContainerOutput:
-    """The container of one source. Tensors come one after the other, each in as many parts as the caller likes."""
+    """The container of one source. Tensors come one after the other, each in any number of parts."""
 
-    def __init__(self, writer: AtomicWriter, source: Source, plans: Sequence[TensorPlan], cast: Cast) -> None:
+    def __init__(self, writer: AtomicWriter, source: Source, tensors: Sequence[SourceTensor], cast: Cast) -> None:
         self._writer = writer
         self._source = source
-        self._cast = cast if any(plan.cast for plan in plans) else None
+        self._cast = cast if any(tensor.cast for tensor in tensors) else None
         self._entries: dict[str, framing.Entry] = {}
         self._objects: dict[str, dict[str, Any]] = {}
         self._directory: list[SegmentPlace] = []
         self.rows: list[TensorRow] = []
-        """Of the tensors that are finished, in their order."""
+        """The finished tensors, in order."""
         self._checksum = xxhash.xxh3_64()
         self._source_header = base64.b64encode(
             zstandard.ZstdCompressor(level=SOURCE_HEADER_LEVEL).compress(source.header.raw)
         ).decode()
-        self._data_start = layout.align(8 + self._header_room(plans), layout.DATA_ALIGNMENT)
+        self._data_start = layout.align(8 + self._header_room(tensors), layout.DATA_ALIGNMENT)
         if self._data_start - 8 > layout.MAX_JSON_HEADER:
             raise errors.LimitError(
                 "the header of the container would be too large",
@@ -49,13 +51,22 @@ class ContainerOutput:
                 found=self._data_start - 8,
                 hint="split the file into shards",
             )
+        most = layout.most_source_header(self._data_start - 8)
+        if len(source.header.raw) > most:
+            raise errors.LimitError(
+                "no reader would take the header of this file from a container: its size is out of proportion",
+                file=source.path,
+                expected=f"at most {most} bytes",
+                found=len(source.header.raw),
+                hint="write the file anew, with less padding or metadata",
+            )
         self._start = writer.position = self._data_start
 
-    def write_segment(self, plan: TensorPlan, segment: EncodedSegment) -> None:
+    def write_segment(self, tensor: SourceTensor, segment: EncodedSegment) -> None:
         """Append a segment to the record of a tensor; the first one starts the record."""
         if not self._directory:
             self._start = self._writer.position
-            segments = -(-plan.entry.elements // SEGMENT_WEIGHTS)
+            segments = -(-tensor.entry.elements // SEGMENT_WEIGHTS)
             self._writer.position += layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size * segments
         offset = self._writer.position - self._start
         self._directory.append(
@@ -65,33 +76,38 @@ class ContainerOutput:
         )
         self._writer.write(segment.data)
 
-    def end_record(self, plan: TensorPlan, exponents: Exponents, *, exact: bool) -> bool:
-        """Finish the record of a tensor with these exponents; if it is not smaller than the tensor itself, drop it and return False."""
+    def end_record(self, tensor: SourceTensor, exponents: Exponents, *, exact: bool) -> bool:
+        """Finish the record of a tensor with these exponents.
+
+        If it is not smaller than the tensor itself, drop it and return False.
+        """
         size = self._writer.position - self._start
         directory, self._directory = self._directory, []
-        if size >= plan.target_size:
+        if size >= tensor.target_size:
             self._writer.rewind(self._start)
             return False
         self._writer.write(pack_front(directory, SEGMENT_WEIGHTS), self._start)
-        entry = _record_entry(plan, self._start - self._data_start, size)
+        entry = _record_entry(tensor, self._start - self._data_start, size)
         stored = tuple(segment.stored_checksum for segment in directory)
         decoded = tuple(segment.decoded_checksum for segment in directory)
-        self._add(entry, _record_object(plan, exact), plan.entry.shape, stored, decoded, exponents)
+        self._add(entry, _record_object(tensor, exact), tensor.entry.shape, stored, decoded, exponents)
         return True
 
     def write_verbatim(
-        self, plan: TensorPlan, data: Bytes, exponents: Exponents = None, *, last: bool, exact: bool = True
+        self, tensor: SourceTensor, data: Bytes, exponents: Exponents = None, *, last: bool, exact: bool = True
     ) -> None:
         """Append bytes of a verbatim tensor; with ``last`` the tensor ends."""
         self._writer.write(data)
         self._checksum.update(data)
         if last:
             end = self._writer.position - self._data_start
-            entry = framing.Entry(plan.entry.name, plan.target_dtype, plan.entry.shape, end - plan.target_size, end)
+            entry = framing.Entry(
+                tensor.entry.name, tensor.target_dtype, tensor.entry.shape, end - tensor.target_size, end
+            )
             checksum = (self._checksum.intdigest(),)
             self._add(
                 entry,
-                _verbatim_object(plan, exact, self._checksum.hexdigest()),
+                _verbatim_object(tensor, exact, self._checksum.hexdigest()),
                 entry.shape,
                 checksum,
                 checksum,
@@ -114,7 +130,7 @@ class ContainerOutput:
         self.rows.append(row_of(self._writer.path.name, info, stored, decoded, exponents))
 
     def finish(self, source_sha256: str) -> None:
-        """Write the header, when all tensors are there."""
+        """Write the header, once all tensors are written."""
         header = self._header(list(self._entries.values()), self._objects, source_sha256)
         room = self._data_start - 8
         header += b" " * (room - len(header))
@@ -137,36 +153,36 @@ class ContainerOutput:
         }
         return framing.encode_header(entries, metadata)
 
-    def _header_room(self, plans: Sequence[TensorPlan]) -> int:
-        # The size of the largest header that can come of these tensors: for each, the longer of its two forms, with large numbers.
-        end = self._source.size + layout.RECORD_ALIGNMENT * len(plans)
+    def _header_room(self, tensors: Sequence[SourceTensor]) -> int:
+        # The size of the largest possible header for these tensors: for each, the longer form, with large numbers.
+        end = self._source.size + layout.RECORD_ALIGNMENT * len(tensors)
         entries = []
         objects = {}
-        for plan in plans:
-            record = (_record_entry(plan, end, end), _record_object(plan, exact=False))
+        for tensor in tensors:
+            record = (_record_entry(tensor, end, end), _record_object(tensor, exact=False))
             verbatim = (
-                framing.Entry(plan.entry.name, plan.target_dtype, plan.entry.shape, end, end),
-                _verbatim_object(plan, False, "f" * 16),
+                framing.Entry(tensor.entry.name, tensor.target_dtype, tensor.entry.shape, end, end),
+                _verbatim_object(tensor, False, "f" * 16),
             )
-            entry, objects[plan.entry.name] = max(
+            entry, objects[tensor.entry.name] = max(
                 record, verbatim, key=lambda form: len(_entry_json(form[0])) + len(_object_json(form[1]))
             )
             entries.append(entry)
         return len(self._header(entries, objects, "f" * 64))
 
 
-def _record_entry(plan: TensorPlan, start: int, size: int) -> framing.Entry:
-    return framing.Entry(plan.entry.name, "U8", (size,), start, start + size)
+def _record_entry(tensor: SourceTensor, start: int, size: int) -> framing.Entry:
+    return framing.Entry(tensor.entry.name, "U8", (size,), start, start + size)
 
 
-def _record_object(plan: TensorPlan, exact: bool) -> dict[str, Any]:
-    value: dict[str, Any] = {"encoding": "df11", "dtype": "BF16", "shape": list(plan.entry.shape)}
-    return value | {"exact": exact} if plan.cast else value
+def _record_object(tensor: SourceTensor, exact: bool) -> dict[str, Any]:
+    value: dict[str, Any] = {"encoding": "df11", "dtype": "BF16", "shape": list(tensor.entry.shape)}
+    return value | {"exact": exact} if tensor.cast else value
 
 
-def _verbatim_object(plan: TensorPlan, exact: bool, checksum: str) -> dict[str, Any]:
-    value: dict[str, Any] = {"encoding": "verbatim", "dtype": plan.target_dtype, "shape": list(plan.entry.shape)}
-    return (value | {"exact": exact} if plan.cast else value) | {"xxh3": checksum}
+def _verbatim_object(tensor: SourceTensor, exact: bool, checksum: str) -> dict[str, Any]:
+    value: dict[str, Any] = {"encoding": "verbatim", "dtype": tensor.target_dtype, "shape": list(tensor.entry.shape)}
+    return (value | {"exact": exact} if tensor.cast else value) | {"xxh3": checksum}
 
 
 def _entry_json(entry: framing.Entry) -> bytes:
@@ -174,5 +190,5 @@ def _entry_json(entry: framing.Entry) -> bytes:
 
 
 def _object_json(value: dict[str, Any]) -> str:
-    # As it stands in the header: JSON in a JSON string.
+    # As it appears in the header: JSON inside a JSON string.
     return json.dumps(framing.compact_json(value).decode())

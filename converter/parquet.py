@@ -1,27 +1,23 @@
-"""The Parquet file of a manifest: write it always the same, and believe nothing in one that is read. Needs pyarrow, which nobody else imports."""
+"""The Parquet file of a manifest: written reproducibly, and never trusted when read.
+
+Needs pyarrow, which no other module imports.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import string
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import numpy as np
 
-from df11.converter.manifest import (
-    COUNTED_WEIGHTS,
-    MAX_BYTES,
-    ExponentCounts,
-    FileRow,
-    Manifest,
-    Origin,
-    TensorRow,
-    has_exponents,
-)
-from df11.formats import errors, framing, layout
+from df11.converter.exponents import COUNTED_WEIGHTS, ExponentCounts, has_exponents
+from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin, TensorRow
+from df11.formats import errors, framing, json_text, layout
+from df11.storage.paths import kind_of, read_file
 
 try:
     import pyarrow as pa
@@ -31,14 +27,20 @@ except ModuleNotFoundError:
 
 VERSION: Final = 1
 METADATA_KEY: Final = b"df11"
+MAX_BYTES: Final = 256 << 20
+"""Largest manifest that is read: about a hundred times that of a model of a hundred thousand tensors."""
 MAX_ROWS: Final = 4_000_000
+FEW_ROWS: Final = 50_000
+"""Rows that any file may have; a large one may have more."""
+MAX_NAMES: Final = 1 << 20
+"""Characters of all names that any file may have; a large one may have more."""
 MAX_DECODED_BYTES: Final = 4 << 30
-"""Most bytes that the columns of a file that is read may say they take, encoded but not compressed."""
+"""Most bytes that the columns of a file may claim to take, encoded but not compressed."""
 ROW_GROUP: Final = 1024
-"""Rows in a row group: their counts are 2 MiB while they are written."""
+"""Rows per row group: their counts take 2 MiB while they are written."""
 _BATCH: Final = 1024
 _ENTROPY_SLACK: Final = 1e-6
-"""How far an entropy may be from that of its counts: logarithms differ in the last bits, and other programs may round."""
+"""Largest difference between an entropy and that of its counts: logarithms differ slightly, and some programs round."""
 
 _CHECKSUMS: Final = pa.list_(pa.field("element", pa.uint64(), nullable=False))
 _NUMBERS: Final = pa.list_(pa.field("element", pa.int64(), nullable=False))
@@ -61,13 +63,13 @@ _TEXTS: Final = [field.name for field in COLUMNS if field.type == pa.string()]
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """The file. See :meth:`Manifest.to_bytes`."""
+    """The Parquet file; the same manifest gives the same bytes. Raises LimitError for too many tensors."""
     if len(manifest.tensors) > MAX_ROWS:
         raise errors.LimitError(
             "too many tensors for a manifest", expected=f"at most {MAX_ROWS}", found=len(manifest.tensors)
         )
     schema = pa.schema(COLUMNS)
-    # Arrow's own pools keep what they have freed, which counts against the memory of a conversion.
+    # Arrow's own pools keep freed memory, which would count against the memory of a conversion.
     pool = pa.system_memory_pool()
     sink = pa.BufferOutputStream(pool)
     with pq.ParquetWriter(
@@ -96,7 +98,7 @@ def _cell(row: TensorRow, column: str) -> Any:
 
 
 def _text(path: str) -> str:
-    # A file's name that is not UTF-8, in another spelling: no Parquet file could hold it.
+    # A file name that is not UTF-8, in another spelling: Parquet could not hold it.
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -116,16 +118,17 @@ def _document(manifest: Manifest) -> dict[str, Any]:
             }
             for file in manifest.files
         ],
+        "others": {_text(name): sha256 for name, sha256 in manifest.others},
     }
 
 
 def from_bytes(data: bytes, where: str | os.PathLike[str]) -> Manifest:
-    """The manifest. See :meth:`Manifest.from_bytes`."""
+    """Read and check an untrusted Parquet file; ``where`` is for messages. Raises ManifestError."""
     if len(data) > MAX_BYTES:
         raise errors.ManifestError("too large for a manifest", file=where, expected=f"at most {MAX_BYTES} bytes")
     try:
         return _Reader(data, where).manifest()
-    # Everything that Arrow is known to say of damage; its exceptions derive from these.
+    # Everything that Arrow is known to raise for damage; its exceptions derive from these.
     except (
         pa.ArrowException,
         OSError,
@@ -142,12 +145,19 @@ def from_bytes(data: bytes, where: str | os.PathLike[str]) -> Manifest:
         ) from None
 
 
+def read(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest in a file, or in a folder under its name. Raises a Df11Error."""
+    path = Path(path) / FILE_NAME if kind_of(path) == "folder" else Path(path)
+    return from_bytes(read_file(path, MAX_BYTES), path)
+
+
 class _Reader:
-    # One file that is read. Everything in it may be forged.
+    # Reads one file. Everything in it may be forged.
 
     def __init__(self, data: bytes, where: str | os.PathLike[str]) -> None:
         self._where = where
         self._data = data
+        self._size = len(data)
         self._file = self._open()
 
     def _open(self, **options: Any) -> Any:
@@ -169,17 +179,18 @@ class _Reader:
     def manifest(self) -> Manifest:
         document = self._read_document()
         origin, cast, tool, files = self._check_document(document)
+        others = self._check_others(document.get("others", {}))  # Files of 0.1 have none.
         self._check_columns()
-        return Manifest(origin, cast, tool, files, self._read_rows(files, cast))
+        return Manifest(origin, cast, tool, files, self._read_rows(files, cast), others)
 
     def _read_document(self) -> Any:
         raw = (self._file.metadata.metadata or {}).get(METADATA_KEY)
         if raw is None:
             self._refuse("the file has no df11 metadata: another Parquet file")
         try:
-            return json.loads(raw.decode("utf-8"))
-        except (ValueError, RecursionError):
-            self._refuse("the df11 metadata are not JSON")
+            return json_text.parse(raw, what="the df11 metadata", where={})
+        except errors.FormatError as error:
+            self._refuse(error.what)
 
     def _check_document(self, document: Any) -> tuple[Origin, Any, str, tuple[FileRow, ...]]:
         version = _member(document, "version")
@@ -216,7 +227,7 @@ class _Reader:
         )
         if not (_is_relative(row.file) and _is_relative(row.source_file)):
             self._refuse(
-                "the name of a file must be relative to its tree", found=repr((row.file, row.source_file))[:200]
+                "the name of a file must be relative to its model folder", found=repr((row.file, row.source_file))[:200]
             )
         if not (_is_size(row.bytes) and _is_size(row.source_bytes)):
             self._refuse("the size of a file", found=repr((row.bytes, row.source_bytes))[:80])
@@ -224,17 +235,26 @@ class _Reader:
             self._refuse("a SHA-256", found=repr((row.sha256, row.source_sha256))[:200])
         return row
 
+    def _check_others(self, value: Any) -> tuple[tuple[str, str], ...]:
+        if not isinstance(value, dict) or not all(map(_is_sha256, value.values())):
+            self._refuse("others must map names to SHA-256")
+        if not all(map(_is_relative, value)):
+            self._refuse("the name of a file must be relative to its folder", found=repr(sorted(value))[:200])
+        return tuple(value.items())
+
     def _check_columns(self) -> None:
         metadata = self._file.metadata
-        if metadata.num_rows > MAX_ROWS:
-            self._refuse("too many rows", expected=f"at most {MAX_ROWS}", found=metadata.num_rows)
+        # Two checksums in each row, which no compression makes smaller, unless tensors are equal: few, then.
+        most = min(MAX_ROWS, FEW_ROWS + self._size // 12)
+        if metadata.num_rows > most:
+            self._refuse("too many rows", expected=f"at most {most}", found=metadata.num_rows)
         size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
         if not 0 <= size <= MAX_DECODED_BYTES:
             self._refuse("its columns are too large", expected=f"at most {MAX_DECODED_BYTES} bytes", found=size)
         schema = self._file.schema_arrow
         for field in COLUMNS:
             if schema.names.count(field.name) != 1:
-                self._refuse(f"the column {field.name} is missing, or there twice")
+                self._refuse(f"the column {field.name} is missing or duplicated")
             found = schema.field(field.name).type
             if found != field.type:
                 self._refuse(f"type of the column {field.name}", expected=field.type, found=found)
@@ -243,15 +263,19 @@ class _Reader:
         order = {file.file: place for place, file in enumerate(files)}
         rows: list[TensorRow] = []
         place = length = 0
+        seen: set[tuple[str, str]] = set()
         for row in self._rows(cast):
+            if (row.file, row.name) in seen:
+                self._refuse("a tensor is named twice", tensor=row.name)
+            seen.add((row.file, row.name))
             if order.get(row.file, -1) < place:
                 self._refuse(
                     "a row's file is unknown, or not in the order of the files", tensor=row.name, found=row.file[:200]
                 )
             place = order[row.file]
             length += len(row.name)
-            if length > MAX_BYTES:  # A few bytes can repeat a long name as often as there may be rows.
-                self._refuse("its names are too long", expected=f"at most {MAX_BYTES} characters")
+            if length > MAX_NAMES + 64 * self._size:  # A few bytes can repeat a long name in every row.
+                self._refuse("its names are too long", expected=f"at most {MAX_NAMES + 64 * self._size} characters")
             rows.append(row)
         if len(rows) != self._file.metadata.num_rows:
             self._refuse("rows are missing", expected=self._file.metadata.num_rows, found=len(rows))
@@ -259,10 +283,10 @@ class _Reader:
 
     def _rows(self, cast: str | None) -> Iterator[TensorRow]:
         names = [field.name for field in COLUMNS]
-        # With dictionaries, so that one long text is not there as often as it is named.
+        # As dictionaries, so that a long text is not stored once per row.
         file = self._open(read_dictionary=_TEXTS, metadata=self._file.metadata)
         for batch in file.iter_batches(_BATCH, columns=names, use_threads=False):
-            batch.validate(full=True)  # Arrow takes a damaged page's indices and offsets as they are.
+            batch.validate(full=True)  # Arrow does not check the indices and offsets of a page.
             columns = {}
             for field in COLUMNS:
                 column = batch.column(field.name)
@@ -336,7 +360,7 @@ class _Reader:
         counted = has_exponents(row.dtype, row.elements)
         entropy, counts = row.exponent_entropy, row.exponent_counts
         if (entropy is not None) != counted or (counts is not None) != (counted and row.elements >= COUNTED_WEIGHTS):
-            self._refuse("exponent_entropy or exponent_counts is missing, or too much", tensor=row.name)
+            self._refuse("exponent_entropy or exponent_counts is missing or superfluous", tensor=row.name)
         if entropy is not None and not 0 <= entropy <= 8:
             self._refuse("exponent_entropy", tensor=row.name, expected="0 to 8", found=entropy)
         if counts is not None and entropy is not None:

@@ -1,6 +1,6 @@
-"""Convert one file: one thread reads, one hashes, several encode, and the caller's thread writes, in the order of the source.
+"""Convert one file. One thread reads, one hashes, several encode; the caller's thread writes in the source's order.
 
-Memory is a fixed number of slots, whatever the size of the file and of its tensors.
+Memory is a fixed number of slots, whatever the size of the file and its tensors.
 """
 
 from __future__ import annotations
@@ -17,66 +17,56 @@ from typing import Final
 import numpy as np
 import xxhash
 
+from df11.converter.batches import Batch, Fate, SourceTensor, list_tensors, make_batches, split_tensor
 from df11.converter.encode import EncodedSegment, SegmentEncoder
+from df11.converter.exponents import COUNTED_WEIGHTS, ExponentCounts, Exponents, summarized
 from df11.converter.kernels import Sha256, cast_f32
-from df11.converter.manifest import COUNTED_WEIGHTS, ExponentCounts, Exponents, TensorRow, summarized
+from df11.converter.manifest import TensorRow
 from df11.converter.output import ContainerOutput
-from df11.converter.plan import Batch, Cast, Fate, TensorPlan, plan_batches, plan_tensors, split_tensor
+from df11.converter.settings import BASE_MEMORY, HEADER_MEMORY, Settings, too_little_memory
 from df11.converter.source import Progress, Source
 from df11.formats import errors, framing
 from df11.formats.record import Bytes, Weights
-from df11.formats.writer import AtomicWriter
+from df11.storage.atomic import AtomicWriter
 
-BASE_MEMORY: Final = 80 << 20
-"""Bytes that the interpreter and its libraries keep: up to 66 MiB measured."""
-HEADER_MEMORY: Final = 15
-"""Bytes that the source's header and the new one take for each byte of the source's: 13.6 measured on one name of 12 MB."""
 TENSOR_MEMORY: Final = 2560
-"""Bytes that a tensor takes besides, from its plan to its row: 2460 measured on 100,000 tiny tensors that are all read at once."""
+"""Bytes per tensor, from its entry to its row: 2460 measured on 100,000 tiny tensors that are read together."""
 COUNTS_MEMORY: Final = 2560
-"""Bytes of the counts that a row keeps of a tensor that is not small, if every exponent occurs in it."""
+"""Bytes of the counts in a large tensor's row, if every exponent occurs."""
+PARQUET_MEMORY: Final = 40 << 20
+"""Bytes that pyarrow takes to read and write manifests."""
 ENCODER_MEMORY: Final = 4 << 20
-"""Bytes that a thread takes to encode, besides its slot's buffers."""
+"""Bytes that each encoding thread takes, besides its slot's buffers."""
 HEARTBEAT: Final = 0.5
-"""Seconds after which progress is told of no bytes, where none come."""
+"""Seconds between progress calls with zero bytes, while no bytes arrive."""
 MIN_SLOTS: Final = 2
 
 
 _M_MMAP_THRESHOLD: Final = -3
-"""Of malloc.h: from how many bytes on a block is asked of the system, and goes back to it when it is freed."""
+"""From malloc.h: blocks of at least this size are allocated from the system, and returned to it when freed."""
 
 
 def give_memory_back() -> None:
-    """Let freed buffers go back to the system, in all of this process: for programs, as a library must not decide that.
+    """Return freed buffers to the system, in this whole process: for programs, as a library must not decide that.
 
-    glibc keeps freed blocks of up to 32 MiB for later, in an arena for each thread: over many shards 100 MiB more than are in use.
+    glibc keeps freed blocks of up to 32 MiB, in an arena per thread. Over many shards, that adds 100 MiB.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # Another C library.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """Options of a conversion. ``jobs``: encoding threads; ``max_memory``: bytes, of the whole process."""
-
-    jobs: int
-    max_memory: int
-    cast: Cast
-    verify: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Converted:
-    """What came of one file."""
+    """The result for one file."""
 
     source_bytes: int
     output_bytes: int
     source_sha256: str
     tensors: int
     inexact: tuple[str, ...]
-    """Tensors that the cast has changed."""
+    """Tensors whose values the cast changed."""
     rows: tuple[TensorRow, ...]
-    """Of the manifest, in the order of the container; ``file`` is the container's name without its folder."""
+    """Rows of the manifest, in the order of the container; ``file`` is the container's name without its folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +80,8 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    # Of one piece: its bytes in the source; a checksum, of its weights if it is coded, else of its bytes; its segment, or None if it is
-    # verbatim; whether its cast was exact; its exponents, counted unless the whole tensor has too few.
+    # For one piece: its bytes in the source; a checksum, of its weights if coded, else of its bytes; its segment, or
+    # None if verbatim; whether its cast was exact; its exponents, counted unless the whole tensor has too few.
     source: Bytes
     checksum: int
     segment: EncodedSegment | None
@@ -100,12 +90,12 @@ class _Outcome:
 
 
 def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progress: Progress) -> Converted:
-    """Convert one source into one container, ready to be committed. Raises a Df11Error; the caller drops the writer then."""
-    plans = plan_tensors(source.header, settings.cast)
-    batches = plan_batches(plans)
+    """Convert one source into one container, ready to commit. Raises a Df11Error; the caller then drops the writer."""
+    tensors = list_tensors(source.header, settings.cast)
+    batches = make_batches(tensors)
     slots = _make_slots(batches, source, settings)
-    output = ContainerOutput(writer, source, plans, settings.cast)
-    deferred = [plan for plan in plans if plan.fate is Fate.DEFER]
+    output = ContainerOutput(writer, source, tensors, settings.cast)
+    deferred = [tensor for tensor in tensors if tensor.fate is Fate.DEFER]
     inexact: dict[str, None] = {}
     checksums: dict[str, list[int]] = {}
     exponents: dict[str, Exponents] = {}
@@ -113,35 +103,35 @@ def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progr
     progress(source.header.data_start)
     for batch, outcomes in _process_batches(batches, list(slots), source, digest, settings, progress):
         for piece, outcome in zip(batch.pieces, outcomes, strict=True):
-            plan = piece.tensor
-            name = plan.entry.name
+            tensor = piece.tensor
+            name = tensor.entry.name
             checksums.setdefault(name, []).append(outcome.checksum)
             if not outcome.exact:
                 inexact[name] = None
             if outcome.segment is not None:
                 exponents[name] = _joined(exponents.get(name), outcome.exponents)
-                output.write_segment(plan, outcome.segment)
-                if piece.last and output.end_record(plan, exponents[name], exact=name not in inexact):
+                output.write_segment(tensor, outcome.segment)
+                if piece.last and output.end_record(tensor, exponents[name], exact=name not in inexact):
                     del checksums[name], exponents[name]
                 elif piece.last:
-                    deferred.append(plan)
-            elif plan.fate is Fate.COPY:
-                output.write_verbatim(plan, outcome.source, last=piece.last)
+                    deferred.append(tensor)
+            elif tensor.fate is Fate.COPY:
+                output.write_verbatim(tensor, outcome.source, last=piece.last)
         progress(batch.size)
-    deferred.sort(key=lambda plan: (-framing.DTYPE_BITS[plan.target_dtype], plan.entry.start))
-    for plan in deferred:
-        name = plan.entry.name
+    deferred.sort(key=lambda tensor: (-framing.DTYPE_BITS[tensor.target_dtype], tensor.entry.start))
+    for tensor in deferred:
+        name = tensor.entry.name
         _copy_deferred(
-            plan, source, slots[0], output, checksums.get(name, []), exponents.get(name), exact=name not in inexact
+            tensor, source, slots[0], output, checksums.get(name, []), exponents.get(name), exact=name not in inexact
         )
     source.check_unchanged()
     sha256 = digest.hexdigest()
     output.finish(sha256)
-    return Converted(source.size, writer.position, sha256, len(plans), tuple(inexact), tuple(output.rows))
+    return Converted(source.size, writer.position, sha256, len(tensors), tuple(inexact), tuple(output.rows))
 
 
 def _joined(one: Exponents, other: Exponents) -> Exponents:
-    # Those of two parts of a tensor, or of the first.
+    # The exponents of two parts of a tensor, or of the first.
     if isinstance(one, ExponentCounts) and isinstance(other, ExponentCounts):
         return ExponentCounts.of(one.array() + other.array())
     return other
@@ -149,7 +139,7 @@ def _joined(one: Exponents, other: Exponents) -> Exponents:
 
 @dataclass(frozen=True, slots=True)
 class _Needs:
-    # Bytes of memory: of a slot and its parts, of all besides the slots, and at least.
+    # Bytes of memory: per slot and for its parts, for everything besides the slots, and the least in total.
     read: int
     write: int
     weights: int
@@ -158,16 +148,16 @@ class _Needs:
     least: int
 
 
-def least_memory(source: Source, plans: Sequence[TensorPlan]) -> int:
-    """Bytes that ``max_memory`` must allow at least, to convert this source by these plans."""
-    return _needs(plan_batches(plans), source).least
+def least_memory(source: Source, tensors: Sequence[SourceTensor]) -> int:
+    """The smallest ``max_memory``, in bytes, that can convert this source with these tensors."""
+    return _needs(make_batches(tensors), source).least
 
 
 def _needs(batches: list[Batch], source: Source) -> _Needs:
     pieces = [(piece, batch) for batch in batches for piece in batch.pieces]
     read = max((batch.size for batch in batches), default=0)
     write = max((batch.output_size for batch in batches), default=0)
-    # A cast needs a place to put its weights; so does a tensor that does not start where its weights can be read.
+    # A cast needs space for its weights; so does a tensor whose start is not aligned for its weights.
     weights = max(
         (p.weights for p, b in pieces if p.tensor.fate is Fate.CODE and (p.tensor.cast or (p.start - b.start) % 2)),
         default=0,
@@ -182,13 +172,8 @@ def _needs(batches: list[Batch], source: Source) -> _Needs:
 def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> list[_Slot]:
     needs = _needs(batches, source)
     if settings.max_memory < needs.least:
-        raise errors.BudgetError(
-            "--max-memory is too small for this file",
-            file=source.path,
-            expected=f"at least {mebibytes(needs.least)}",
-            found=mebibytes(settings.max_memory),
-        )
-    count = max(min((settings.max_memory - needs.base) // needs.each, settings.jobs + 2, len(batches)), 1)
+        raise too_little_memory(source.path, needs.least, settings.max_memory)
+    count = max(min((settings.max_memory - needs.base) // needs.each, settings.threads + 2, len(batches)), 1)
     return [
         _Slot(
             np.empty(needs.read, np.uint8),
@@ -200,15 +185,10 @@ def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> lis
     ]
 
 
-def mebibytes(size: int) -> str:
-    """A size as an option spells it, rounded up."""
-    return f"{-(-size >> 20)}MiB"
-
-
 def _process_batches(
     batches: list[Batch], free: list[_Slot], source: Source, digest: Sha256, settings: Settings, progress: Progress
 ) -> Iterator[tuple[Batch, list[_Outcome]]]:
-    # Batches and their outcomes in order. An outcome is valid until the next one is asked for.
+    # Batches and their outcomes in order. An outcome is valid until the next one is requested.
     waiting: deque[tuple[Batch, _Slot, Future[list[_Outcome]]]] = deque()
     ahead = iter(batches)
     with ExitStack() as stack:
@@ -218,13 +198,13 @@ def _process_batches(
             stack.callback(executor.shutdown, cancel_futures=True)
             return executor
 
-        workers = pool(min(settings.jobs, len(free)), "df11-encode")
+        workers = pool(min(settings.threads, len(free)), "df11-encode")
         hasher = pool(1, "df11-hash")
         reader = pool(1, "df11-read")
-        # After an error, or an interrupt, the reader must not wait for a server before its pool can end.
+        # After an error or an interrupt, the reader must not wait for a server, or its pool could not end.
         stack.push(lambda kind, *_: source.stop() if kind is not None else None)
 
-        # A batch goes from stage to stage; the last one, or one that fails, settles its outcomes.
+        # A batch passes from stage to stage. The last stage, or one that fails, sets its outcomes.
         def read(batch: Batch, slot: _Slot, outcomes: Future[list[_Outcome]]) -> None:
             with _errors_to(outcomes):
                 source.read(batch.start, slot.input[: batch.size])
@@ -247,9 +227,8 @@ def _process_batches(
                 break
             batch, slot, outcomes = waiting.popleft()
             while not wait([outcomes], HEARTBEAT).done:
-                progress(
-                    0
-                )  # A server can be silent for minutes; meanwhile a caller can say, by an error, that nobody wants the outcome any more.
+                # A server can be silent for minutes. Meanwhile, the callback can cancel the work by raising an error.
+                progress(0)
             yield batch, outcomes.result()
             free.append(slot)
 
@@ -286,7 +265,7 @@ def _process(batch: Batch, slot: _Slot, path: str, *, verify: bool) -> list[_Out
             segment = slot.encoder.encode(weights, slot.output[used:], verify=verify)
         except errors.DifferenceError as error:
             raise errors.DifferenceError(
-                f"what was encoded does not decode to the source ({error})",
+                f"the encoded data does not decode to the source ({error})",
                 file=path,
                 tensor=piece.tensor.entry.name,
                 hint="this is a defect in df11 or in the memory of this machine: please report it",
@@ -298,7 +277,7 @@ def _process(batch: Batch, slot: _Slot, path: str, *, verify: bool) -> list[_Out
 
 
 def _weights(source: Bytes, scratch: Weights, *, cast: bool) -> tuple[Weights, bool]:
-    # The BF16 weights of a piece, and whether they are all that it holds.
+    # The BF16 weights of a piece, and whether they represent it exactly.
     if cast:
         bits = source.view(np.uint32)
         if not bits.flags.aligned:
@@ -313,7 +292,7 @@ def _weights(source: Bytes, scratch: Weights, *, cast: bool) -> tuple[Weights, b
 
 
 def _copy_deferred(
-    plan: TensorPlan,
+    tensor: SourceTensor,
     source: Source,
     slot: _Slot,
     output: ContainerOutput,
@@ -322,14 +301,14 @@ def _copy_deferred(
     *,
     exact: bool,
 ) -> None:
-    # Read a tensor once more; its bytes must be those that were hashed.
-    if not plan.entry.size:
-        output.write_verbatim(plan, np.empty(0, np.uint8), last=True, exact=exact)
-    for piece, checksum in zip(split_tensor(plan), checksums, strict=True):
+    # Read a tensor again; its bytes must be the ones that were hashed.
+    if not tensor.entry.size:
+        output.write_verbatim(tensor, np.empty(0, np.uint8), last=True, exact=exact)
+    for piece, checksum in zip(split_tensor(tensor), checksums, strict=True):
         data = slot.input[: piece.size]
         source.read(piece.start, data)
-        if plan.cast:
+        if tensor.cast:
             data = _weights(data, slot.weights, cast=True)[0].view(np.uint8)
         if xxhash.xxh3_64_intdigest(data) != checksum:
-            raise source.changed(plan.entry.name)
-        output.write_verbatim(plan, data, exponents, last=piece.last, exact=exact)
+            raise source.changed(tensor.entry.name)
+        output.write_verbatim(tensor, data, exponents, last=piece.last, exact=exact)

@@ -1,133 +1,105 @@
-"""Plan the conversion of one source file: what happens to each tensor, and in which pieces the file is read."""
+"""What has to be done to bring a source to a target: options, steps, and the plan that they form."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import Final, Literal
+from typing import Literal
 
-from df11.converter.kernels import ENCODE_SLACK
-from df11.formats import framing, layout
-
-Cast = Literal["bf16"] | None
-
-VERBATIM_PIECE_BYTES: Final = 4 << 20
-SEGMENT_WEIGHTS: Final = layout.DEFAULT_SEGMENT_WEIGHTS
-
-
-class Fate(Enum):
-    """What happens to a tensor."""
-
-    CODE = "code"
-    """Encode it as a record, if that makes it smaller."""
-    COPY = "copy"
-    """Copy it verbatim, in the order of the source."""
-    DEFER = "defer"
-    """Copy it verbatim, after all others: its size would misalign the next record."""
+from df11.converter.files import Action
+from df11.converter.manifest import Cast, Manifest, Origin
+from df11.storage.entry import Entry
+from df11.storage.store import Store
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """One tensor: its entry in the source, its fate, and whether it is cast from F32 to BF16."""
+class Options:
+    """What a transfer should do."""
 
-    entry: framing.Entry
-    fate: Fate
-    cast: bool
-
-    @property
-    def target_dtype(self) -> str:
-        """Dtype of the decoded tensor."""
-        return "BF16" if self.cast else self.entry.dtype
-
-    @property
-    def target_size(self) -> int:
-        """Bytes of the decoded tensor."""
-        return self.entry.size // 2 if self.cast else self.entry.size
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Consecutive bytes of one tensor, read and processed together: a segment, or some bytes of a verbatim tensor."""
-
-    tensor: TensorPlan
-    start: int
-    """Byte in the data of the source."""
-    size: int
-    last: bool
-    """Whether the tensor ends with it."""
-
-    @property
-    def weights(self) -> int:
-        """BF16 weights of a piece of a tensor that is coded."""
-        return self.size // (4 if self.tensor.cast else 2)
+    cast: Cast = None
+    include: tuple[str, ...] = ()
+    """Glob patterns of source files, as in the Hub's client; none: all files."""
+    exclude: tuple[str, ...] = ()
+    allow_missing: bool = False
+    """Continue although an index names shards that do not exist."""
+    force: bool = False
+    """Replace files that df11 did not write."""
+    resume: bool = True
+    """Keep finished files."""
+    bf16: bool = False
+    """Restore: write BF16 if a cast changed values."""
+    prove: bool = False
+    """Read files on the disk again: after they were written, and before they are kept."""
+    may_force: bool = True
+    """Whether to suggest ``--force``."""
+    max_memory: int | None = None
+    """Bytes that reading a header may take, with all else; None if nobody has asked."""
+    also: tuple[str, ...] = ()
+    """Names of files that the caller itself will write."""
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Pieces that follow one another in the source, read at once."""
+class Step:
+    """A file of the source and what becomes of it.
 
-    pieces: tuple[Piece, ...]
+    ``convert``, ``restore``: a shard, a container. ``prove``: a container that stays or is copied, once its whole
+    content has been decoded and checked. ``copy``: unchanged. ``write``: ``data``, made from the source's file.
+    """
+
+    kind: Literal["convert", "restore", "prove", "copy", "write"]
+    entry: Entry
+    """The file in the source."""
+    name: str
+    """Its name in the target."""
+    kept: bool = False
+    """Whether the target already has it."""
+    there: bool = False
+    """Whether the target has a file with this name that may be replaced."""
+    data: bytes | None = None
+    counted: bool = False
+    """Whether progress has already counted it, because its hash had to be computed."""
+    source_sha256: str | None = None
+    """Hash of a local file, if it had to be computed."""
+    tensors: int = 0
+    memory: int = 0
+    """Least bytes of memory for the work."""
+    least: int = 0
+    """Least bytes of the file in the target."""
+    most: int = 0
+    """Most bytes of the file in the target."""
+    expected: int = 0
+    """Estimated bytes of the file in the target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is known before the work begins."""
+
+    source: Store
+    target: Store
+    action: Action
+    options: Options
+    origin: Origin
+    steps: tuple[Step, ...]
+    """Containers and shards first, sorted by name; files written from memory last."""
+    held: Mapping[str, Entry]
+    """What the target has under the relevant names."""
+    manifest: Manifest
+    """The target's manifest, or an empty one."""
+    is_ours: bool
+    """Whether the target has a manifest."""
+    stale: tuple[str, ...]
+    """Containers of an earlier run whose source no longer exists."""
+    check_free: Callable[[str], None]
+    """Raises if the target has a file now that must not be replaced."""
+    left_out: tuple[str, ...]
+    """Containers of an earlier run whose source this run leaves out."""
 
     @property
-    def start(self) -> int:
-        """First byte, in the data of the source."""
-        return self.pieces[0].start
+    def tasks(self) -> list[Step]:
+        """Steps with work of their own: all but kept files and small ones written from memory."""
+        return [step for step in self.steps if not step.kept and step.kind != "write"]
 
-    @property
-    def size(self) -> int:
-        """Bytes to read."""
-        return self.pieces[-1].start + self.pieces[-1].size - self.start
-
-    @property
-    def output_size(self) -> int:
-        """Bytes that the encoder may need for all pieces."""
-        coded = [piece.weights for piece in self.pieces if piece.tensor.fate is Fate.CODE]
-        return sum(layout.raw_segment_size(weights) for weights in coded) + (ENCODE_SLACK if coded else 0)
-
-
-def plan_tensors(header: framing.Header, cast: Cast) -> list[TensorPlan]:
-    """The fate of every tensor, in the order of the source's data."""
-    plans = []
-    for entry in header.entries:
-        is_cast = cast == "bf16" and entry.dtype == "F32"
-        if (entry.dtype == "BF16" or is_cast) and 0 < entry.elements <= layout.MAX_RECORD_WEIGHTS:
-            fate = Fate.CODE
-        elif entry.size and entry.size % layout.RECORD_ALIGNMENT == 0 and not is_cast:
-            fate = Fate.COPY
-        else:
-            fate = Fate.DEFER
-        plans.append(TensorPlan(entry, fate, is_cast))
-    return plans
-
-
-def split_tensor(plan: TensorPlan) -> list[Piece]:
-    """The pieces of one tensor; none if it is empty."""
-    step = VERBATIM_PIECE_BYTES
-    if plan.fate is Fate.CODE:
-        step = SEGMENT_WEIGHTS * (4 if plan.cast else 2)
-    entry = plan.entry
-    return [
-        Piece(plan, start, min(step, entry.end - start), start + step >= entry.end)
-        for start in range(entry.start, entry.end, step)
-    ]
-
-
-def plan_batches(plans: Sequence[TensorPlan]) -> list[Batch]:
-    """All pieces of a file, small neighbours joined so that one read serves many."""
-    pieces = [piece for plan in plans for piece in split_tensor(plan)]
-    if not pieces:
-        return []
-    limit = max(piece.size for piece in pieces)
-    limit = max(limit, min(VERBATIM_PIECE_BYTES, sum(piece.size for piece in pieces)))
-    batches: list[Batch] = []
-    current: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        if current and size + piece.size > limit:
-            batches.append(Batch(tuple(current)))
-            current, size = [], 0
-        current.append(piece)
-        size += piece.size
-    batches.append(Batch(tuple(current)))
-    return batches
+    def locate(self, step: Step) -> str:
+        """A source file's name in messages."""
+        return self.source.locate(step.entry.name)

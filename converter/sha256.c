@@ -1,7 +1,6 @@
-/* SHA-256 (FIPS 180-4) with x86's SHA instructions, which leave most of a core idle: each waits for the one before it.
- * Meanwhile the pairs of the same weights are counted, which costs no time of its own (SPEC.md, section 12). Elsewhere
- * hashlib does it, and counting is a pass of its own.
- */
+/* SHA-256 (FIPS 180-4) with x86's SHA instructions. These leave most of a core idle, as each waits for the one before
+ * it, so that the pairs of the same weights are counted meanwhile at no cost (SPEC.md, section 12). On other CPUs
+ * hashlib is used, and counting is a separate pass. */
 
 #include "../formats/kernels.h"
 
@@ -25,7 +24,7 @@ static const uint32_t ROUND[64] = {
 
 #define SHA __attribute__((target("sha,sse4.1,ssse3")))
 
-/* Four rounds, number i of sixteen, and the words of the schedule that these rounds' words turn into. */
+/* Four rounds, number i of sixteen, and the schedule words that follow from these rounds' words. */
 #define FOUR_ROUNDS(i)                                                                                                 \
     do {                                                                                                               \
         __m128i *due = &words[(i) % 4], next = words[((i) + 1) % 4], last = words[((i) + 3) % 4];                      \
@@ -47,12 +46,12 @@ ALWAYS_INLINE void count_two(struct df11_counts *counts, const uint8_t *weights)
     counts->pairs[1][symbols >> 32 & 0xFFFF]++;
 }
 
-/* Hash whole blocks, and if there are counts, count 16 pairs of `weights` with each. */
+/* Hash whole blocks and, if there are counts, count 16 pairs of `weights` with each. */
 SHA ALWAYS_INLINE void hash_blocks(uint32_t *state, const uint8_t *data, uint64_t blocks, struct df11_counts *counts,
                                    const uint8_t *weights)
 {
     const __m128i swap = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
-    /* The instructions want the words a, b, e, f of a state together, and c, d, g, h. */
+    /* The instructions expect the words a, b, e, f of a state together, and c, d, g, h. */
     __m128i low = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i *)state), 0xB1);
     __m128i high = _mm_shuffle_epi32(_mm_loadu_si128((const __m128i *)(state + 4)), 0x1B);
     __m128i abef = _mm_alignr_epi8(low, high, 8), cdgh = _mm_blend_epi16(high, low, 0xF0), words[4];
@@ -107,7 +106,7 @@ void df11_sha256_start(struct df11_sha256 *hash)
     hash->size = 0;
 }
 
-/* Append `size` bytes. With counts, count the pairs of the weights that they are. */
+/* Append `size` bytes. With counts, also count them as pairs of weights. */
 void df11_sha256_update(struct df11_sha256 *hash, const uint8_t *data, uint64_t size, struct df11_counts *counts)
 {
     unsigned pending = hash->size % BLOCK;
@@ -122,7 +121,7 @@ void df11_sha256_update(struct df11_sha256 *hash, const uint8_t *data, uint64_t 
             hash_only(hash->state, hash->pending, 1);
         data += taken, left -= taken;
     }
-    /* The blocks to count begin with the weights, wherever those to hash do. */
+    /* The blocks to count start with the weights, wherever those to hash start. */
     if (counts)
         hash_and_count(hash->state, data, left / BLOCK, counts, weights);
     else

@@ -1,39 +1,64 @@
-"""Read a safetensors source, and notice if it changes meanwhile."""
+"""A safetensors file to convert, wherever it is: its checked header, and its data."""
 
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import IO, Final, Self
+from typing import Final, Self
 
 import numpy as np
 
 from df11.converter.kernels import Sha256
+from df11.converter.settings import BASE_MEMORY, HEADER_MEMORY, SMALL_HEADER, too_little_memory
 from df11.formats import errors, framing
 from df11.formats.record import Bytes
+from df11.storage.file import CHUNK, File, LocalFile
 
 Progress = Callable[[int], None]
-"""Called with the bytes of source that have been dealt with since the last call; these may be none. An error that it raises ends the work."""
+"""Called with the number of source bytes processed since the last call, which may be zero. An error that it raises
+ends the work."""
 
-
-AHEAD_BYTES: Final = 32 << 20
-"""How far the kernel is asked to read ahead: enough that no thread waits for a disk that is fast enough."""
+HEAD_BYTES: Final = 256 << 10
+"""Bytes that are read first: most headers fit, so one request is enough to check a file on the Hub."""
 
 
 def ignore(_: object) -> None:
-    """A callback for those who do not want to know."""
+    """A callback that does nothing."""
 
 
-class Source(ABC):
-    """An open safetensors file whose header has been checked. A context manager."""
+class Source:
+    """An open safetensors file whose header has been checked. A context manager; closing it closes the file.
 
-    path: str
-    """What messages and reports call it: a path or an address."""
-    size: int
-    header: framing.Header
-    memory: int = 0
-    """Bytes of memory that reading takes, besides the caller's."""
+    Raises a Df11Error if it is not a valid one.
+    """
+
+    def __init__(self, file: File, *, max_memory: int | None = None) -> None:
+        self._file = file
+        self.path = file.label
+        """Its name in messages and reports: a path or an address."""
+        self.size = file.size
+        self.memory = file.memory
+        """Bytes of memory that reading takes, besides the caller's buffers."""
+        try:
+            head = np.empty(min(file.size, HEAD_BYTES), np.uint8)
+            file.read(0, head)
+            end = 8 + framing.header_length(head[:8].tobytes(), file.size, self.path)
+            needed = BASE_MEMORY + HEADER_MEMORY * end
+            if max_memory is not None and end > SMALL_HEADER and needed > max_memory:  # Before it becomes so much.
+                raise too_little_memory(self.path, needed, max_memory)
+            raw = np.empty(end, np.uint8)
+            raw[: len(head)] = head[:end]
+            file.read(len(head), raw[len(head) :])
+            self.header = framing.parse_header(raw[8:].tobytes(), file.size - end, self.path)
+        except BaseException:
+            file.close()
+            raise
+        file.expect(end)
+
+    @classmethod
+    def local(cls, path: str | os.PathLike[str]) -> Self:
+        """A source on a disk."""
+        return cls(LocalFile(path))
 
     def __enter__(self) -> Self:
         return self
@@ -41,34 +66,34 @@ class Source(ABC):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @abstractmethod
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
+        self._file.close()
 
-    @abstractmethod
     def read(self, start: int, out: Bytes) -> None:
-        """Fill ``out`` with the data from byte ``start`` of the data on."""
+        """Fill ``out`` with data from byte ``start`` of the data on. Thread-safe."""
+        self._file.read(self.header.data_start + start, out)
 
-    def stop(self) -> None:  # noqa: B027 - nobody waits for a disk
-        """Let no thread wait any longer for data to come: reads end with an error from now on."""
+    def stop(self) -> None:
+        """Wake all threads that wait for data: from now on, reads raise an error."""
+        self._file.stop()
 
-    def check_unchanged(self) -> None:  # noqa: B027 - a commit on the Hub does not change
-        """Raise a ConflictError if the file is not the one that was opened."""
+    def check_unchanged(self) -> None:
+        """Raise a ConflictError if the file has changed since it was opened."""
+        self._file.check_unchanged()
 
     def changed(self, tensor: str | None = None) -> errors.Df11Error:
-        """The error for a source that is not what it was."""
-        return errors.ConflictError(
-            "the source has changed while it was read", file=self.path, tensor=tensor, hint="run the same command again"
-        )
+        """The error for a source that has changed."""
+        return self._file.changed(tensor)
 
     def sha256(self, progress: Progress) -> str:
         """SHA-256 of the whole file, in hexadecimal."""
         digest = self.start_sha256()
         progress(self.header.data_start)
-        buffer = np.empty(4 << 20, np.uint8)
         size = self.size - self.header.data_start
-        for start in range(0, size, len(buffer)):
-            chunk = buffer[: min(len(buffer), size - start)]
+        buffer = np.empty(min(CHUNK, max(size, 1)), np.uint8)
+        for start in range(0, size, CHUNK):
+            chunk = buffer[: size - start]
             self.read(start, chunk)
             digest.update(chunk)
             progress(len(chunk))
@@ -76,68 +101,5 @@ class Source(ABC):
         return digest.hexdigest()
 
     def start_sha256(self) -> Sha256:
-        """A SHA-256 that has seen the header: the data are to follow."""
+        """A SHA-256 that has seen the header; the data comes next."""
         return Sha256(len(self.header.raw).to_bytes(8, "little") + self.header.raw)
-
-
-class LocalSource(Source):
-    """A source on a disk. ``label``: what to call it if not by its path."""
-
-    def __init__(self, path: str | os.PathLike[str], *, label: str | None = None) -> None:
-        self.path = label or os.fspath(path)
-        try:
-            self._file: IO[bytes] = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close
-        except OSError as error:
-            raise errors.from_os_error(error, file=path) from None
-        try:
-            self._state = self._stat()
-            self.size = self._state[0]
-            self.header = framing.read_header(self._file, self.path)
-        except OSError as error:
-            self._file.close()
-            raise errors.from_os_error(error, file=path) from None
-        except BaseException:
-            self._file.close()
-            raise
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    def _stat(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())
-        return status.st_size, status.st_mtime_ns
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def check_unchanged(self) -> None:
-        """Raise a ConflictError if the file is not the one that was opened."""
-        if self._stat() != self._state:
-            raise self.changed()
-
-    def read(self, start: int, out: Bytes) -> None:
-        """Fill ``out`` with the data from byte ``start`` of the data on. Safe in several threads."""
-        position = self.header.data_start + start
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), position + len(out), AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        if not framing.read_at(self._file, position, out, self.path):
-            raise self.changed()
-
-
-class MemorySource(Source):
-    """A small source that is in memory as a whole."""
-
-    def __init__(self, data: bytes, label: str) -> None:
-        self.path = label
-        self.size = self.memory = len(data)
-        length = framing.header_length(data[:8], self.size, label)
-        self.header = framing.parse_header(data[8 : 8 + length], self.size - 8 - length, label)
-        self._data = np.frombuffer(data, np.uint8, offset=8 + length)
-
-    def close(self) -> None:
-        """Let go of the data."""
-        self._data = self._data[:0]
-
-    def read(self, start: int, out: Bytes) -> None:
-        """Fill ``out`` with the data from byte ``start`` of the data on."""
-        out[:] = self._data[start : start + len(out)]

@@ -1,13 +1,17 @@
-"""What all commands share: one progress bar, lines for people and for programs, and errors as one line and an exit code."""
+"""What all commands share: a progress bar, output for people and programs, errors as one line, exit codes."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import json
+import logging
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Final, Self
 
@@ -16,10 +20,12 @@ from df11.formats import errors
 from df11.version import __version__
 
 INTERRUPTED: Final = 130
+LONG_WAIT: Final = 5.0
+"""Shortest wait, in seconds, that is reported even if standard error is not a terminal."""
 
 
 class Bar:
-    """One progress bar over all files, on standard error, in bytes; none where nobody looks."""
+    """One progress bar over all files, on standard error, in bytes; none if that is not a terminal."""
 
     def __init__(self, what: str, *, quiet: bool) -> None:
         self._bar: Any = None
@@ -38,18 +44,23 @@ class Bar:
             self._bar.close()
 
     def total(self, size: int) -> None:
-        """Start anew, with this as the whole."""
+        """Start again, with this total."""
         if self._bar is not None:
             self._bar.reset(total=size)
 
     def advance(self, size: int) -> None:
-        """So many bytes more."""
+        """Add this many bytes."""
         if self._bar is not None:
             self._bar.update(size)
 
 
+def shown(name: object) -> str:
+    """A name from anywhere as part of a line: on that line, and without a word to the terminal."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(name))
+
+
 def say(text: str, *, quiet: bool = False) -> None:
-    """Words for people, on standard error."""
+    """Text for people, on standard error."""
     if not quiet:
         print(text, file=sys.stderr)  # noqa: T201
 
@@ -59,8 +70,8 @@ def print_line(text: str) -> None:
     try:
         print(text, flush=True)  # noqa: T201
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end.
-        raise errors.UsageError("nobody reads standard output any more") from None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends.
+        raise errors.UsageError("stdout was closed") from None
 
 
 def event(event: str, **values: Any) -> None:
@@ -68,15 +79,59 @@ def event(event: str, **values: Any) -> None:
     print_line(json.dumps({"event": event, **values}))
 
 
+class _Messages(logging.Handler):
+    # What df11 logs while a command runs: warnings about the input, and retries.
+    def __init__(self, *, json_lines: bool, quiet: bool) -> None:
+        super().__init__()
+        self._json, self._quiet = json_lines, quiet
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = redacted(record.getMessage())
+        is_warning = record.levelno >= logging.WARNING
+        if self._json:
+            told = str(getattr(record, "error", text))
+            values = {"seconds": round(record.seconds, 3)} if hasattr(record, "seconds") else {}
+            event(getattr(record, "event", "warning"), time=now(), message=redacted(told), **values)
+        # A short wait matters to a person who watches, not to a log.
+        is_told = is_warning or (not self._json and (sys.stderr.isatty() or getattr(record, "seconds", 0) > LONG_WAIT))
+        if is_told and not self._quiet:
+            say(f"df11: warning: {text}" if is_warning else text)
+
+
+@contextlib.contextmanager
+def _telling(*, json_lines: bool, quiet: bool) -> Iterator[None]:
+    # This is the application, so it decides what happens to the library's log.
+    log, messages = logging.getLogger("df11"), _Messages(json_lines=json_lines, quiet=quiet)
+    before = log.level, log.propagate
+    log.addHandler(messages)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(messages)
+        log.level, log.propagate = before
+
+
+def now() -> str:
+    """The current time as in events: ISO 8601, UTC, milliseconds."""
+    import datetime
+
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
 class VerificationFailed(Exception):  # noqa: N818 - not an error of its own
-    """A verification that failed, for whatever reason: exit code 1."""
+    """A failed verification, whatever the reason: exit code 1."""
 
     def __init__(self, error: errors.Df11Error) -> None:
         self.error = error
 
 
 def run(commands: options.Group, arguments: list[str]) -> int:
-    """Run a command line and return the exit code: an error is one line on standard error."""
+    """Run a command line and return the exit code. An error is one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # What the locale cannot spell is told in another way.
+            stream.reconfigure(errors="backslashreplace")
     signals: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -84,13 +139,11 @@ def run(commands: options.Group, arguments: list[str]) -> int:
         signals.append(number)
         if len(signals) == 1:
             raise KeyboardInterrupt
-        if (
-            len(signals) > 2
-        ):  # The second must not disturb what the first one has made it clean up; the third one means it.
+        if len(signals) > 2:  # The second must not disturb the first one's cleanup; the third is meant.
             os._exit(INTERRUPTED)
 
     signal.signal(signal.SIGTERM, interrupt)  # A cancelled CI job cleans up like an interrupted one.
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # As it is in the background of a shell.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # Ignored for a shell's background jobs.
         signal.signal(signal.SIGINT, interrupt)
     try:
         call = options.read(commands, arguments)
@@ -100,41 +153,39 @@ def run(commands: options.Group, arguments: list[str]) -> int:
             app = options.typer_app(commands, __version__, _start)
             code = app(args=arguments or ["--help"], prog_name="df11", standalone_mode=False)
             if code == INTERRUPTED:
-                raise KeyboardInterrupt  # Typer has made an exit code of it.
+                raise KeyboardInterrupt  # Typer turned it into an exit code.
     except BaseException as error:
         if "--debug" in arguments:
             import traceback
 
             print(redacted(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
-        # Where an interrupt meets a lock, it may come out as another error.
+        # An interrupt that meets a lock may surface as another error.
         text, code = _explain(KeyboardInterrupt() if signals else error)
         print(f"df11: {redacted(text)}", file=sys.stderr)  # noqa: T201
     return code or 0
 
 
 def _start(command: options.Command, values: dict[str, Any]) -> int | None:
-    # What a command needs that works, and --help does not: importing it takes as long as converting a small file.
+    # Imports that a working command needs and --help does not: they take as long as converting a small file.
     from df11.converter.pipeline import give_memory_back
-    from df11.formats import hub
 
-    if not gc.isenabled():  # The entry point has switched it off, as imports leave nothing to collect.
+    if not gc.isenabled():  # The entry point switched it off: imports leave nothing to collect.
         gc.freeze()
         gc.enable()
     give_memory_back()
-    if not values.get("quiet") and sys.stderr.isatty():
-        hub.on_pause = lambda error, seconds: say(f"df11: {redacted(str(error))}; trying again in {seconds:.0f} s")
-    return command(**values)
+    with _telling(json_lines=bool(values.get("json_lines")), quiet=bool(values.get("quiet"))):
+        return command(**values)
 
 
 def redacted(text: str) -> str:
-    """``text`` without the Hub's token, whoever has put it there, and wherever the client has it from."""
+    """``text`` without the Hub's token, wherever it comes from and wherever the client found it."""
     tokens = [os.environ.get("HF_TOKEN", ""), os.environ.get("HUGGING_FACE_HUB_TOKEN", "")]
-    if "huggingface_hub" in sys.modules:  # Else nobody has read one from a file.
-        with contextlib.suppress(Exception):  # A file that cannot be read: then there is no token in the text.
+    if "huggingface_hub" in sys.modules:  # Otherwise none was read from a file.
+        with contextlib.suppress(Exception):  # An unreadable file: then the text holds no token.
             tokens.append(sys.modules["huggingface_hub"].get_token() or "")
     for token in {token.strip() for token in tokens} - {""}:
         text = text.replace(token, "***")
-    return text
+    return re.sub(r"//[^/\s@]*@", "//***@", text)  # A name and a password in an address.
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -146,10 +197,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case OSError():
             return _explain(errors.from_os_error(error))
         case MemoryError():
-            return "out of memory; give a smaller --threads", errors.BudgetError.exit_code
+            return "out of memory; use fewer --threads", errors.BudgetError.exit_code
         case KeyboardInterrupt():
-            return "interrupted; run the same command again to go on", INTERRUPTED
-        case _ if hasattr(error, "format_message"):  # A usage error of Typer's; it shows no public class for them.
+            return "interrupted; run the same command again to continue", INTERRUPTED
+        case _ if hasattr(error, "format_message"):  # A usage error from Typer, which has no public class for it.
             return f"{error.format_message()} Try --help.", errors.UsageError.exit_code
         case _:
             return f"internal error, please report it: {type(error).__name__}: {error}; --debug shows where", 70

@@ -1,1 +1,1 @@
-"""Batch jobs around the converter. Empty so far: Hub to Hub jobs come here."""
+"""Jobs, transfers to and from the Hub, the model card, the report, and the whole command line."""

@@ -1,4 +1,4 @@
-"""What all plots are drawn with: colours by their role, settings that are the same on every machine, places in points."""
+"""What all plots share: colours by role, machine-independent settings, positions in points."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH: Final = 400.0
-"""Points; at this width the text is as large as that of a page, so that a narrow screen still shows it at a readable size."""
+"""Points. At this width a plot's text is as large as the page's, so it stays readable on a narrow screen."""
 
 ROLES: Final = ("ink", "muted", "grid", "surface", "c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
-"""What colours stand for. The page defines ``--ROLE`` for each; the order of c1 to c8 keeps neighbours apart for those who see few colours."""
+"""What colours stand for. The page defines ``--ROLE`` for each.
+
+The order of c1 to c8 keeps neighbours apart for people with colour blindness.
+"""
 LIGHT: Final = dict(
     zip(
         ROLES,
@@ -58,14 +61,14 @@ DARK: Final = dict(
     )
 )
 SENTINELS: Final = {role: f"#fe01{index:02x}" for index, role in enumerate(ROLES)}
-"""What the SVG is drawn with, to be replaced: no other part of it has these."""
+"""Placeholder colours of the SVG, replaced afterwards; nothing else in it has these values."""
 
 Palette = Mapping[str, str]
 
 
 @contextmanager
 def settings() -> Iterator[None]:
-    """Matplotlib's own settings, whatever this machine's are, and ours."""
+    """Matplotlib's defaults, whatever this machine's settings are, and ours on top."""
     import matplotlib
 
     ours: dict[Any, Any] = {
@@ -85,14 +88,14 @@ def settings() -> Iterator[None]:
 
 
 def new_figure(height: float, colours: Palette) -> Figure:
-    """A figure of WIDTH and a height in points."""
+    """A figure WIDTH wide, with a height in points."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH / 72, height / 72), facecolor=colours["surface"])
 
 
 def new_axes(figure: Figure, colours: Palette, left: float, top: float, right: float, height: float) -> Axes:
-    """Axes at so many points from the left, upper and right edge, so many points high."""
+    """Axes placed by their distances from the left, top and right edge, and their height, all in points."""
     whole = figure.get_figheight() * 72
     axes = figure.add_axes(
         (left / WIDTH, 1 - (top + height) / whole, (WIDTH - left - right) / WIDTH, height / whole), facecolor="none"
@@ -106,7 +109,7 @@ def new_axes(figure: Figure, colours: Palette, left: float, top: float, right: f
 
 
 def write(figure: Figure, x: float, y: float, text: str, colour: str, **options: Any) -> None:
-    """Text; its upper end, unless ``va`` says otherwise, is at points from the left and upper edge."""
+    """Text at (x, y), in points from the left and top edge. y is its top unless ``va`` says otherwise."""
     whole = figure.get_figheight() * 72
     figure.text(x / WIDTH, 1 - y / whole, drawable(text), color=colour, **{"va": "top", **options})
 
@@ -117,7 +120,7 @@ def heading(figure: Figure, y: float, text: str, colours: Palette) -> None:
 
 
 def drawable(text: str) -> str:
-    """Without what the font cannot draw; each such character shows as one that stands for any."""
+    """The text with each character that the font lacks replaced by U+FFFD."""
     if text.isascii():
         return text
     known = _characters()
@@ -144,7 +147,7 @@ def legend(axes: Axes, colours: Palette, **options: Any) -> None:
 
 
 def few_numbers(axes: Axes, *, whole: bool) -> None:
-    """So few numbers on the axis of x that they do not touch."""
+    """Few enough numbers on the x axis that they do not touch."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=whole, nbins=8 if whole else 4))
@@ -154,7 +157,7 @@ _RAISED: Final = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 
 def powers_of_ten(axes: Axes) -> None:
-    """Labels for the axis of y: matplotlib's own for powers are formulas, which are switched off."""
+    """Labels for the y axis: matplotlib's own for powers are formulas, which are switched off."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     def label(value: float, _: object) -> str:
@@ -166,7 +169,7 @@ def powers_of_ten(axes: Axes) -> None:
 
 
 def counts(axes: Axes) -> None:
-    """``10k`` on the axis of x."""
+    """Labels such as ``10k`` on the x axis."""
     from matplotlib.ticker import FuncFormatter
 
     def label(value: float, _: object) -> str:

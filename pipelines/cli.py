@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import enum
 import json
 import time
@@ -11,27 +10,40 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 from df11.converter import cli, terminal
-from df11.converter.options import Argument, Debug, Force, Group, Json, Option, Quiet, Threads
+from df11.converter.options import (
+    AllowMissing,
+    Argument,
+    Debug,
+    Exclude,
+    Force,
+    Group,
+    Include,
+    Json,
+    Option,
+    Quiet,
+    Threads,
+)
+from df11.formats import errors
 
-JobFile = Annotated[Path, Argument(metavar="JOB.toml", help="A job file; docs/jobs.md describes it.")]
+JobFile = Annotated[Path, Argument(metavar="JOB.toml", help="A job file; see docs/jobs.md.")]
 
 
 class EngineName(enum.StrEnum):
-    """Who works on the shards."""
+    """What works on the shards."""
 
     PROCESS = "process"
     RAY = "ray"
 
 
 class _Log:
-    # Events as JSON lines, or as words for people.
+    # Prints events as JSON lines, or as text for people.
     def __init__(self, *, json_lines: bool, quiet: bool) -> None:
         self._json, self._quiet = json_lines, quiet
 
     def __call__(self, event: str, **values: Any) -> None:
         if self._json:
-            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-            terminal.print_line(terminal.redacted(json.dumps({"event": event, "time": now, **values})))
+            line = json.dumps({"event": event, "time": terminal.now(), **values})
+            terminal.print_line(terminal.redacted(line))
         if (text := _in_words(event, values)) is not None and (event == "error" or not (self._quiet or self._json)):
             terminal.say(terminal.redacted(text))
 
@@ -46,9 +58,7 @@ def _in_words(event: str, values: dict[str, Any]) -> str | None:
         case "file":
             seconds = sum(values["seconds"].values())
             sizes = f"{size(values['source_bytes'])} -> {size(values['output_bytes'])}"
-            return f"{values['file']}: {values['status']}, {sizes} in {seconds:.1f} s"
-        case "retry":
-            return f"{values['message']}; trying again in {values['seconds']:.0f} s"
+            return f"{terminal.shown(values['file'])}: {values['status']}, {sizes} in {seconds:.1f} s"
         case "checked":
             return f"{values['target']}: {values['files']} files read back, all as sent"
         case "error":
@@ -61,13 +71,13 @@ def job_run(
     job: JobFile,
     engine: Annotated[
         EngineName,
-        Option("--engine", help="Work in this process, or on the Ray cluster that RAY_ADDRESS names."),
+        Option("--engine", help="Where to work: in this process, or on the Ray cluster that RAY_ADDRESS names."),
     ] = EngineName.PROCESS,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Do what a job file says; run again, it goes on where it was, or does nothing."""
+    """Run a job file. Run again, it continues where it stopped, or does nothing."""
     del debug
     from df11.pipelines.job import read_job
     from df11.pipelines.run import run_job
@@ -96,16 +106,16 @@ def job_run(
 
 
 def job_plan(job: JobFile, json_lines: Json = False, debug: Debug = False) -> None:
-    """Say what a job would do, with sizes and needs; nothing is changed."""
+    """Show what a job would do, with sizes and needs; nothing is changed."""
     del debug
     from df11.pipelines.job import read_job
-    from df11.pipelines.plan import plan_model
+    from df11.pipelines.prepare import prepare
     from df11.pipelines.run import describe
 
     todo = read_job(job)
     log = _Log(json_lines=json_lines, quiet=not json_lines)
     for model in todo.models:
-        plan = describe(plan_model(model, todo.limits))
+        plan = describe(prepare(model, todo.limits))
         if json_lines:
             log("plan", **plan)
         else:
@@ -122,77 +132,111 @@ def _plan_in_words(plan: dict[str, Any], memory: int) -> str:
             if file["status"] == "kept"
             else f"{file['kind']}, {size(file['source_bytes'])} -> about {size(file['expected_bytes'])}"
         )
-        rows.append(f"  {file['file']}: {what}")
-    rows += [f"  {name}: removed, as the source no longer has it" for name in plan["removed"]]
+        rows.append(f"  {terminal.shown(file['file'])}: {what}")
+    rows += [f"  {terminal.shown(name)}: removed, as the source no longer has it" for name in plan["removed"]]
     commit = f" at commit {plan['commit']}" if plan["commit"] else ""
-    needs = f"needs {size(memory)} of memory and up to {size(plan['disk_bytes'])} of disk for files waiting for their upload"
+    needs = (
+        f"needs {size(memory)} of memory, and up to {size(plan['disk_bytes'])} of disk for files before their upload"
+    )
     return "\n".join([f"{plan['source']}{commit} -> {plan['target']}", *rows, f"  {needs}"])
 
 
 def hub_push(
-    tree: Annotated[Path, Argument(metavar="TREE", help="A converted folder.")],
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="A converted model folder.")],
     target: Annotated[
-        str, Argument(metavar="TARGET", help="hf://owner/name or hf://owner/name@branch; created if it is not there.")
+        str, Argument(metavar="TARGET", help="owner/name or hf://owner/name@branch; created if it does not exist.")
     ],
     private: Annotated[bool, Option("--private", help="Create the repository private; refuse a public one.")] = False,
+    public: Annotated[bool, Option("--public", help="Create the repository public. Default: the Hub decides.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    allow_missing: AllowMissing = False,
     threads: Threads = None,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Upload a converted folder: verify it, write its card, read back what was sent."""
+    """Upload a converted model folder: verify it, write its model card, read back what was sent."""
     del debug
     from df11.pipelines.transfer import push
 
+    if private and public:
+        raise errors.UsageError("--private and --public", hint="give one of them")
+
     log = _Log(json_lines=json_lines, quiet=quiet)
     with terminal.Bar("push", quiet=quiet) as bar:
-        report = push(tree, target, private=private, jobs=threads, log=log, on_total=bar.total, on_progress=bar.advance)
+        report = push(
+            folder,
+            target,
+            private=private or (False if public else None),
+            include=include or (),
+            exclude=exclude or (),
+            allow_missing=allow_missing,
+            threads=threads,
+            log=log,
+            on_total=bar.total,
+            on_progress=bar.advance,
+        )
     if json_lines:
         log("done", **dataclasses.asdict(report))
     else:
         terminal.say(
-            f"{report.target}: {report.delivered} files sent, {report.kept} there already, commit {report.commit}",
+            f"{report.target}: {report.delivered} files sent, {report.kept} already there, commit {report.commit}",
             quiet=quiet,
         )
 
 
 def hub_pull(
-    source: Annotated[str, Argument(metavar="SOURCE", help="hf://owner/name, also with @revision or /folder.")],
-    folder: Annotated[Path, Argument(metavar="DIR", help="Where to.")],
+    source: Annotated[str, Argument(metavar="SOURCE", help="owner/name, or hf://owner/name@revision/folder.")],
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="The folder to write to.")],
+    include: Include = None,
+    exclude: Exclude = None,
+    allow_missing: AllowMissing = False,
     force: Force = False,
     threads: Threads = None,
     json_lines: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Download a converted tree: every hash is compared with the Hub's, every container verified."""
+    """Download a converted model folder: every hash is compared with the Hub's, every new container verified."""
     del debug
     from df11.pipelines.transfer import pull
 
     with terminal.Bar("pull", quiet=quiet) as bar:
-        report = pull(source, folder, force=force, jobs=threads, on_total=bar.total, on_progress=bar.advance)
+        report = pull(
+            source,
+            folder,
+            include=include or (),
+            exclude=exclude or (),
+            allow_missing=allow_missing,
+            force=force,
+            threads=threads,
+            on_total=bar.total,
+            on_progress=bar.advance,
+        )
     if json_lines:
         terminal.event("done", **dataclasses.asdict(report))
     else:
         terminal.say(
-            f"{folder}: {report.fetched} files fetched, {report.kept} there already, {report.bytes:,} bytes; all hashes and checksums right",
+            f"{folder}: {report.fetched} files fetched, {report.kept} already there, {report.bytes:,} bytes; "
+            "all hashes and checksums correct",
             quiet=quiet,
         )
 
 
 def report_command(
-    tree: Annotated[str, Argument(metavar="TREE", help="A converted folder, or hf://owner/name.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="A converted model folder, or hf://owner/name.")],
     output: Annotated[
         Path, Option("--output", "-o", metavar="DIR", help="Folder for report.html and its pictures.")
     ] = Path("df11-report"),
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Draw what is in a converted tree: a page and pictures, from its manifest."""
+    """Draw the contents of a converted model folder: a page and pictures, from its manifest."""
     del debug
     from df11.pipelines.report import write_report
 
-    for path in write_report(tree, output):
+    for path in write_report(model, output):
         terminal.say(str(path), quiet=quiet)
 
 
@@ -201,8 +245,8 @@ COMMANDS: Final = Group(
     {
         **cli.COMMANDS,
         "report": report_command,
-        "job": Group("Convert models unattended: from the Hub to the Hub.", {"run": job_run, "plan": job_plan}),
-        "hub": Group("Converted trees to and from the Hub.", {"push": hub_push, "pull": hub_pull}),
+        "job": Group("Convert models from the Hub to the Hub, unattended.", {"run": job_run, "plan": job_plan}),
+        "hub": Group("Upload and download converted model folders.", {"push": hub_push, "pull": hub_pull}),
     },
 )
 

@@ -1,12 +1,11 @@
 """Read a job file: which models are converted, from where to where, and within which limits.
 
-docs/jobs.md describes the keys. Everything is checked before anything is done: a mistake costs a line, not a night.
+docs/jobs.md describes the keys. Everything is checked before work begins: a mistake costs a line, not a night.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -14,13 +13,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from df11.converter.convert import MOST_THREADS, parse_size
-from df11.converter.plan import Cast
+from df11.converter.manifest import Cast
+from df11.converter.settings import MOST_THREADS, parse_size
 from df11.formats import errors
-from df11.formats.hub import Address, is_address
 from df11.pipelines.card import CardFields
+from df11.storage.address import Address, is_address
+from df11.storage.paths import read_file
 
 DEFAULT_MEMORY: Final = "300MiB"
+LARGEST: Final = 1 << 20
+"""Bytes of a job file: some thousand models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +32,29 @@ class Model:
     source: str
     target: str
     cast: Cast
-    private: bool
+    private: bool | None
+    """For a target on the Hub. None leaves a new one to the Hub, and accepts an existing one as it is."""
+    include: tuple[str, ...]
+    """Glob patterns of files, relative to the source; none: all files."""
     exclude: tuple[str, ...]
-    """Glob patterns of files, relative to the source, that are left out."""
+    """Patterns of files to leave out."""
+    allow_missing: bool
+    """Whether an index may name shards that do not exist."""
     card: CardFields
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a job may use. ``memory`` and ``disk`` in bytes; ``disk``: of files waiting to be uploaded, None: no limit but the disk itself."""
+    """What a job may use.
+
+    ``memory``: bytes. ``disk``: bytes of files that wait for their upload; None: as much as the disk has.
+    """
 
     memory: int
     disk: int | None
     threads: int | None
     work: Path
-    """Folder for these files; they are removed as soon as they are uploaded."""
+    """Folder for the waiting files, which are removed once they are uploaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ class Job:
 
 
 class _Table:
-    # A table of the file, taken apart key by key: what is left at the end is a mistake.
+    # A table of the file. Keys are taken out one by one; whatever is left at the end is a mistake.
 
     def __init__(self, value: Any, file: Path, where: str) -> None:
         self.file, self.where = file, where
@@ -94,7 +104,7 @@ class _Table:
         return value
 
     def place(self, key: str) -> str:
-        """An address or a path, which "" is not: it would be the job file's own folder."""
+        """An address or a path. An empty string would be the job file's own folder, so it is refused."""
         value = self.take(key, str, needed=True)
         if not value.strip() or "\0" in value:
             raise self.error(key, "hf://owner/name or a folder", value)
@@ -119,10 +129,9 @@ class _Table:
 def read_job(path: str | os.PathLike[str]) -> Job:
     """Read and check a job file (TOML). Relative paths in it start from its folder. Raises UsageError, MissingError."""
     file = Path(path)
+    data = read_file(file, LARGEST)
     try:
-        content = tomllib.loads(file.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise errors.from_os_error(error, file=file) from None
+        content = tomllib.loads(data.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise errors.UsageError(f"not a TOML file: {error}", file=file) from None
     top = _Table(content, file, "the job")
@@ -157,10 +166,11 @@ def _read_model(value: Any, file: Path, number: int) -> Model:
     cast = table.take("cast", str)
     if cast not in (None, "bf16"):
         raise table.error("cast", "'bf16'", cast)
-    private = table.take("private", bool, False)
-    exclude = table.strings("exclude")
+    private = table.take("private", bool)
+    include, exclude = table.strings("include"), table.strings("exclude")
+    allow_missing = table.take("allow_missing", bool, False)
     card = _read_card(table.take("card", dict, {}), file, number)
-    table.end("source, revision, target, cast, private, exclude, [model.card]")
+    table.end("source, revision, target, cast, private, include, exclude, allow_missing, [model.card]")
     if revision is not None:
         if not is_address(source) or Address.parse(source).revision is not None:
             raise table.error("revision", "a source on the Hub without @revision", revision)
@@ -174,27 +184,27 @@ def _read_model(value: Any, file: Path, number: int) -> Model:
             raise errors.UsageError(
                 f"{table.where}: source and target are the same repository", file=file, found=target
             )
-    elif private:
+    elif private is not None:
         raise table.error("private", "a target on the Hub", target)
-    return Model(_located(source, file), _located(target, file), cast, private, exclude, card)
+    return Model(_located(source, file), _located(target, file), cast, private, include, exclude, allow_missing, card)
 
 
 def _located(place: str, file: Path) -> str:
-    # An address as it is written in one way only; a path from the job file's folder.
+    # An address in its canonical spelling, or a path from the job file's folder.
     return str(Address.parse(place)) if is_address(place) else os.fspath(_path(place, file))
 
 
 def _path(text: str, file: Path) -> Path:
     try:
         return file.parent / Path(text).expanduser()
-    except RuntimeError:  # There is no such user, or none at all.
+    except RuntimeError:  # An unknown user, or no user at all.
         raise errors.UsageError(
-            "nobody knows where this home folder is", file=file, found=repr(text), hint="write the whole path"
+            "this home folder is unknown", file=file, found=repr(text), hint="write the full path"
         ) from None
 
 
 def _identity(target: str) -> str:
-    # Of all spellings of a target the same.
+    # The same for all spellings of a target.
     if not is_address(target):
         return os.path.realpath(target)
     address = Address.parse(target)
@@ -242,8 +252,3 @@ def _read_limits(value: Mapping[str, Any], file: Path) -> Limits:
     table.end("memory, disk, threads, work")
     folder = Path(tempfile.gettempdir()) if work is None else _path(os.path.expandvars(work), file)
     return Limits(memory, disk, threads, folder)
-
-
-def safe_name(text: str) -> str:
-    """``text`` as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "job"

@@ -1,4 +1,7 @@
-"""The plots of a manifest. One drawing gives both a PNG (light, twice its size) and an SVG whose colours are variables of the page it is put into."""
+"""The plots of a manifest.
+
+Each plot is drawn once, as a PNG (light, at twice the size) and as an SVG that takes its colours from the page.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from df11.converter.manifest import Manifest, TensorRow
 
 FOLDER: Final = "df11-plots"
-"""Where the pictures lie in a repository."""
+"""Folder of the pictures in a repository."""
 NAMES: Final = ("sizes", "layers", "exponents", "outliers")
 SHOWN_KINDS: Final = 8
 SHOWN_STACKS: Final = 3
@@ -28,7 +31,7 @@ SHOWN_OUTSIDE: Final = 8
 NAMED_OUTLIERS: Final = 8
 _PNG_SCALE: Final = 2
 _PNG_COLOURS: Final = 128
-"""Enough for these plots, and a third of the bytes."""
+"""Enough colours for these plots, at a third of the bytes."""
 
 _MARKERS: Final = "osD^vPX*"
 _DASHES: Final = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), "-", (0, (5, 1.5)), (0, (1.5, 1)), "-")
@@ -36,7 +39,7 @@ _DASHES: Final = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), "-
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One plot: ``name`` for files and identifiers, ``title``, ``description`` for those who do not see it."""
+    """One plot. ``name`` is for files and identifiers, ``description`` for readers who cannot see it."""
 
     name: str
     title: str
@@ -59,7 +62,10 @@ class Plot:
         return buffer.getvalue()
 
     def svg(self) -> str:
-        """An element ``svg`` for a page in HTML: no style, no script, colours as ``var(--ROLE)``, identifiers that begin with ``name``."""
+        """An ``svg`` element for an HTML page.
+
+        It has no style and no script. Colours are ``var(--ROLE)``, and identifiers begin with ``name``.
+        """
         with canvas.settings():
             buffer = io.BytesIO()
             self.draw(canvas.SENTINELS).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -73,23 +79,26 @@ class Plot:
 
 
 def plan(manifest: Manifest) -> list[Plot]:
-    """The plots that there is something to show in, in the order of NAMES; nothing is drawn, and matplotlib not needed, yet."""
+    """The plots that have something to show, in the order of NAMES.
+
+    Nothing is drawn yet, and matplotlib is not needed.
+    """
     found = (_sizes(manifest), _layers(manifest), _exponents(manifest), _outliers(manifest))
     return [plot for plot in found if plot is not None]
 
 
 def path(name: str) -> str:
-    """The place of a plot's picture in a repository."""
+    """Path of a plot's picture in a repository."""
     return f"{FOLDER}/{name}.png"
 
 
 def draw_plots(manifest: Manifest) -> dict[str, bytes]:
-    """The pictures for a repository: path and PNG. Needs matplotlib."""
+    """The pictures for a repository: PNG by path. Needs matplotlib."""
     return {path(plot.name): plot.png() for plot in plots(manifest)}
 
 
 def plots(manifest: Manifest) -> list[Plot]:
-    """:func:`plan`, sure that it can be drawn: raises a MissingExtraError without matplotlib."""
+    """The plots of :func:`plan`, ready to draw. Raises a MissingExtraError without matplotlib."""
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError:
@@ -182,7 +191,7 @@ def _sizes(manifest: Manifest) -> Plot | None:
     return Plot("sizes", "Sizes against BF16", description, draw)
 
 
-# Bits a weight by layer
+# Bits per weight by layer
 
 
 def _layers(manifest: Manifest) -> Plot | None:
@@ -195,7 +204,8 @@ def _layers(manifest: Manifest) -> Plot | None:
     for stack in stacks:
         values = stack.by_layer(summary.average_bits)
         described.append(
-            f"{wording.fitted(stack.name, 40)}, {len(values)} layers: {min(values.values()):.2f} to {max(values.values()):.2f}"
+            f"{wording.fitted(stack.name, 40)}, {len(values)} layers: "
+            f"{min(values.values()):.2f} to {max(values.values()):.2f}"
         )
     described += [f"{wording.fitted(name, 40)}: {wording.bits(summary.average_bits(rows))}" for name, rows in outside]
 
@@ -205,12 +215,12 @@ def _layers(manifest: Manifest) -> Plot | None:
         figure = canvas.new_figure(sum(24 + 150 + 38 + height for height in legends) + side, colours)
         top = 0.0
         for stack, height in zip(stacks, legends, strict=True):
-            canvas.heading(figure, top + 5, f"{wording.fitted(stack.name, 40)}, bits a weight", colours)
+            canvas.heading(figure, top + 5, f"{wording.fitted(stack.name, 40)}, bits per weight", colours)
             _draw_stack(canvas.new_axes(figure, colours, 44, top + 24, 12, 150), stack, colours)
             top += 24 + 150 + 38 + height
         if outside:
             canvas.heading(
-                figure, top + 5, "Other matrices, bits a weight" if stacks else "Matrices, bits a weight", colours
+                figure, top + 5, "Other matrices, bits per weight" if stacks else "Matrices, bits per weight", colours
             )
             _draw_outside(
                 figure,
@@ -221,7 +231,7 @@ def _layers(manifest: Manifest) -> Plot | None:
             )
         return figure
 
-    return Plot("layers", "Bits a weight by layer", "Bits a weight. " + "; ".join(described), draw)
+    return Plot("layers", "Bits per weight by layer", "Bits per weight. " + "; ".join(described), draw)
 
 
 def _draw_stack(axes: Axes, stack: summary.Stack, colours: canvas.Palette) -> None:
@@ -251,9 +261,9 @@ def _draw_stack(axes: Axes, stack: summary.Stack, colours: canvas.Palette) -> No
             markevery=max(1, len(known) // 12),
             label=canvas.drawable(label),
         )
-    floor = stack.by_layer(summary.floor_bits)
-    axes.plot(list(floor), list(floor.values()), color=colours["muted"], linewidth=0.9, label="floor: entropy + 8")
-    low, high = min(values + list(floor.values())), max(values + list(floor.values()))
+    bound = stack.by_layer(summary.entropy_bound)
+    axes.plot(list(bound), list(bound.values()), color=colours["muted"], linewidth=0.9, label="entropy bound")
+    low, high = min(values + list(bound.values())), max(values + list(bound.values()))
     margin = max(0.08 * (high - low), 0.05)
     axes.set_ylim(low - margin, high + margin)
     canvas.few_numbers(axes, whole=True)
@@ -267,24 +277,24 @@ def _draw_outside(
     figure: Figure, axes: Axes, groups: Sequence[tuple[str, list[TensorRow]]], top: float, colours: canvas.Palette
 ) -> None:
     values = [summary.average_bits(rows) or 0.0 for _, rows in groups]
-    floors = [summary.floor_bits(rows) for _, rows in groups]
+    bounds = [summary.entropy_bound(rows) for _, rows in groups]
     axes.plot(values, range(len(groups)), linestyle="none", marker="o", markersize=6, color=colours["c1"])
-    for y, floor in enumerate(floors):
-        if floor is not None:
+    for y, bound in enumerate(bounds):
+        if bound is not None:
             axes.plot(
-                [floor], [y], linestyle="none", marker="|", markersize=11, markeredgewidth=1.6, color=colours["muted"]
+                [bound], [y], linestyle="none", marker="|", markersize=11, markeredgewidth=1.6, color=colours["muted"]
             )
     for index, (name, _) in enumerate(groups):
         canvas.write(
             figure, 8, top + 19.0 * (index + 0.5), wording.fitted(name, 42), colours["ink"], fontsize=9, va="center"
         )
-    known = values + [floor for floor in floors if floor is not None]
+    known = values + [bound for bound in bounds if bound is not None]
     margin = max(0.08 * (max(known) - min(known)), 0.1)
     axes.set_xlim(min(known) - margin, max(known) + margin)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_yticks([])
     canvas.few_numbers(axes, whole=False)
-    axes.set_xlabel("● stored   | floor", color=colours["ink"], labelpad=1)
+    axes.set_xlabel("● stored   | entropy bound", color=colours["ink"], labelpad=1)
 
 
 # Exponents
@@ -306,8 +316,8 @@ def _exponents(manifest: Manifest) -> Plot | None:
     shares = counts / weights
     most = int(np.argmax(counts))
     description = (
-        f"Histogram of {len(present)} exponents from {present[0] - 127} to {present[-1] - 127}; the most frequent, {most - 127}, "
-        f"has {100 * shares[most]:.1f} % of the weights. "
+        f"Histogram of {len(present)} exponents from {present[0] - 127} to {present[-1] - 127}. "
+        f"The most frequent, {most - 127}, has {100 * shares[most]:.1f} % of the weights. "
         + "; ".join(
             f"{wording.fitted(name, 40)}: half of the weights from {values[1]} to {values[3]}"
             for name, values in spreads
@@ -379,15 +389,15 @@ def _outliers(manifest: Manifest) -> Plot | None:
     found = summary.outliers(manifest)
     named = found.tensors[:NAMED_OUTLIERS]
     far = {id(outlier.row) for outlier in found.tensors}
-    description = f"{len(rows)} tensors, bits a weight against their number of weights. " + (
-        f"Median of the large ones {found.usual:.2f}; {len(far)} outliers. " if found.usual is not None else ""
+    description = f"{len(rows)} tensors, bits per weight against number of weights. " + (
+        f"Median of the large ones: {found.usual:.2f}; {len(far)} outliers. " if found.usual is not None else ""
     )
     description += "; ".join(f"{wording.fitted(outlier.row.name, 60)}: {outlier.bits:.2f}" for outlier in named)
 
     def draw(colours: canvas.Palette) -> Figure:
         figure = canvas.new_figure(252 + (8 + 15.0 * len(named) if named else 0), colours)
         axes = canvas.new_axes(figure, colours, 36, 42, 14, 166)
-        canvas.heading(figure, 5, "Bits a weight of each tensor", colours)
+        canvas.heading(figure, 5, "Bits per weight of each tensor", colours)
         if found.usual is not None:
             axes.axhline(
                 found.usual,
@@ -436,7 +446,7 @@ def _outliers(manifest: Manifest) -> Plot | None:
 
 
 def _number(axes: Axes, named: Sequence[summary.Outlier], colours: canvas.Palette) -> None:
-    # Points that lie upon each other have one label together; it is on their right where there is room.
+    # Overlapping points share one label, on their right if there is space.
     if not named:
         return
     axes.autoscale_view()

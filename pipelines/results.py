@@ -1,35 +1,37 @@
-"""Figures of speed for a card: from a results file of ``make gpu-omnigen2`` or ``make gpu-bench``, and from nowhere else."""
+"""Timings for a model card: only from a results file of ``make gpu-omnigen2`` or ``make gpu-bench``."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from df11.formats import errors
+from df11.formats import errors, json_text
+from df11.storage.paths import read_file
 
 SECTIONS: Final = ("image", "text", "sizes", "block")
-"""Sections of the two programs that say something to those who use a model; a results file has many more for those who work on the kernels."""
+"""The sections that matter to users of a model. A results file has many more, for work on the kernels."""
 LARGEST: Final = 16 << 20
 MOST_ROWS: Final = 200
 _COLUMNS: Final = {
     "seconds": "time",
-    "tokens_per_second": "tokens a second",
+    "tokens_per_second": "tokens per second",
     "of_bf16": "of BF16's time",
     "bytes_per_second": "GB/s of BF16",
-    "of_floor": "of the floor",
+    "of_floor": "of a plain copy's speed",
     "held_bytes": "model, GB",
     "peak_bytes": "peak, GB",
 }
-_HINT: Final = "give the .json that make gpu-omnigen2 or make gpu-bench has written"
+_HINT: Final = "pass the .json that make gpu-omnigen2 or make gpu-bench wrote"
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What was measured on one device on one day. ``rows``: a cell a column, the first two what and by what; None where there is no figure."""
+    """What was measured on one device on one day.
+
+    ``rows``: a cell per column; the first two say what was measured, and for which program. None: no figure.
+    """
 
     device: str
     date: str
@@ -38,23 +40,17 @@ class Results:
 
 
 def read_results(path: str | os.PathLike[str]) -> Results:
-    """Read and check a results file. Raises UsageError if it is none, or one that was not measured on a GPU."""
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(LARGEST + 1)
-    except OSError as error:
-        raise errors.from_os_error(error, file=path) from None
+    """Read and check a results file. Raises UsageError if it is not one, or was not measured on a GPU."""
+    data = read_file(path, LARGEST)
 
     def refuse(what: str) -> NoReturn:
-        raise errors.UsageError(f"not a results file for a card: {what}", file=path, hint=_HINT)
+        raise errors.UsageError(f"not a results file for a model card: {what}", file=path, hint=_HINT)
 
-    if len(data) > LARGEST:
-        refuse("it is too large")
     try:
-        content: Any = json.loads(data)
+        content = json_text.parse(data, what="it", where={})
         device, date, sections = content["machine"]["gpu"]["name"], content["machine"]["date"], content["sections"]
         found = [row for name in SECTIONS if name in sections for row in sections[name]["rows"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (errors.FormatError, KeyError, TypeError):
         refuse("it has no machine, gpu or sections")
     if not isinstance(device, str) or not isinstance(date, str) or not device or not date:
         refuse("it does not name its device and date")
@@ -63,7 +59,7 @@ def read_results(path: str | os.PathLike[str]) -> Results:
     if not found:
         refuse(f"it has none of the sections {', '.join(SECTIONS)}")
     if len(found) > MOST_ROWS or not all(_is_row(row) for row in found):
-        refuse("a row is not as these programs write it")
+        refuse("a row does not have the form that these programs write")
     known = [key for key in _COLUMNS if any(row.get(key) is not None for row in found)]
     rows = tuple((row["what"], row["name"], *(_cell(key, row.get(key)) for key in known)) for row in found)
     return Results(device, date[:10], ("what", "by", *(_COLUMNS[key] for key in known)), rows)

@@ -1,4 +1,4 @@
-"""What a manifest adds up to: the figures of the report, of its plots and of the card. All sizes are bytes."""
+"""The figures of the report, its plots and the model card, computed from a manifest. All sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ if TYPE_CHECKING:
 Counts = npt.NDArray[np.int64]
 
 MOST_PARTS: Final = 12
-"""Parts of a model that are told apart; the smallest of more are taken together."""
+"""Most parts of a model that are listed. If there are more, the smallest are added up as one."""
 OUTLIER_WEIGHTS: Final = 65_536
-"""Smaller tensors are no outliers: what their tables take decides their bits a weight."""
+"""Smaller tensors do not count as outliers: the size of their tables dominates their bits per weight."""
 OUTLIER_DEVIATIONS: Final = 6.0
 OUTLIER_BITS: Final = 0.25
-"""Bits a weight from the median that make an outlier: at least these, and so many times the usual deviation."""
+"""Least distance of an outlier from the median: in bits per weight, and as a multiple of the usual deviation."""
 STACK_LAYERS: Final = 3
-"""Fewer layers are no stack."""
+"""Fewer layers do not make a stack."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Some files, added up. ``weights``, ``weight_bytes`` and ``floor_bits`` are about the tensors that decode to BF16 only."""
+    """Some files, added up.
+
+    ``weights``, ``weight_bytes`` and ``entropy_bound`` only cover tensors that decode to BF16.
+    """
 
     name: str
     files: int
@@ -42,31 +45,31 @@ class Sizes:
     cast: int
     """Tensors cast from F32."""
     changed: int
-    """Those of them whose values that changed."""
+    """Those whose values changed."""
     source_bytes: int
     """The safetensors files that were converted."""
     bf16_bytes: int
-    """All decoded tensors, without headers: two bytes for each BF16 weight, the others as they are."""
+    """All decoded tensors, without headers: two bytes per BF16 weight, the others unchanged."""
     coded_bytes: int
     verbatim_bytes: int
     container_bytes: int
-    """The `.df11` files, everything counted."""
-    floor_bits: float | None
-    """Entropy of the exponents, tensor by tensor, and 8, in bits a weight: what no code of single exponents goes below."""
+    """The `.df11` files, with everything in them."""
+    entropy_bound: float | None
+    """The fewest bits per weight for a code of single exponents: their entropy, tensor by tensor, plus 8."""
 
     @property
     def ratio(self) -> float | None:
-        """Containers to the tensors in BF16."""
+        """Size of the containers relative to the tensors in BF16."""
         return self.container_bytes / self.bf16_bytes if self.bf16_bytes else None
 
     @property
     def source_ratio(self) -> float | None:
-        """Containers to source files."""
+        """Size of the containers relative to the source files."""
         return self.container_bytes / self.source_bytes if self.source_bytes else None
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Stored bits for each weight that decodes to BF16."""
+        """Stored bits per weight, over the weights that decode to BF16."""
         return 8 * self.weight_bytes / self.weights if self.weights else None
 
 
@@ -92,12 +95,15 @@ def add_up(name: str, files: Sequence[FileRow], rows: Sequence[TensorRow]) -> Si
         coded_bytes=sum(row.stored_bytes for row in rows if row.encoding == "df11"),
         verbatim_bytes=sum(row.stored_bytes for row in rows if row.encoding != "df11"),
         container_bytes=sum(file.bytes for file in files),
-        floor_bits=floor_bits(weights),
+        entropy_bound=entropy_bound(weights),
     )
 
 
-def floor_bits(rows: Iterable[TensorRow]) -> float | None:
-    """8 and the entropy of the exponents, averaged over the weights of BF16 tensors. None without weights, or where an entropy is missing."""
+def entropy_bound(rows: Iterable[TensorRow]) -> float | None:
+    """Entropy of the exponents plus 8, in bits per weight, averaged over the weights of BF16 tensors.
+
+    None without weights, or if an entropy is missing.
+    """
     total, elements = 0.0, 0
     for row in rows:
         if row.elements:
@@ -109,7 +115,7 @@ def floor_bits(rows: Iterable[TensorRow]) -> float | None:
 
 
 def average_bits(rows: Sequence[TensorRow]) -> float | None:
-    """Stored bits for each weight of some tensors."""
+    """Stored bits per weight of some tensors."""
     elements = sum(row.elements for row in rows)
     return 8 * sum(row.stored_bytes for row in rows) / elements if elements else None
 
@@ -120,7 +126,10 @@ def total(manifest: Manifest) -> Sizes:
 
 
 def part_of(manifest: Manifest) -> Callable[[str], str]:
-    """The function that tells the part a file belongs to: its top-level folder if any file is in one, else the file itself."""
+    """The function from a file to the part of the model that it belongs to.
+
+    That is the top-level folder if any file is in a folder, else the file itself.
+    """
     folders = any("/" in file.file for file in manifest.files)
 
     def part(file: str) -> str:
@@ -132,7 +141,7 @@ def part_of(manifest: Manifest) -> Callable[[str], str]:
 
 
 def parts(manifest: Manifest) -> list[tuple[Sizes, list[TensorRow]]]:
-    """The parts of a model, each with its tensors, in the order of the manifest. The smallest of more than MOST_PARTS are one."""
+    """At most MOST_PARTS parts of a model, each with its tensors, in the order of the manifest."""
     part = part_of(manifest)
     files: dict[str, list[FileRow]] = {}
     rows: dict[str, list[TensorRow]] = {}
@@ -159,7 +168,10 @@ def parts(manifest: Manifest) -> list[tuple[Sizes, list[TensorRow]]]:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where in a model a matrix belongs: the ``layer`` of a ``stack`` (the name up to the number), and its ``kind`` (the name after it)."""
+    """Where a matrix belongs in a model.
+
+    ``stack`` is its name before the first number, ``layer`` the number, ``kind`` the name after it.
+    """
 
     stack: str
     layer: int
@@ -171,7 +183,10 @@ _NUMBER: Final = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 def position(name: str) -> Position | None:
-    """The position that a tensor's name tells, from the first number in it; further numbers (experts) become stars. None without one."""
+    """The position that a tensor's name implies; None if it contains no number.
+
+    Numbers after the first one (experts) become asterisks.
+    """
     match = _LAYER.fullmatch(name)
     if match is None:
         return None
@@ -181,23 +196,23 @@ def position(name: str) -> Position | None:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Layers that are alike: the BF16 matrices of each kind, by layer. Kinds are in the order of their weights."""
+    """Layers of the same form: the BF16 matrices of each kind, by layer. Kinds with the most weights come first."""
 
     name: str
     kinds: dict[str, dict[int, list[TensorRow]]]
 
     @property
     def rows(self) -> list[TensorRow]:
-        """All its matrices."""
+        """All matrices of the stack."""
         return [row for layers in self.kinds.values() for rows in layers.values() for row in rows]
 
     @property
     def layers(self) -> list[int]:
-        """The numbers of its layers, ascending."""
+        """The numbers of the layers, ascending."""
         return sorted({layer for layers in self.kinds.values() for layer in layers})
 
     def by_layer(self, value: Callable[[Sequence[TensorRow]], float | None]) -> dict[int, float]:
-        """A value of all matrices of each layer."""
+        """A value for all matrices of each layer."""
         found = {
             layer: value([row for layers in self.kinds.values() for row in layers.get(layer, [])])
             for layer in self.layers
@@ -206,7 +221,7 @@ class Stack:
 
 
 def is_matrix(row: TensorRow) -> bool:
-    """Whether a tensor is worth a point in a plot: BF16, not empty, two dimensions or more."""
+    """Whether a tensor is a BF16 matrix: not empty, with two or more dimensions."""
     return is_bf16(row) and row.elements > 0 and len(row.shape) > 1
 
 
@@ -241,7 +256,7 @@ def stacks(manifest: Manifest) -> tuple[list[Stack], list[TensorRow]]:
 
 
 def alike(rows: Iterable[TensorRow]) -> list[tuple[str, list[TensorRow]]]:
-    """Matrices by name, those together whose names differ in numbers only, which become stars. Largest first."""
+    """Matrices by name, largest group first. Names that differ only in numbers, shown as asterisks, are equal."""
     groups: dict[str, list[TensorRow]] = {}
     for row in rows:
         groups.setdefault(_NUMBER.sub("*", row.name), []).append(row)
@@ -255,7 +270,7 @@ def alike(rows: Iterable[TensorRow]) -> list[tuple[str, list[TensorRow]]]:
 
 
 def exponents(rows: Iterable[TensorRow]) -> tuple[Counts, int]:
-    """How often each exponent, i64 [256], occurs in the tensors that are counted, and how many weights these have."""
+    """How often each exponent, i64 [256], occurs in the counted tensors, and how many weights these have."""
     counts: Counts = np.zeros(256, np.int64)
     for row in rows:
         if row.exponent_counts is not None:
@@ -264,7 +279,7 @@ def exponents(rows: Iterable[TensorRow]) -> tuple[Counts, int]:
 
 
 def quantiles(counts: Counts, shares: Sequence[float]) -> list[int]:
-    """The exponents below or at which these shares of the weights lie."""
+    """For each share, the exponent at or below which that share of the weights lies."""
     cumulated = np.cumsum(counts)
     return [int(np.searchsorted(cumulated, min(share * cumulated[-1], cumulated[-1]))) for share in shares]
 
@@ -274,7 +289,10 @@ def quantiles(counts: Counts, shares: Sequence[float]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Outlier:
-    """A tensor whose bits a weight are far from the model's median. ``excess_bytes``: what it takes beyond the median's rate."""
+    """A tensor whose bits per weight are far from the model's median.
+
+    ``excess_bytes``: its size beyond the size at the median rate.
+    """
 
     row: TensorRow
     bits: float
@@ -283,16 +301,16 @@ class Outlier:
 
 @dataclass(frozen=True, slots=True)
 class Outliers:
-    """``usual``: median of the bits a weight of the large BF16 tensors; ``limit``: the distance from it that makes an outlier."""
+    """``usual``: median bits per weight of the large BF16 tensors; ``limit``: an outlier's least distance from it."""
 
     usual: float | None
     limit: float
     tensors: list[Outlier]
-    """In the order of the absolute excess."""
+    """Largest absolute excess first."""
 
 
 def outliers(manifest: Manifest) -> Outliers:
-    """The tensors of OUTLIER_WEIGHTS weights or more whose bits a weight are far from the median."""
+    """The tensors of OUTLIER_WEIGHTS or more weights that are far from the median in bits per weight."""
     large = [
         (row, 8 * row.stored_bytes / row.elements)
         for row in manifest.tensors
@@ -311,29 +329,29 @@ def outliers(manifest: Manifest) -> Outliers:
     )
 
 
-# The way back
+# Restoring
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """A file and how far its way back goes."""
+    """A file, and how exactly it can be restored."""
 
     file: FileRow
     tensors: int
     segments: int
-    """Pieces that have checksums of their own."""
+    """Pieces with their own checksums."""
     cast: int
     changed: int
-    """Tensors cast from F32, and those whose values that changed."""
+    """Tensors cast from F32, and those whose values changed."""
 
     @property
     def exact(self) -> bool:
-        """Whether restoring gives the source file back, byte for byte."""
+        """Whether restoring gives the source file, byte for byte."""
         return self.changed == 0
 
 
 def proofs(manifest: Manifest) -> list[Proof]:
-    """One for each file, in the order of the manifest."""
+    """One per file, in the order of the manifest."""
     rows: dict[str, list[TensorRow]] = {}
     for row in manifest.tensors:
         rows.setdefault(row.file, []).append(row)
@@ -354,7 +372,10 @@ def proofs(manifest: Manifest) -> list[Proof]:
 
 
 def checksum_list(manifest: Manifest) -> str:
-    """Input of ``sha256sum --check`` for the source files that can be restored byte for byte, but those whose names it spells in another way."""
+    """Input of ``sha256sum --check`` for the source files that can be restored byte for byte.
+
+    Files whose names ``sha256sum`` would escape are left out.
+    """
     files = [proof.file for proof in proofs(manifest) if proof.exact]
     plain = [
         file for file in files if "\\" not in file.source_file and wording.visible(file.source_file) == file.source_file
@@ -363,5 +384,5 @@ def checksum_list(manifest: Manifest) -> str:
 
 
 def share(part: float, whole: float) -> float | None:
-    """``part`` of ``whole``; None of nothing."""
+    """``part`` of ``whole``; None if ``whole`` is zero."""
     return part / whole if whole else None

@@ -1,4 +1,4 @@
-"""An SVG that matplotlib has drawn, made fit to stand in a page that forbids inline styles and serves light and dark."""
+"""Turn an SVG from matplotlib into one for a page that forbids inline styles and has a light and a dark mode."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _URL: Final = re.compile(r"url\(#([^)]+)\)")
 
 
 def for_page(data: bytes, name: str, title: str, description: str, roles: Mapping[str, str]) -> str:
-    """The element for a page in HTML: without style, script, metadata or anything that is loaded.
+    """The element for an HTML page: it has no style, script or metadata, and loads nothing.
 
-    ``name``: what its identifiers begin with, so that several fit into one page. ``roles``: what a colour (``#rrggbb``) stands for; it becomes
-    ``var(--ROLE)``. ``title`` and ``description`` are for those who do not see it.
+    ``name``: prefix of its identifiers, so that one page can hold several. ``roles``: the role of each colour
+    (``#rrggbb``), which becomes ``var(--ROLE)``. ``title`` and ``description`` are for readers who cannot see it.
     """
     root = ElementTree.fromstring(data)  # noqa: S314 - it was drawn here
     for parent in list(root.iter()):
@@ -26,7 +26,7 @@ def for_page(data: bytes, name: str, title: str, description: str, roles: Mappin
                 _SVG + tag
                 for tag in ("svg", "g", "defs", "path", "use", "text", "tspan", "rect", "clipPath", "pattern")
             }:
-                parent.remove(child)  # Metadata, and a style that would be the whole page's.
+                parent.remove(child)  # Metadata, and a style that would apply to the whole page.
     used: set[str] = set()
     for element in root.iter():
         for key, value in list(element.attrib.items()):
@@ -65,7 +65,7 @@ def for_page(data: bytes, name: str, title: str, description: str, roles: Mappin
 
 
 def _attributes(style: str) -> dict[str, str]:
-    # A style as attributes, which a page that forbids inline styles takes. The page chooses the family of fonts.
+    # A style as attributes, which a page that forbids inline styles accepts. The page chooses the font family.
     found = {}
     for declaration in style.split(";"):
         key, _, value = declaration.partition(":")
@@ -82,7 +82,7 @@ def _attributes(style: str) -> dict[str, str]:
 
 
 def _hoist(element: ElementTree.Element) -> None:
-    # Thousands of points that look alike say so once.
+    # State shared attributes of thousands of points only once.
     children = list(element)
     if len(children) > 1 and all(child.tag.endswith("use") for child in children):
         for key, value in list(children[0].attrib.items()):

@@ -1,4 +1,4 @@
-"""Names and numbers as people read them. Names come from files of strangers: they may hold anything."""
+"""Names and numbers for people. Names come from untrusted files and may contain anything."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import unicodedata
 from typing import Final
 from urllib.parse import quote
 
-from df11.formats.hub import DEFAULT_ENDPOINT, is_repository
+from df11.storage.address import DEFAULT_ENDPOINT, is_repository
 
 _INVISIBLE: Final = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
-"""Categories of characters that show nothing, end a line, or change the direction of those beside them."""
+"""Unicode categories of characters that are invisible, end a line, or change the direction of the text."""
 
 
 def visible(name: str) -> str:
-    """A name in which every character shows: what does not is written as its escape, U+202E as ``u202e`` after a backslash."""
+    """A name in which every character shows. Others are escaped: U+202E as a backslash and ``u202e``."""
     if name.isascii() and name.isprintable():
         return name
     return "".join(
@@ -27,7 +27,10 @@ def _escape(character: str) -> str:
 
 
 def fitted(name: str, length: int) -> str:
-    """:func:`visible`, and if it is longer than ``length`` characters its two ends with an ellipsis between them. The end tells more."""
+    """The :func:`visible` name, with an ellipsis in it if it is longer than ``length`` characters.
+
+    It keeps more of the end than of the start, as the end says more.
+    """
     text = visible(name)
     if len(text) <= length:
         return text
@@ -36,7 +39,7 @@ def fitted(name: str, length: int) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in units of a thousand, with four digits: ``45.43 MB``."""
+    """Bytes in decimal units, with four digits: ``45.43 MB``."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if count < 999.95 or unit == "TB":
             break
@@ -47,12 +50,12 @@ def size(count: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share with one digit: ``66.9 %``. A dash for None."""
+    """A share as a percentage with one decimal: ``66.9 %``. A dash for None."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def bits(value: float | None) -> str:
-    """Bits a weight with two digits. A dash for None."""
+    """Bits per weight with two decimals. A dash for None."""
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -62,7 +65,7 @@ def count(number: int, one: str, many: str | None = None) -> str:
 
 
 def hub_page(repository: str | None, commit: str | None, path: str = "") -> str | None:
-    """Address of a repository's page on the Hub, at a commit if one is given; None if this is no repository's name."""
+    """URL of a repository's page on the Hub, at a commit if given; None if this is not a valid repository."""
     if repository is None or not is_repository(repository):
         return None
     page = f"{DEFAULT_ENDPOINT}/{repository}"
@@ -72,6 +75,6 @@ def hub_page(repository: str | None, commit: str | None, path: str = "") -> str 
 
 
 def folder_name(repository: str | None) -> str:
-    """What commands call the converted folder of a repository: safe in a shell."""
+    """The name of a repository's converted model folder in example commands: safe in a shell."""
     name = repository.split("/")[1] if repository is not None and is_repository(repository) else "MODEL"
     return f"{name}-df11"

@@ -1,7 +1,7 @@
-"""Load containers into torch, and decode compressed tensors on a GPU or on the processor, bit for bit the same.
+"""Load containers into torch; decode compressed tensors on a GPU or on the CPU, to the same bits.
 
-Light: nothing is imported before it is used. Knows `df11.formats` only. From here on, ``from_pretrained`` of transformers and diffusers loads
-`.df11` files, too, whether they have been imported already or will be.
+Nothing is imported before it is used, and only `df11.formats` is known here. Importing this package lets
+``from_pretrained`` of transformers and diffusers load `.df11` files too, in whatever order they are imported.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from df11.runtime.compressed import CompressedTensor, decode_many, raise_damage, warm_up
+    from df11.runtime.compressed import CompressedTensor, check_errors, decode_many, warm_up
     from df11.runtime.load import load_file
-    from df11.runtime.model import load_model, report
+    from df11.runtime.model import load_model, memory_report
     from df11.runtime.modules import materialize
 
 __all__ = [
     "CompressedTensor",
+    "check_errors",
     "decode_many",
     "load_file",
     "load_model",
     "materialize",
-    "raise_damage",
-    "report",
+    "memory_report",
     "warm_up",
 ]
 
@@ -38,8 +38,8 @@ _HOMES = {
     "load_file": "df11.runtime.load",
     "load_model": "df11.runtime.model",
     "materialize": "df11.runtime.modules",
-    "report": "df11.runtime.model",
-    "raise_damage": "df11.runtime.compressed",
+    "memory_report": "df11.runtime.model",
+    "check_errors": "df11.runtime.compressed",
     "warm_up": "df11.runtime.compressed",
 }
 
@@ -61,10 +61,10 @@ _EXTENDED = {
 
 
 class _Extender(importlib.abc.MetaPathFinder):
-    """Runs a function of one of our modules right after the library's module that it extends has been imported."""
+    """Extends a library's module right after it has been imported, with a function of one of our modules."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """What the finders after this one find, with a loader that goes on to extend the module."""
+        """The spec that the next finders give, with a loader that also extends the module."""
         if name not in _EXTENDED:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
@@ -77,7 +77,7 @@ class _Extender(importlib.abc.MetaPathFinder):
                 run(module)
                 _extend(module)
 
-            loader.exec_module = exec_module  # type: ignore[method-assign] # the loader is this module's own
+            loader.exec_module = exec_module  # type: ignore[method-assign] # this loader belongs to the module alone
         return spec
 
 

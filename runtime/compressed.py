@@ -1,4 +1,4 @@
-"""A compressed tensor in the memory of a device: its record, and what it decodes to."""
+"""A compressed tensor in device memory: its record, and what it decodes to."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 class CompressedTensor:
-    """A BF16 tensor as a record on a device, decoded when asked.
+    """A BF16 tensor held as a record on a device, decoded on request.
 
-    ``record``: u8, one-dimensional, the record as it is in the file; ``shape``: of the decoded tensor; ``segment_elements``: weights of each of
-    the record's segments but the last. On a GPU, decoding is launched on torch's current stream; bytes that turn out to be damaged
-    decode to wrong weights, never to a wrong access, and :func:`raise_damage` tells.
+    ``record``: u8, one-dimensional, the record as it is in the file. ``shape``: of the decoded tensor.
+    ``segment_elements``: weights per segment of the record (the last may have fewer). On a GPU, decoding is launched on
+    torch's current stream. Damaged bytes decode to wrong weights but never cause an access out of bounds;
+    :func:`check_errors` reports them.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class CompressedTensor:
 
     @property
     def device(self) -> torch.device:
-        """Where the record is."""
+        """The device that holds the record."""
         return self.record.device
 
     @property
@@ -53,13 +54,14 @@ class CompressedTensor:
         return math.prod(self.shape)
 
     def to(self, device: str | torch.device) -> CompressedTensor:
-        """The same on another device."""
+        """A copy on another device."""
         return CompressedTensor(self.record.to(device), self.shape, self.segment_elements)
 
     def decode(self, out: torch.Tensor | None = None, *, background: bool = False) -> torch.Tensor:
-        """All weights, BF16 of ``shape``; into ``out`` (contiguous, BF16, as many weights) if it is given.
+        """All weights, BF16 of ``shape``; written to ``out`` (contiguous BF16, as many weights) if given.
 
-        ``background`` takes the kernel with few registers and little shared memory, which runs beside others on a side stream.
+        ``background`` selects the kernel with few registers and little shared memory, which can run beside others on a
+        side stream.
         """
         from df11.runtime import operators
 
@@ -70,7 +72,7 @@ class CompressedTensor:
         return out
 
     def rows(self, start: int, stop: int, *, background: bool = False) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` (exclusive) of the first dimension, without decoding the tiles that hold none of them."""
+        """Rows ``start`` to ``stop`` (exclusive) of the first dimension. Tiles outside of them are not decoded."""
         from df11.runtime import operators
 
         decoded: torch.Tensor = operators.decode_rows(
@@ -79,7 +81,7 @@ class CompressedTensor:
         return decoded
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows whose numbers are in ``ids`` (i64 or i32, any shape, on the same device), as an embedding gives them."""
+        """The rows with the indices ``ids`` (i64 or i32, any shape, on the same device), as for an embedding."""
         from df11.runtime import operators
 
         decoded: torch.Tensor = operators.gather_rows(self.record, list(self.shape), self.segment_elements, ids)
@@ -89,9 +91,10 @@ class CompressedTensor:
 def decode_many(
     tensors: Sequence[CompressedTensor], out: Sequence[torch.Tensor] | None = None, *, background: bool = False
 ) -> list[torch.Tensor]:
-    """Decode several tensors of one device at once, such as all matrices of a transformer block: 64 a launch, so that small ones leave no core idle.
+    """Decode several tensors of one device at once, such as all matrices of a transformer block.
 
-    ``out``: a contiguous BF16 tensor for each, with as many weights; made if it is not given.
+    A launch takes 64 of them, so that small ones keep the GPU busy. ``out``: a contiguous BF16 tensor for each, with as
+    many weights; allocated if not given.
     """
     import torch
 
@@ -102,7 +105,9 @@ def decode_many(
     )
     if [output.numel() for output in outputs] != [tensor.elements for tensor in tensors]:
         raise errors.UsageError(
-            "outputs of other sizes", expected=[t.elements for t in tensors], found=[o.numel() for o in outputs]
+            "the outputs have other sizes than the tensors",
+            expected=[t.elements for t in tensors],
+            found=[o.numel() for o in outputs],
         )
     operators.decode_into(
         [tensor.record for tensor in tensors],
@@ -115,16 +120,16 @@ def decode_many(
     return outputs
 
 
-def raise_damage(device: str | torch.device = "cuda") -> None:
-    """Wait for what has been launched on the current stream, and raise a Df11Error if a kernel has met damaged bytes or a wrong row number.
+def check_errors(device: str | torch.device = "cuda") -> None:
+    """Wait for the current stream; raise a Df11Error if a kernel met damaged bytes or a row index out of range.
 
-    On the processor damage raises at once.
+    On the CPU, decoding itself raises at once.
     """
-    decoder(device).raise_damage()
+    decoder(device).check_errors()
 
 
 def warm_up(device: str | torch.device = "cuda") -> None:
-    """Compile or load the kernels of a device now, rather than at the first use: a CUDA graph cannot capture that."""
+    """Compile or load the kernels of a device now rather than at first use, which a CUDA graph cannot capture."""
     decoder(device)
 
 
@@ -135,4 +140,4 @@ def decoder(device: str | torch.device) -> Decoder:
     return operators.decoder_of(load.device_of(device))
 
 
-__all__ = ["CompressedTensor", "decode_many", "raise_damage", "warm_up"]
+__all__ = ["CompressedTensor", "check_errors", "decode_many", "warm_up"]

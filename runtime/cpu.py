@@ -1,4 +1,4 @@
-"""The processor as a decoding device: the same interface as :class:`df11.runtime.gpu.Gpu`, on all cores."""
+"""The CPU as a decoding device: the same interface as :class:`df11.runtime.gpu.Gpu`, on all cores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _pools: Final[dict[int, ThreadPoolExecutor]] = {}
 
 
 def pool() -> ThreadPoolExecutor:
-    """Threads for decoding, one a core, of this process: a forked child gets its own."""
+    """The decoding threads of this process, one per core; a forked child gets its own."""
     process = os.getpid()
     if process not in _pools:
         _pools.clear()
@@ -33,17 +33,17 @@ def pool() -> ThreadPoolExecutor:
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_large_pages(address: int, size: int) -> None:
-    """Ask for pages of 2 MiB in fresh memory, where the system has them: touching small ones costs as much time as decoding into them."""
+    """Ask for pages of 2 MiB for fresh memory, where available: touching small ones costs as much time as decoding."""
     first, last = -(-address // _LARGE_PAGE) * _LARGE_PAGE, (address + size) // _LARGE_PAGE * _LARGE_PAGE
     if first < last and hasattr(mmap, "MADV_HUGEPAGE"):
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        madvise(first, last - first, mmap.MADV_HUGEPAGE)  # Advice: if it is refused, nothing is lost.
+        madvise(first, last - first, mmap.MADV_HUGEPAGE)  # Only advice: nothing is lost if it is refused.
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,10 @@ class _Opened:
 
 
 class Cpu:
-    """Decodes records in memory, whose checksums were checked when they were read. Damage raises at once."""
+    """Decodes records in memory whose checksums were checked when they were read. Damage raises at once."""
 
     def decode(self, ranges: Sequence[Range], *, background: bool = False) -> None:  # noqa: ARG002 - the interface of Gpu
-        """Decode ranges: each segment of each is a task of its own."""
+        """Decode ranges; every segment of each is a task."""
         tasks = [
             (record, index, part)
             for part in ranges
@@ -75,7 +75,7 @@ class Cpu:
             done.result()
 
     def gather_rows(self, matrix: Range, ids: int, count: int, row_weights: int, rows: int) -> None:
-        """Decode ``count`` rows of a matrix: ``ids`` is the address of their numbers, i64."""
+        """Decode ``count`` rows of a matrix; ``ids`` is the address of their indices, i64."""
         if not count or not row_weights:
             return
         numbers = _array(ids, count, np.dtype(np.int64))
@@ -87,7 +87,7 @@ class Cpu:
             _array(matrix.output, count * row_weights, np.dtype(np.uint16)).reshape(count, row_weights),
         )
         order = np.argsort(numbers, kind="stable")
-        # Rows whose tiles touch are decoded together, so that no tile is decoded twice; a segment at the most.
+        # Rows that share tiles are decoded together, so that no tile is decoded twice; one segment at most.
         firsts = numbers[order] * row_weights
         apart = np.flatnonzero(
             (firsts[1:] // layout.TILE_WEIGHTS > (firsts[:-1] + row_weights - 1) // layout.TILE_WEIGHTS)
@@ -97,7 +97,7 @@ class Cpu:
         for done in [pool().submit(_gather_run, record, matrix, numbers, run, out) for run in runs]:
             done.result()
 
-    def raise_damage(self) -> None:
+    def check_errors(self) -> None:
         """Nothing is left to raise."""
 
 
@@ -110,7 +110,7 @@ def _open(part: Range) -> _Opened:
     record = open_record(read, part.record_size, Place())
     if (record.element_count, record.segment_elements) != (part.element_count, part.segment_elements):
         raise errors.EntryError(
-            "the record holds other weights",
+            "the record does not match its shape",
             expected=(part.element_count, part.segment_elements),
             found=(record.element_count, record.segment_elements),
         )
@@ -136,7 +136,7 @@ def _decode_segment(record: _Opened, index: int, part: Range) -> None:
 def _gather_run(
     record: _Opened, matrix: Range, numbers: npt.NDArray[np.int64], run: npt.NDArray[np.int64], out: Weights
 ) -> None:
-    # The rows numbers[run], which ascend, by decoding all from the first to the last.
+    # Decode rows numbers[run], in ascending order, by decoding everything from the first to the last.
     row_weights = out.shape[1]
     first, last = int(numbers[run[0]]), int(numbers[run[-1]]) + 1
     rows = np.empty((last - first, row_weights), np.uint16)

@@ -1,7 +1,7 @@
-"""``from_pretrained`` and ``save_pretrained`` of diffusers for folders and repositories of `.df11` files, models and pipelines alike.
+"""``from_pretrained`` and ``save_pretrained`` of diffusers for models of `.df11` files, local or on the Hub.
 
-diffusers finds, names and places the tensors itself; it is given records in the guise of the tensors that they decode to (`undecoded.py`).
-Functions of three of its modules are wrapped; on models that are not df11 they do what they always did.
+diffusers itself finds, names and places the tensors of models and pipelines; it is given records that pose as the
+tensors they decode to (`undecoded.py`). Functions of three of its modules are wrapped; other models load as before.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def install(library: Any) -> None:
 
 
 def install_lora(library: Any) -> None:
-    """Wrap what in ``diffusers.loaders.lora_pipeline`` looks up the shapes of weights by their names."""
+    """Wrap what looks up shapes of weights by their names in ``diffusers.loaders.lora_pipeline``."""
     for loader in vars(library).values():
         compare = vars(loader).get("_maybe_expand_lora_state_dict") if isinstance(loader, type) else None
         if isinstance(compare, classmethod):
@@ -49,14 +49,14 @@ def install_lora(library: Any) -> None:
 
 
 def install_pipelines(library: Any) -> None:
-    """Wrap what in ``diffusers.pipelines.pipeline_utils`` chooses the files of a repository that are downloaded: it is told of safetensors files."""
+    """Wrap what chooses the files to download in ``diffusers.pipelines.pipeline_utils``; it sees safetensors files."""
     library.filter_model_files = _filtering(library.filter_model_files)
     library._get_ignore_patterns = _ignoring(library._get_ignore_patterns)
     library.variant_compatible_siblings = _choosing(library.variant_compatible_siblings)
 
 
 def _renamed(names: Iterable[str]) -> dict[str, str]:
-    # Names as they would be with safetensors files in the place of ours, where these are not there, too -> the names.
+    # Names as if safetensors files stood in place of ours, where there are none as well -> the real names.
     known = set(names)
     renamed = {_WEIGHTS.sub(_SAFETENSORS, name): name for name in known}
     return {**renamed, **{name: name for name in known if name in renamed}}
@@ -89,7 +89,7 @@ def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
         names = _renamed(filenames)
         if (
             names.keys() != names.values()
-        ):  # Ours are wanted also where safetensors files are not, as a component has pickled weights only.
+        ):  # Ours are wanted even if safetensors files are not, as when a component has pickled weights only.
             ignore_patterns = [pattern for pattern in ignore_patterns or [] if pattern != f"*{_SAFETENSORS}"]
         chosen = original(set(names), variant=variant, ignore_patterns=ignore_patterns)
         return tuple({names[name] for name in part} for part in chosen)
@@ -107,7 +107,7 @@ def _naming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _finding(original: Callable[..., Any]) -> Callable[..., Any]:
-    # A .df11 file in the place of a safetensors file.
+    # Take a .df11 file in place of a safetensors file.
     @functools.wraps(original)
     def get_model_file(source: Any, *args: Any, weights_name: str, **kwargs: Any) -> Any:
         if not weights_name.endswith(_SAFETENSORS):
@@ -194,7 +194,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         if call.get("tp_config") is not None:
             raise errors.UsageError(
-                "compressed weights cannot be cut for tensor parallelism", file=folder, hint="load the original model"
+                "compressed weights cannot be split for tensor parallelism", file=folder, hint="load the original model"
             )
         if not call.get("low_cpu_mem_usage", True):
             raise errors.UsageError(
@@ -207,7 +207,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             held = {name: container.info(name).shape for container in containers for name in container.keys()}
         held = (
             held if state is None else {name: tuple(value.shape) for name, value in state.items()}
-        )  # in which diffusers has renamed some
+        )  # some renamed by diffusers
         undecoded.check_names(
             folder,
             (),
@@ -216,7 +216,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         devices = call.get("device_map") or {}
         to_disk = "disk" in devices.values()
-        if to_disk:  # Which would decode: records are left in the files that they are in.
+        if to_disk:  # diffusers would decode them: records stay in their files.
             call["device_map"] = {name: "cpu" if device == "disk" else device for name, device in devices.items()}
         model, missing, unexpected, mismatched, index, messages = original(*bound.args, **bound.kwargs)
         undecoded.check_names(folder, missing, unexpected)
@@ -237,7 +237,7 @@ def _device(name: str, devices: dict[str, Any]) -> Any:
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
-    # Write what the original checkpoint was: BF16 tensors under their own names, which every diffusers loads.
+    # Write what the original checkpoint was: BF16 tensors under their own names, which any diffusers loads.
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         with undecoded.plain_state_dict(self):

@@ -1,7 +1,7 @@
-"""``from_pretrained`` and ``save_pretrained`` of transformers (5.20 and later) for folders and repositories of `.df11` files.
+"""``from_pretrained`` and ``save_pretrained`` of transformers (5.20 and later) for models of `.df11` files.
 
-transformers finds, names, places and ties the tensors itself; it is given records in the guise of the tensors that they decode to (`undecoded.py`).
-Four functions of ``transformers.modeling_utils`` are wrapped; on models that are not df11 they do what they always did.
+transformers itself finds, names, places and ties the tensors; it is given records that pose as the tensors they decode
+to (`undecoded.py`). Four functions of ``transformers.modeling_utils`` are wrapped; other models load as before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _INDEX: Final = "model.df11.index.json"
 
 
 class _Stored:
-    # What transformers takes for a slice of a safetensors file: it reads when it is indexed, in one of several threads.
+    # What transformers takes for a slice of a safetensors file: it is read when it is indexed, in one of several
+    # threads.
     def __init__(self, container: Container, name: str, in_file: bool, read: set[str]) -> None:
         self._container, self._name, self._in_file, self._read = container, name, in_file, read
 
@@ -51,7 +52,7 @@ class _Stored:
 
 @dataclasses.dataclass
 class _Loading:
-    # Of a model, between the two steps in which transformers loads it.
+    # A model between the two steps in which transformers loads it.
     folder: str
     read: set[str]
     disk_index: dict[str, Any] | None
@@ -92,7 +93,7 @@ def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]
             return _files(library, str(source), str(found[0]), download) if found else original(*args, **kwargs)
         try:
             return original(*args, **kwargs)
-        except OSError:  # A repository without safetensors and pickled weights.
+        except OSError:  # A repository with neither safetensors nor pickled weights.
             for name in names:
                 if (cached := _cached(library, str(source), name, download, call.get("user_agent"))) is not None:
                     return _files(library, str(source), cached, download)
@@ -102,12 +103,13 @@ def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _not_asking(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-    # With use_safetensors=True, transformers asks a bot on the Hub to convert a repository that has no safetensors file. One of ours needs none.
+    # With use_safetensors=True, transformers asks a bot on the Hub to convert a repository that has no safetensors
+    # file. One with our files needs no conversion.
     @functools.wraps(original)
     def convert(source: Any, *args: Any, **kwargs: Any) -> Any:
         is_waited_for = not (args or kwargs.get("ignore_errors_during_conversion"))
         if is_waited_for and any(library.cached_file(source, name, **kwargs) is not None for name in (_FILE, _INDEX)):
-            return None, kwargs.get("revision"), False  # Nothing: it goes on to our files.
+            return None, kwargs.get("revision"), False  # Nothing converted: transformers goes on to our files.
         return original(source, *args, **kwargs)
 
     return convert
@@ -124,11 +126,11 @@ def _cached(library: Any, source: str, name: str, download: dict[str, Any], user
 
 
 def _files(library: Any, source: str, path: str, download: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    # The files, and metadata whose dtype is what `dtype="auto"` falls back to.
+    # The files, and metadata with the dtype that `dtype="auto"` falls back to.
     if not path.endswith(".index.json"):
         files, metadata = [path], {}
     else:
-        read_index(path)  # One that is none, or leads out of the folder, raises.
+        read_index(path)  # Raises for a file that is no index, or that names a shard outside the folder.
         keywords = {
             name: value
             for name, value in download.items()
@@ -140,7 +142,7 @@ def _files(library: Any, source: str, path: str, download: dict[str, Any]) -> tu
 
 
 def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
-    # Give transformers the tensors of containers as a state dict that is read as it is used.
+    # Give transformers the containers' tensors as a state dict whose values are read when they are used.
     @functools.wraps(original)
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if not checkpoint_files or not str(checkpoint_files[0]).endswith(".df11"):
@@ -152,14 +154,14 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         if load_config.device_mesh is not None:
             raise errors.UsageError(
-                "compressed weights cannot be cut for tensor parallelism", file=folder, hint="load the original model"
+                "compressed weights cannot be split for tensor parallelism", file=folder, hint="load the original model"
             )
         with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in checkpoint_files]
             undecoded.check_dtype(load_config.dtype, containers)
             devices = load_config.device_map or {}
             to_disk = "disk" in devices.values()
-            if to_disk:  # Which would decode: records are left in the files that they are in.
+            if to_disk:  # transformers would decode them: records stay in their files.
                 kept = {name: "cpu" if device == "disk" else device for name, device in devices.items()}
                 load_config = dataclasses.replace(load_config, device_map=kept)
             read: set[str] = set()
@@ -203,8 +205,8 @@ def _finalizing(library: Any, original: Callable[..., Any]) -> Callable[..., Any
         decoded = state.read - kept
         if decoded:
             warnings.warn(
-                f"{state.folder}: {len(decoded)} of {len(state.read)} compressed tensors are held decoded, as transformers merges or casts them"
-                f" when it loads; the first is {min(decoded)}",
+                f"{state.folder}: {len(decoded)} of {len(state.read)} compressed tensors are held decoded,"
+                f" as transformers merges or casts them while loading; the first is {min(decoded)}",
                 stacklevel=2,
             )
         return info
@@ -213,7 +215,7 @@ def _finalizing(library: Any, original: Callable[..., Any]) -> Callable[..., Any
 
 
 def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
-    # Write what the original checkpoint was: BF16 tensors under their own names, which every transformers loads.
+    # Write what the original checkpoint was: BF16 tensors under their own names, which any transformers loads.
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         tied = dict(getattr(self, "all_tied_weights_keys", None) or {})
@@ -226,7 +228,7 @@ def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
-    # A transformers that is too old: its own error would only name the file that it misses.
+    # For a transformers that is too old: its own error would only name a missing file.
     @functools.wraps(original)
     def resolve(*args: Any, **kwargs: Any) -> Any:
         source = kwargs.get("pretrained_model_name_or_path")

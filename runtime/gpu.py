@@ -1,6 +1,7 @@
-"""A CUDA device: is it there, is it usable, the kernels compiled for it, their launches.
+"""A CUDA device: checks that it is usable, compiles the kernels for it, and launches them.
 
-torch owns the memory and the streams, CuPy compiles and launches; they share the device's context, and only addresses pass between them.
+torch owns memory and streams; CuPy compiles and launches. Both use the device's primary context, and exchange only
+addresses.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ _CUPY_BUILDS: Final = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
 
 class Gpu:
-    """The kernels on one CUDA device. Launches go to torch's current stream and allocate nothing, so that a CUDA graph can capture them."""
+    """The kernels on one CUDA device.
+
+    Launches go to torch's current stream and allocate nothing, so that a CUDA graph can capture them.
+    """
 
     def __init__(self, device: torch.device, source: str | None = None) -> None:
-        """Check the device and compile the kernels (or take them from CuPy's cache). Raises DeviceError or MissingExtraError.
+        """Check the device and compile the kernels, or take them from CuPy's cache.
 
-        ``source``: others than the package's, to compare them.
+        ``source``: CUDA source to use instead of the package's, for comparisons. Raises DeviceError or
+        MissingExtraError.
         """
         import torch
 
@@ -37,7 +42,7 @@ class Gpu:
         check_device(device)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise errors.UsageError(
-                "the kernels cannot be loaded while a CUDA graph is captured", hint="call df11.runtime.warm_up() before"
+                "the kernels cannot be loaded while a CUDA graph is captured", hint="call df11.runtime.warm_up() first"
             )
         self._cupy = _import_cupy()
         properties = torch.cuda.get_device_properties(device)
@@ -50,19 +55,19 @@ class Gpu:
                 self._kernels = {name: module.get_function(name) for name in kernels.THREADS}
                 for kernel in self._kernels.values():
                     kernel.compile()
-                # All of a multiprocessor's memory as shared memory: so the most blocks of the wide kernel fit.
+                # Give shared memory the largest share of the L1 cache, so that the most blocks of the wide kernel fit.
                 self._kernels[kernels.DECODE].preferred_shared_memory_carveout = 100
-        except Exception as error:  # CuPy's, NVRTC's and the driver's classes have no common base.
+        except Exception as error:  # The exceptions of CuPy, NVRTC and the driver have no common base class.
             raise errors.DeviceError(
                 f"the kernels do not compile or load on {properties.name}: {_first_line(error)}",
                 hint="update the driver, or NVRTC (12.8 or newer for compute capability 10.0 and above) and CuPy",
             ) from error
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # Other streams use it, too.
+            torch.cuda.synchronize(device)  # Used on other streams too.
 
     def decode(self, ranges: Sequence[Range], *, background: bool = False, tiles_per_block: int | None = None) -> None:
-        """Decode ranges, 64 in a launch. ``background`` takes the kernel with few registers and little shared memory, to run beside others."""
+        """Decode ranges, 64 per launch. ``background`` selects the kernel that needs little of a multiprocessor."""
         name = kernels.DECODE_SMALL if background else kernels.DECODE
         if tiles_per_block is None:
             tiles_per_block = kernels.tiles_per_block(
@@ -74,7 +79,10 @@ class Gpu:
                 self._launch(name, blocks, *arguments, np.uint64(self.status.data_ptr()))
 
     def gather_rows(self, matrix: Range, ids: int, count: int, row_weights: int, rows: int) -> None:
-        """Decode ``count`` rows of a matrix: ``ids`` is the address of their numbers, i64. ``matrix``: the whole record, the output of all rows."""
+        """Decode ``count`` rows of a matrix; ``ids`` is the address of their indices, i64.
+
+        ``matrix``: the whole record, with the output of all rows.
+        """
         if count and row_weights:
             arguments = (kernels.pack_one(matrix), np.uint64(ids), np.uint64(row_weights), np.uint64(rows))
             self._launch(kernels.GATHER_ROWS, count, *arguments, np.uint64(self.status.data_ptr()))
@@ -83,12 +91,12 @@ class Gpu:
         with self._cupy.cuda.Device(self.device.index), current_stream(self._cupy, self.device):
             self._kernels[name]((blocks,), (kernels.THREADS[name],), arguments)
 
-    def raise_damage(self) -> None:
+    def check_errors(self) -> None:
         """Wait for the current stream; raise the error if a kernel has met damaged bytes since the last call."""
         status = int(self.status.item())
         if status:
             self.status.zero_()
-        kernels.raise_damage(status)
+        kernels.check_errors(status)
 
 
 _lock: Final = threading.Lock()
@@ -96,7 +104,7 @@ _gpus: Final[dict[int, Gpu]] = {}
 
 
 def of(device: torch.device) -> Gpu:
-    """The kernels on a CUDA device, compiled when first asked for."""
+    """The kernels on a CUDA device, compiled on first use."""
     import torch
 
     index: int | None = device.index
@@ -109,7 +117,7 @@ def of(device: torch.device) -> Gpu:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise a DeviceError that says why this device cannot be used, if it cannot."""
+    """Raise a DeviceError that says why this device cannot be used, if so."""
     import torch
 
     if torch.version.cuda is None:
@@ -134,7 +142,7 @@ def check_device(device: torch.device) -> None:
 
 
 class _Handle:
-    # A stream of another library, as CuPy takes it.
+    # A stream of another library, wrapped for CuPy.
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
 
@@ -143,11 +151,11 @@ class _Handle:
 
 
 def current_stream(cupy: Any, device: torch.device) -> Any:
-    """Torch's current stream of a device, for ``with``: what CuPy launches inside goes there. The device must be CuPy's current one."""
+    """For ``with``: CuPy launches on torch's current stream of the device, which must be CuPy's current device."""
     import torch
 
     pointer = torch.cuda.current_stream(device).cuda_stream
-    if hasattr(cupy.cuda.Stream, "from_external"):  # From CuPy 14 on, which deprecates the other.
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 and later, where the other one is deprecated.
         return cupy.cuda.Stream.from_external(_Handle(pointer))
     return cupy.cuda.ExternalStream(pointer)
 
@@ -158,7 +166,7 @@ def _import_cupy() -> Any:
     installed = [name for name in _CUPY_BUILDS if _is_installed(name)]
     if len(installed) > 1:
         raise errors.DeviceError(
-            f"several builds of CuPy are installed: {', '.join(installed)}", hint="pip uninstall all but one"
+            f"several builds of CuPy are installed: {', '.join(installed)}", hint="uninstall all but one with pip"
         )
     try:
         import cupy
@@ -193,7 +201,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 @contextmanager
 def enough_memory(device: torch.device, needed: int) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into a BudgetError that names ``needed`` bytes and, on a GPU, what is free."""
+    """Turn torch's out-of-memory errors into a BudgetError with ``needed`` bytes and, on a GPU, the free memory."""
     import torch
 
     try:

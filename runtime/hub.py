@@ -1,6 +1,7 @@
-"""What is on the Hub, as files in the cache that all its clients share: only what is needed is downloaded, and all of it from one commit.
+"""Files on the Hub, through the cache that all its clients share. Only what is needed is downloaded, at one commit.
 
-The runtime lives in other people's programs, so huggingface_hub is used as these have set it up: endpoint, login, cache, transfers, offline mode.
+The runtime lives in other people's programs, so huggingface_hub is used as they set it up: endpoint, login, cache,
+transfers, offline mode.
 """
 
 from __future__ import annotations
@@ -15,38 +16,38 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from df11.formats import errors
-from df11.formats.hub import SCHEME, Address, explained, is_address, is_repository
+from df11.storage.address import SCHEME, Address, is_address, is_repository
 
 StrPath = str | os.PathLike[str]
 
 _OTHER_WEIGHTS: Final = re.compile(r"\.(safetensors|bin|pth?|ckpt|h5|msgpack|gguf|onnx(_data)?|pb)$")
 _ABOUT: Final = re.compile(r"\.(md|parquet|png|jpe?g|gif|webp|svg|mp4|gitattributes)$", re.IGNORECASE)
-"""Descriptions and pictures, which nothing reads when a component is loaded."""
+"""Descriptions and pictures, which no component needs to load."""
 _CACHED: Final = re.compile(r"/models--[^/]+/snapshots/[0-9a-f]+/")
 
 
 def address_of(path: object) -> Address | None:
-    """The address that ``path`` is: one with ``hf://``, or ``owner/name`` where nothing local has that name. Else None."""
+    """The address in ``path``: ``hf://…``, or ``owner/name`` if nothing local has that name. Else None."""
     if is_address(path):
         return Address.parse(str(path))
     try:
         is_plain = isinstance(path, str) and is_repository(path) and not os.path.lexists(path)
         return Address.parse(f"{SCHEME}{path}") if is_plain else None
-    except errors.UsageError:  # Such as models/name: a folder that is not there.
+    except errors.UsageError:  # Such as models/name: a folder that does not exist.
         return None
 
 
 def local_file(path: StrPath) -> StrPath:
     """The path of a `.df11` file, downloaded if ``path`` is an address.
 
-    Raises a Df11Error, as all here do, for what is no such file, missing, not allowed or cannot be reached.
+    Raises a Df11Error, like everything here, if it is not such a file, missing, not allowed or unreachable.
     """
     if not is_address(path):
         return path
     where = Address.parse(str(path))
     if not where.path.endswith(".df11"):
         raise errors.UsageError(
-            "this names no .df11 file", file=path, expected=f"{SCHEME}{where.repository}/model.df11, for example"
+            "this does not name a .df11 file", file=path, expected=f"{SCHEME}{where.repository}/model.df11, for example"
         )
     client = _client()
     with _asking(where):
@@ -54,7 +55,7 @@ def local_file(path: StrPath) -> StrPath:
 
 
 def local_weights(path: StrPath) -> StrPath:
-    """The path of a `.df11` file or of a folder of them, downloaded if ``path`` is an address: these files and their index only."""
+    """The path of a `.df11` file or a folder of them. An address: downloads just these and their index."""
     if not is_address(path):
         return path
     where = Address.parse(str(path))
@@ -69,21 +70,21 @@ def local_weights(path: StrPath) -> StrPath:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A folder of a repository at one commit, in the cache as far as it has been asked for."""
+    """A folder of a repository at one commit, in the cache as far as it has been requested."""
 
     where: Address
-    """With the commit for a revision."""
+    """The address, with the commit as its revision."""
     folder: Path
     names: tuple[str, ...]
-    """All files there, in the cache or not, relative to the folder."""
+    """All files there, cached or not, relative to the folder."""
 
     @classmethod
     def open(cls, where: Address, first: str) -> Snapshot:
-        """What is there, with the file ``first``, which must be there, and all code, which is small, in the cache."""
+        """Look up what is there. The file ``first``, which must exist, and all code, which is small, are cached."""
         prefix = _prefix(where)
         root = _download(where, [glob.escape(prefix + first), f"{glob.escape(prefix)}*.py"])
         listed = _listed(where.repository, root.name)
-        if listed is None:  # Nobody has asked the Hub, and nobody can.
+        if listed is None:  # The list is not cached, and the Hub is out of reach.
             listed = [path.relative_to(root).as_posix() for path in root.rglob("*")]
         names = tuple(name.removeprefix(prefix) for name in listed if name.startswith(prefix))
         if first not in names:
@@ -95,11 +96,12 @@ class Snapshot:
         return any(name.endswith(".df11") and str(PurePosixPath(name).parent) in folders for name in self.names)
 
     def fetch(self, folders: Collection[str] = (".",)) -> Path:
-        """All that components in these folders are loaded from: configurations, vocabularies, `.df11` files. Returns the snapshot's folder."""
+        """Download all that components in these folders load: configs, vocabularies, weights. Returns the folder."""
         names = [name for name in self.names if (name.partition("/")[0] if "/" in name else ".") in folders]
         for folder in sorted({PurePosixPath(name).parent for name in names if _OTHER_WEIGHTS.search(name)}):
             if not self.has_df11([str(folder)]):
-                hint = f"df11-convert --cast bf16 {SCHEME}{self.where.repository} {self.where.repository.partition('/')[2]}-df11"
+                name = self.where.repository.partition("/")[2]
+                hint = f"df11-convert --cast bf16 {SCHEME}{self.where.repository} {name}-df11"
                 raise errors.MissingError(
                     "no .df11 file here", file="/".join([str(self.where), *folder.parts]), hint=hint
                 )
@@ -110,13 +112,13 @@ class Snapshot:
 
 
 def opened(path: object, first: str) -> Snapshot | None:
-    """What is at an address, or in the repository that ``owner/name`` stands for; None for other paths."""
+    """The snapshot at an address, or of the repository that ``owner/name`` names; None for other paths."""
     where = address_of(path)
     try:
         return None if where is None else Snapshot.open(where, first)
     except errors.Df11Error as error:
         if not is_address(path):
-            error.hint = "; ".join(filter(None, [error.hint, "there is no folder of this name either"]))
+            error.hint = "; ".join(filter(None, [error.hint, "there is no folder with this name either"]))
         raise
 
 
@@ -128,7 +130,10 @@ def found(
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> Snapshot | None:
-    """Like :func:`opened`, for a path that may as well be none of ours: None, too, for ``owner/name`` that cannot be had, or is not df11."""
+    """Like :func:`opened`, for a path that may not be meant for df11.
+
+    Also None for an ``owner/name`` that is out of reach or not df11.
+    """
     where = address_of(path)
     if where is None:
         return None
@@ -159,19 +164,20 @@ def _client() -> Any:
 @contextmanager
 def _asking(where: Address) -> Iterator[None]:
     try:
+        from df11.storage.client import explained
+
         with explained(str(where)):
             yield
-    except (
-        OSError
-    ) as error:  # Of the cache; or the client's own, without a number, where a file has another size than the Hub says.
+    except OSError as error:
+        # Of the cache, or the client's own, without a number, if a file's size is not the one that the Hub states.
         if error.errno is None:
             hint = "run the same command again"
-            raise errors.RetryLaterError("the download has come incomplete", file=str(where), hint=hint) from None
+            raise errors.RetryLaterError("the download is incomplete", file=str(where), hint=hint) from None
         raise errors.from_os_error(error, file=error.filename or str(where)) from None
 
 
 def _download(where: Address, patterns: list[str], ignored: list[str] | None = None) -> Path:
-    # The root of the snapshot; its name is the commit.
+    # The root folder of the snapshot; its name is the commit.
     client = _client()
     with _asking(where):
         return Path(
@@ -182,7 +188,7 @@ def _download(where: Address, patterns: list[str], ignored: list[str] | None = N
 
 
 def _listed(repository: str, commit: str) -> list[str] | None:
-    # The names of all files at a commit; None if the client has none in its cache.
+    # The names of all files at a commit; None if they are not cached.
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
@@ -201,7 +207,7 @@ def _missing(where: Address, commit: str, what: str) -> errors.Df11Error:
 
 @contextmanager
 def naming_downloads() -> Iterator[None]:
-    """Let an error about a damaged file in the Hub's cache say how to be rid of it: the client compares sizes only."""
+    """Let an error about a damaged file in the Hub's cache say how to remove it: the client compares sizes only."""
     try:
         yield
     except (errors.FormatError, errors.SafetensorsError) as error:

@@ -16,7 +16,7 @@ import xxhash
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.formats.record import Record, Scratch
-from df11.runtime import cpu, gpu, hub, pieces
+from df11.runtime import batches, cpu, gpu, hub
 from df11.runtime.kernels import Range
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 SLOTS: Final = 6
 READING: Final = 4
 SLOT_BYTES: Final = 16 << 20
-"""The ring of pinned memory through which a file goes to a GPU, and as much there. Some slots are being read; the others are being copied and
-decoded, so that one can wait for its turn while another's copy is under way."""
+"""The ring of pinned memory through which a file goes to a GPU, and as much memory there.
+
+Some slots are being read while the others are copied and decoded: one can wait for its decoding during another's copy.
+"""
 
 _TORCH_NAMES: Final = {
     "BOOL": "bool",
@@ -54,12 +56,13 @@ _TORCH_NAMES: Final = {
 
 
 def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda") -> dict[str, torch.Tensor]:
-    """All tensors of a `.df11` file, decoded, on a device, as ``safetensors.torch.load_file`` gives those of a safetensors file.
+    """All tensors of a `.df11` file, decoded, on a device, as ``safetensors.torch.load_file`` loads a safetensors file.
 
-    ``path``: of the file, or its address on the Hub: ``hf://owner/name[@revision]/model.df11``.
-    On the processor all cores read and decode, and stored and decoded checksums are checked. To a GPU the file goes compressed, through a
-    ring of pinned memory; every stored checksum is checked on the way, and the kernels check that each lane ends where it should.
-    Raises a :class:`~df11.formats.errors.Df11Error` for damage, for too little memory, where there is no usable GPU, and for what the Hub refuses.
+    ``path``: a file, or its address on the Hub: ``hf://owner/name[@revision]/model.df11``. On the CPU, all cores read
+    and decode, and the checksums of stored and of decoded bytes are checked. To a GPU, the file goes compressed through
+    a ring of pinned memory; all checksums of stored bytes are checked on the way, and the kernels check that each lane
+    ends where it should. Raises a :class:`~df11.formats.errors.Df11Error` for damage, too little memory, no usable GPU,
+    or a refusal by the Hub.
     """
     try:
         import torch
@@ -68,7 +71,7 @@ def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda")
     from df11.runtime import operators
 
     target = device_of(device)
-    decoder = operators.decoder_of(target)  # Before the file is read: it says whether there is a GPU.
+    decoder = operators.decoder_of(target)  # Before the file is read, as this fails where there is no GPU.
     with hub.naming_downloads(), Container(hub.local_file(path)) as container:
         if target.type == "cuda":
             target = gpu.of(target).device  # with its index
@@ -87,7 +90,7 @@ def load_file(path: str | os.PathLike[str], device: str | torch.device = "cuda")
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """A torch device by its name. Raises DeviceError if there is none of that name."""
+    """A torch device by its name. Raises DeviceError if torch knows no such name."""
     import torch
 
     try:
@@ -99,7 +102,7 @@ def device_of(device: str | torch.device) -> torch.device:
 
 
 def torch_dtype(container: Container, name: str) -> torch.dtype:
-    """The dtype that a tensor of a container has in torch. Raises DtypeError where torch has none."""
+    """The torch dtype of a tensor of a container. Raises DtypeError where torch has none."""
     import torch
 
     found = container.info(name).dtype
@@ -110,7 +113,7 @@ def torch_dtype(container: Container, name: str) -> torch.dtype:
 
 
 def load_on_cores(container: Container, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill tensors in the processor's memory: each segment, and each verbatim tensor, is a task for some core."""
+    """Fill tensors in CPU memory; each segment and each verbatim tensor is a task for a thread."""
     import torch
 
     scratch = threading.local()
@@ -135,7 +138,7 @@ def load_on_cores(container: Container, tensors: dict[str, torch.Tensor]) -> Non
         for task in tasks:
             task.result()
     finally:
-        for task in tasks:  # The file is closed after an error; nobody may still read from it.
+        for task in tasks:  # After an error the file is closed, so nobody may still read from it.
             if not task.cancel():
                 task.exception()
 
@@ -147,35 +150,35 @@ def load_through_ring(
     decoder: Decoder,
     capacity: int = SLOT_BYTES,
 ) -> None:
-    """Fill tensors in a device's memory: threads read and check pieces of the file, which are copied and decoded there in turn."""
+    """Fill tensors on a device: threads read and check batches of the file, which are then copied and decoded there."""
     ring = deque(_Slot(device, capacity) for _ in range(SLOTS))
-    reading: deque[tuple[pieces.Piece, _Slot, Future[None]]] = deque()
+    reading: deque[tuple[batches.Batch, _Slot, Future[None]]] = deque()
     checksums: dict[str, xxhash.xxh3_64] = {}
 
     def finish() -> None:
-        piece, slot, read = reading.popleft()
+        batch, slot, read = reading.popleft()
         ring.append(slot)
         read.result()
-        for part in piece.verbatim:
+        for part in batch.verbatim:
             checksum = checksums.setdefault(part.name, xxhash.xxh3_64())
             checksum.update(slot.bytes[part.start : part.start + part.size])
             if part.last:
                 container.check_verbatim(part.name, checksum.intdigest())
-        slot.copy(piece, tensors)
-        decoder.decode([slot.range_of(part, tensors[part.name]) for part in piece.records])
+        slot.copy(batch, tensors)
+        decoder.decode([slot.range_of(part, tensors[part.name]) for part in batch.records])
         slot.used()
 
     with _side_stream(device):
         try:
-            for piece in pieces.cut(container, capacity):
+            for batch in batches.cut(container, capacity):
                 if len(reading) == READING:
                     finish()
                 slot = ring.popleft()
-                slot.prepare(piece.size)
-                reading.append((piece, slot, cpu.pool().submit(piece.read, container, slot.bytes[: piece.size])))
+                slot.prepare(batch.size)
+                reading.append((batch, slot, cpu.pool().submit(batch.read, container, slot.bytes[: batch.size])))
             while reading:
                 finish()
-            decoder.raise_damage()
+            decoder.check_errors()
         finally:
             for _, _, read in reading:
                 if not read.cancel():
@@ -183,7 +186,7 @@ def load_through_ring(
 
 
 class _Slot:
-    """A place of the ring: pinned memory, and as much on the device."""
+    """A slot of the ring: pinned memory, and as much on the device."""
 
     def __init__(self, device: torch.device, capacity: int) -> None:
         import torch
@@ -200,23 +203,23 @@ class _Slot:
         self.bytes = self._pinned.numpy()
 
     def prepare(self, size: int) -> None:
-        """Wait until the slot is no longer in use; make it larger if a single segment asks for it."""
+        """Wait until the slot is no longer in use; grow it if a single segment needs that."""
         if self._event is not None:
             self._event.synchronize()
         if size > len(self.bytes):
             self._allocate(size)
 
-    def copy(self, piece: pieces.Piece, tensors: dict[str, torch.Tensor]) -> None:
-        """Start copying: records to the device's half of the slot, verbatim bytes to their tensors."""
-        if piece.records:
-            end = piece.records[-1].start + piece.records[-1].size
+    def copy(self, batch: batches.Batch, tensors: dict[str, torch.Tensor]) -> None:
+        """Start copying: records to the slot's device memory, verbatim bytes to their tensors."""
+        if batch.records:
+            end = batch.records[-1].start + batch.records[-1].size
             self._staging[:end].copy_(self._pinned[:end], non_blocking=True)
-        for part in piece.verbatim:
+        for part in batch.verbatim:
             target = _bytes_of(tensors[part.name])[part.offset : part.offset + part.size]
             target.copy_(self._pinned[part.start : part.start + part.size], non_blocking=True)
 
-    def range_of(self, part: pieces.RecordPart, tensor: torch.Tensor) -> Range:
-        """What decodes a record of the piece into its tensor."""
+    def range_of(self, part: batches.RecordPart, tensor: torch.Tensor) -> Range:
+        """The range that decodes a record of the batch into its tensor."""
         return Range(
             self._staging.data_ptr() + part.start,
             part.size,
@@ -228,14 +231,14 @@ class _Slot:
         )
 
     def used(self) -> None:
-        """Note that all work with the slot has been launched."""
+        """Record that all work with the slot has been launched."""
         if self._event is not None:
             self._event.record()
 
 
 @contextmanager
 def _side_stream(device: torch.device) -> Iterator[None]:
-    # A stream of our own, so that the caller's work goes on; at the end his stream waits for it.
+    # A stream of our own, so that the caller's work continues; at the end the caller's stream waits for it.
     import torch
 
     if device.type != "cuda":
@@ -246,7 +249,7 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     try:
         with torch.cuda.device(device), torch.cuda.stream(stream):
             yield
-    finally:  # After an error, too: what has been launched still uses memory that is about to be given back.
+    finally:  # After an error too: launched work still uses memory that is about to be freed.
         torch.cuda.current_stream(device).wait_stream(stream)
 
 

@@ -1,8 +1,7 @@
-"""Load a container into a model, by tensor name: large weights stay compressed, the rest is as it was."""
+"""Load a container into a model by tensor name: large weights stay compressed, everything else is loaded as usual."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -14,24 +13,25 @@ from typing import Final, TypeVar
 import torch
 from torch import nn
 
-from df11.formats import errors
+from df11.formats import errors, json_text, layout
 from df11.formats.container import Container
 from df11.runtime import cpu, gpu, hub, load, operators
-from df11.runtime.ahead import CudaStreams
 from df11.runtime.modules import (
     SLICE_WEIGHTS,
     CompressedEmbedding,
     CompressedLinear,
     CompressedModule,
     Geometry,
-    ahead_of,
     compress_parameter,
-    decode_ahead,
+    enable_prefetch,
     offload_records,
+    prefetcher_of,
 )
+from df11.runtime.prefetch import CudaStreams
+from df11.storage.paths import read_file
 
 SMALL: Final = 1 << 16
-"""Weights of a tensor below which it is decoded when it is loaded: what compressing it would save is less than what decoding it again costs."""
+"""Tensors with fewer weights are decoded on loading: decoding them each time costs more than compression saves."""
 _LISTED: Final = 8
 
 
@@ -59,14 +59,15 @@ def load_model(
     cpu_offload: bool = False,
     prefetch: bool = False,
 ) -> Model:
-    """Load all parameters and persistent buffers of a model from a `.df11` file or a folder of them; returns the model, on ``device``.
+    """Load all parameters and persistent buffers of a model from a `.df11` file or a folder of them.
 
-    ``path`` may be an address on the Hub, ``hf://owner/name[@revision][/folder or file]``.
-    BF16 tensors of 65,536 weights and more stay compressed and are decoded each time their module runs; others become ordinary parameters.
-    The model may be on the meta device. Tied parameters are stored once. ``rename``: from a name in the container to one in the model.
-    ``cpu_offload``: records stay in the processor's memory, pinned, and are copied as modules run. ``prefetch``: on a GPU, the next linear layer's
-    weight is decoded on a side stream while this one's product runs, in the order learnt in the first pass, for two buffers of the largest.
-    Raises MismatchError, which lists what differs in name, shape or dtype; then the model is as it was.
+    Returns the model, on ``device``; it may come from the meta device. ``path`` may be an address on the Hub,
+    ``hf://owner/name[@revision][/folder or file]``. BF16 tensors of 65,536 or more weights stay compressed and are
+    decoded whenever their module runs; the others become ordinary parameters. Tied parameters are stored once.
+    ``rename``: from a name in the container to one in the model. ``cpu_offload``: records stay in CPU memory, pinned,
+    and are copied as modules run. ``prefetch``: on a GPU, the next linear layer's weight is decoded on a side stream
+    during this one's product, in the order learnt in the first pass; this takes two buffers of the largest weight.
+    Raises MismatchError, which lists the names, shapes or dtypes that differ; the model is then unchanged.
     """
     target = load.device_of(device)
     operators.decoder_of(target)
@@ -74,7 +75,7 @@ def load_model(
         target = gpu.of(target).device
     if any(isinstance(module, CompressedModule) for module in model.modules()):
         raise errors.UsageError(
-            "the model is compressed already", file=path, hint="load into a new one, or materialize it before"
+            "the model is compressed already", file=path, hint="load into a new model, or materialize this one first"
         )
     with hub.naming_downloads(), ExitStack() as stack:
         containers = [stack.enter_context(Container(file)) for file in files_of(hub.local_weights(path))]
@@ -109,14 +110,14 @@ def load_model(
     if cpu_offload:
         offload_records(model, target)
     if prefetch and target.type == "cuda":
-        decode_ahead(model, target, CudaStreams(target))
+        enable_prefetch(model, target, CudaStreams(target))
     return model
 
 
 def files_of(path: str | os.PathLike[str]) -> list[Path]:
-    """The `.df11` files at a path: the file itself, or those that the index of a folder names, or all in the folder."""
+    """The `.df11` files at a path: the file itself, the shards that a folder's index names, or all in the folder."""
     root = Path(path)
-    if not os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises for a name that is too long, and this does not
+    if not os.path.isdir(root):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         return [root]
     try:
         indexes, files = sorted(root.glob("*.df11.index.json")), sorted(root.glob("*.df11"))
@@ -126,7 +127,7 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
             )
         if not indexes:
             if not files:
-                next(root.iterdir(), None)  # A folder that may not be read looks empty to glob; this raises.
+                next(root.iterdir(), None)  # glob finds nothing in a folder that may not be read; this raises.
                 raise errors.MissingError("no .df11 file in this folder", file=root)
             return files
         names = read_index(indexes[0])
@@ -141,23 +142,20 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_index(path: str | os.PathLike[str]) -> set[str]:
-    """The names of the shards that an index file lists. Raises FormatError if it is none, or if a shard lies in another folder."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        names = set(json.loads(text)["weight_map"].values())
-    except OSError as error:
-        raise errors.from_os_error(error, file=path) from None
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        names = set()
-    if not names or not all(isinstance(name, str) for name in names):
-        raise errors.FormatError("not an index of shards", file=path)
+    """The names of the shards in an index file. Raises FormatError if it is no index or leads to another folder."""
+    data = read_file(path, layout.MAX_JSON_HEADER)
+    document = json_text.parse(data, what="the index", where={"file": path})
+    shards = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise errors.FormatError("not a shard index", file=path)
+    names = set(shards.values())
     if wrong := sorted(name for name in names if Path(name).name != name or "\0" in name):
         raise errors.FormatError("a shard lies in another folder", file=path, found=errors.shortened(wrong[0]))
     return names
 
 
 def _places_of(model: nn.Module) -> dict[str, list[_Place]]:
-    # The places of each name of the state dict. Tied parameters: each name has the places of all.
+    # Name in the state dict -> where it is held. Every name of a tied parameter has the places of all of them.
     places: dict[str, list[_Place]] = {}
     by_identity: dict[int, list[_Place]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -188,16 +186,16 @@ def _compare(places: dict[str, list[_Place]], held: dict[str, tuple[Container, s
             elif load.torch_dtype(container, stored) != value.dtype:
                 dtypes.append(f"{name} {info.dtype} in the container, {value.dtype} in the model")
     if shapes:
-        lines.append(f"other shapes: {some(shapes)}")
+        lines.append(f"shapes differ: {some(shapes)}")
     if dtypes:
-        lines.append(f"other dtypes: {some(dtypes)}")
+        lines.append(f"dtypes differ: {some(dtypes)}")
     if lines:
-        hint = "model.to(torch.bfloat16) before" if dtypes and len(lines) == 1 else None
+        hint = "call model.to(torch.bfloat16) first" if dtypes and len(lines) == 1 else None
         raise MismatchError(f"the model and the container differ; {'; '.join(lines)}", file=path, hint=hint)
 
 
 def _check_other_buffers(model: nn.Module) -> None:
-    # Those that no container holds: they must be there already.
+    # Buffers that no container holds must have their values already.
     lost = [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
@@ -210,14 +208,14 @@ def _check_other_buffers(model: nn.Module) -> None:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names of a list, for an error, and how many more there are."""
+    """The first names of a list, for an error message, and how many more there are."""
     listed = list(names)
     more = len(listed) - _LISTED
     return ", ".join(_plain(name) for name in listed[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _plain(text: str) -> str:
-    # Names come from files: no control characters, and no longer than a line.
+    # Names come from files: no control characters, and no more than a line.
     quoted = errors.shortened(text)
     return text if quoted == f"'{text}'" else quoted
 
@@ -225,7 +223,10 @@ def _plain(text: str) -> str:
 def load_tensor(
     container: Container, name: str, device: torch.device, records: torch.device
 ) -> tuple[nn.Parameter, Geometry | None]:
-    """A tensor: its record, on ``records``, and what that decodes to, if it is to stay compressed; else its values, on ``device``, and None."""
+    """A tensor, and what it decodes to if it stays compressed.
+
+    If so, it is the record, on ``records``, and its geometry; else the values, on ``device``, and None.
+    """
     info = container.info(name)
     if info.encoding == "df11" and info.elements >= SMALL:
         record = container.record(name)
@@ -237,7 +238,7 @@ def load_tensor(
 
 
 def _put(place: _Place, parameter: nn.Parameter, geometry: Geometry | None, device: torch.device) -> None:
-    if place.is_buffer:  # Read by its module as it likes: not compressed, however large.
+    if place.is_buffer:  # Modules read buffers directly, so that these are never compressed, however large.
         values = parameter.data.to(device)
         place.module._buffers[place.name] = (
             values if geometry is None else operators.decode(values, list(geometry.shape), geometry.segment_elements)
@@ -249,10 +250,11 @@ def _put(place: _Place, parameter: nn.Parameter, geometry: Geometry | None, devi
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleReport:
-    """Bytes of one module's own tensors.
+class ModuleMemory:
+    """Memory of one module's own tensors, in bytes.
 
-    ``compressed``: records; ``verbatim``: others; ``scratch``: what its forward decodes to at once; ``bf16``: all if nothing were compressed.
+    ``compressed``: records. ``verbatim``: everything else. ``scratch``: what its forward decodes at once. ``bf16``: all
+    of it if nothing were compressed.
     """
 
     name: str
@@ -263,10 +265,10 @@ class ModuleReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What a model takes. Tied weights count once."""
+class MemoryReport:
+    """What a model takes, in bytes. Tied weights count once."""
 
-    modules: tuple[ModuleReport, ...]
+    modules: tuple[ModuleMemory, ...]
 
     @property
     def compressed(self) -> int:
@@ -285,7 +287,7 @@ class Report:
 
     @property
     def scratch(self) -> int:
-        """Bytes of the largest matrix or slice that is decoded at once, or of the buffers for decoding ahead if they are more."""
+        """Bytes of the largest matrix or slice that is decoded at once, or of the prefetch buffers if larger."""
         return max((module.scratch for module in self.modules), default=0)
 
     def __str__(self) -> str:
@@ -294,8 +296,8 @@ class Report:
         return f"{self.compressed:,} bytes compressed, {self.verbatim:,} verbatim{share}; scratch {self.scratch:,}"
 
 
-def report(model: nn.Module) -> Report:
-    """Compressed, verbatim and scratch bytes by module."""
+def memory_report(model: nn.Module) -> MemoryReport:
+    """Compressed, verbatim and scratch bytes per module."""
     seen: set[int] = set()
     rows = []
     for name, module in model.named_modules():
@@ -305,7 +307,7 @@ def report(model: nn.Module) -> Report:
         for part, geometry in geometries.items():
             assert isinstance(module, CompressedModule)
             sliced = isinstance(module, CompressedLinear) and part == "weight" and geometry.elements > SLICE_WEIGHTS
-            if not isinstance(module, CompressedEmbedding):  # which decodes no more than it gives
+            if not isinstance(module, CompressedEmbedding):  # which decodes only the rows it returns
                 scratch += 2 * (
                     max(1, SLICE_WEIGHTS // geometry.shape[1]) * geometry.shape[1] if sliced else geometry.elements
                 )
@@ -317,8 +319,8 @@ def report(model: nn.Module) -> Report:
                 verbatim += value.numel() * value.element_size()
                 bf16 += value.numel() * value.element_size()
         seen |= {id(value) for value in [*module._parameters.values(), *module._buffers.values()] if value is not None}
-        if (ahead := ahead_of(module)) is not None:
-            scratch = max(scratch, ahead.scratch)
+        if (prefetcher := prefetcher_of(module)) is not None:
+            scratch = max(scratch, prefetcher.scratch)
         if compressed or verbatim:
-            rows.append(ModuleReport(name, compressed, verbatim, scratch, bf16))
-    return Report(tuple(rows))
+            rows.append(ModuleMemory(name, compressed, verbatim, scratch, bf16))
+    return MemoryReport(tuple(rows))

@@ -1,7 +1,8 @@
-"""Modules whose weights stay compressed: each is decoded in the module's own ``forward``, whoever calls that, and is gone afterwards.
+"""Modules whose weights stay compressed: decoded in the module's own ``forward``, whoever calls it, then freed.
 
-A compressed module is an instance of a subclass, made for it, of the class that it had. In place of the parameter ``weight`` it has the parameter
-``weight_df11``, the record as u8, which moves, is saved and is offloaded as any other; ``weight`` is a property that decodes.
+A compressed module is an instance of a subclass made from its original class. Instead of the parameter ``weight`` it
+has the parameter ``weight_df11``, the record as u8, which moves, is saved and is offloaded like any other; ``weight``
+is a property that decodes.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from torch.utils._pytree import tree_map
 
 from df11.formats import errors, layout
 from df11.runtime import operators
-from df11.runtime.ahead import Ahead, Streams
+from df11.runtime.prefetch import Prefetcher, Streams
 
 SUFFIX: Final = "_df11"
-"""Of the name of a parameter that holds a record."""
+"""Suffix of the name of a parameter that holds a record."""
 SLICE_WEIGHTS: Final = 1 << 25
-"""A linear layer with more weights is decoded in slices of rows, so that an output layer needs no scratch of its size."""
+"""A linear layer with more weights is decoded in slices of rows, so that an output layer needs little scratch."""
 
 
-_AHEAD: Final = "_df11_ahead"
+_PREFETCHER: Final = "_df11_prefetcher"
 _EXECUTION: Final = "_df11_execution_device"
 
 
 class FrozenWeightError(errors.UsageError):
-    """A compressed weight was to be changed, replaced or fused."""
+    """Something tried to change, replace or fuse a compressed weight."""
 
 
 def _frozen(what: str) -> FrozenWeightError:
@@ -54,16 +55,16 @@ class Geometry:
 
 
 class DecodedWeight(torch.Tensor):
-    """What ``module.weight`` gives to others than the module: decoded values that can be read and computed with, and that refuse to be changed.
+    """What ``module.weight`` returns to outsiders: decoded values that can be read and computed with, but not changed.
 
-    A change would be lost, as the record stays as it is; that is how fusing a LoRA would silently do nothing.
+    A change would be lost, since the record stays as it is: fusing a LoRA, for example, would silently do nothing.
     """
 
     payload: nn.Parameter
 
     @staticmethod
     def of(values: torch.Tensor, payload: nn.Parameter) -> DecodedWeight:
-        """Guard decoded values."""
+        """Guard decoded values against changes."""
         guarded: DecodedWeight = torch.Tensor._make_subclass(DecodedWeight, values)
         guarded.payload = payload
         return guarded
@@ -84,9 +85,10 @@ class DecodedWeight(torch.Tensor):
 
 
 class UnreadWeight(DecodedWeight):
-    """A decoded weight that is not decoded before its values are asked for: libraries often look at the dtype of a weight alone, in every forward.
+    """A decoded weight that is decoded only when its values are needed.
 
-    Like any parameter, it may be on the meta device as long as an offloading hook has not brought the record.
+    Libraries often look at nothing but a weight's dtype, in every forward. Like any parameter, it may be on the meta
+    device until an offloading hook has brought the record.
     """
 
     _module: CompressedModule
@@ -129,7 +131,7 @@ def _read(value: Any) -> Any:
 
 
 def is_about_form(function: Any) -> bool:
-    """Whether a function of torch, as ``__torch_function__`` gets it, tells shape, dtype, device and the like, and no values."""
+    """Whether a torch function, as ``__torch_function__`` gets it, reads only shape, dtype, device or the like."""
     if function in _FORM:
         return True
     of_property = (
@@ -184,7 +186,7 @@ _CHANGING: Final = frozenset(
 
 
 def _guard_views(result: Any, guards: Sequence[DecodedWeight]) -> Any:
-    # A view of guarded values is guarded; what was computed from them is not.
+    # A view of guarded values is guarded; results computed from them are not.
     if isinstance(result, (tuple, list)):
         return type(result)(_guard_views(item, guards) for item in result)
     if not isinstance(result, torch.Tensor) or result.device.type == "meta":
@@ -197,7 +199,7 @@ def _guard_views(result: Any, guards: Sequence[DecodedWeight]) -> Any:
 
 
 class _Inside(threading.local):
-    """The modules whose ``forward`` runs in this thread: they get their weights as plain tensors."""
+    """The modules whose ``forward`` runs in this thread: they see their weights as plain tensors."""
 
     def __init__(self) -> None:
         self.modules: list[CompressedModule] = []
@@ -207,19 +209,19 @@ _inside: Final = _Inside()
 
 
 class CompressedModule(nn.Module):
-    """What all compressed modules are. ``geometries``: parameter name -> shape and segments of its record."""
+    """Base of all compressed modules. ``geometries``: parameter name -> shape and segments of its record."""
 
     geometries: dict[str, Geometry]
     _original: ClassVar[type[nn.Module]]
 
     def decode(self, name: str = "weight") -> torch.Tensor:
-        """The values of a compressed parameter, BF16, decoded anew on the device where the module runs."""
+        """The values of a compressed parameter, BF16, freshly decoded on the device where the module runs."""
         geometry = self.geometries[name]
         decoded: torch.Tensor = operators.decode(self.record(name), list(geometry.shape), geometry.segment_elements)
         return decoded
 
     def record(self, name: str = "weight") -> torch.Tensor:
-        """The record of a compressed parameter where the module runs: copied there, if it is kept elsewhere (``offload_records``)."""
+        """The record of a compressed parameter on the device where the module runs; copied if kept elsewhere."""
         payload, device = self.payload(name), self.__dict__.get(_EXECUTION)
         return aligned(payload) if device is None or payload.device == device else payload.to(device, non_blocking=True)
 
@@ -232,24 +234,24 @@ class CompressedModule(nn.Module):
             )
         return found
 
-    def elements_ahead(self) -> int:
-        """Weights of ``weight``, for decoding ahead."""
+    def prefetch_elements(self) -> int:
+        """Number of weights of ``weight``, for prefetching."""
         return self.geometries["weight"].elements
 
-    def state_ahead(self) -> object:
+    def prefetch_state(self) -> object:
         """Which record ``weight`` has, and whether it has been written to since."""
         payload = self.payload()
         return payload.data_ptr(), payload._version
 
-    def decode_ahead(self, out: torch.Tensor) -> None:
-        """Start to decode ``weight`` on the current stream, into BF16 [elements]."""
+    def prefetch_into(self, out: torch.Tensor) -> None:
+        """Launch the decoding of ``weight`` on the current stream, into BF16 [elements]."""
         record, geometry = self.record(), self.geometries["weight"]
         if record.is_cuda:
             record.record_stream(torch.cuda.current_stream(record.device))
         operators.decode_into([record], [geometry.elements], [geometry.segment_elements], [0], [out])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the original class, which gets decoded weights."""
+        """The forward of the original class, which sees decoded weights."""
         _inside.modules.append(self)
         try:
             return super().forward(*args, **kwargs)
@@ -257,7 +259,7 @@ class CompressedModule(nn.Module):
             _inside.modules.pop()
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Move the module; a cast raises, as records cannot follow."""
+        """Move the module. A cast raises, as records cannot be cast."""
         dtype = fn(torch.empty(0, dtype=torch.bfloat16)).dtype
         if dtype != torch.bfloat16:
             raise _frozen(f"to {dtype}")
@@ -273,14 +275,14 @@ class CompressedModule(nn.Module):
             raise _frozen(f"setting {name}")
         super().__setattr__(name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # The class is made at run time: pickle cannot find it by name.
+    def __reduce_ex__(self, protocol: Any) -> Any:  # The class is made at run time, so pickle cannot find it by name.
         state = {
-            name: value for name, value in self.__dict__.items() if name != _AHEAD
+            name: value for name, value in self.__dict__.items() if name != _PREFETCHER
         }  # Buffers and streams stay behind.
         return _rebuild, (self._original, tuple(self.geometries)), state
 
     def extra_repr(self) -> str:
-        """What the original says, and what is compressed."""
+        """The original's text, and what is compressed."""
         sizes = ", ".join(
             f"{name}: {self.payload_bytes(name):,} of {2 * geometry.elements:,} bytes"
             for name, geometry in self.geometries.items()
@@ -294,7 +296,7 @@ class CompressedModule(nn.Module):
 
 
 class CompressedLinear(CompressedModule):
-    """A linear layer: decode, multiply. A large one in slices of rows."""
+    """A linear layer: decode, multiply; a large one in slices of rows."""
 
     in_features: int
     out_features: int
@@ -307,10 +309,10 @@ class CompressedLinear(CompressedModule):
         bias = self.decode("bias") if "bias" in self.geometries else self._parameters["bias"]
         geometry = self.geometries["weight"]
         if geometry.elements <= SLICE_WEIGHTS:
-            ahead: Ahead | None = self.__dict__.get(_AHEAD)
-            if ahead is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            prefetcher: Prefetcher | None = self.__dict__.get(_PREFETCHER)
+            if prefetcher is None or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
                 return nn.functional.linear(x, self.decode(), bias)
-            with ahead.weight(self) as weight:
+            with prefetcher.weight(self) as weight:
                 return nn.functional.linear(x, self.decode() if weight is None else weight.view(geometry.shape), bias)
         record, step = self.record(), max(1, SLICE_WEIGHTS // self.in_features)
         out: torch.Tensor | None = None
@@ -326,19 +328,19 @@ class CompressedLinear(CompressedModule):
 
 
 class CompressedEmbedding(CompressedModule):
-    """An embedding: only the rows that are asked for are decoded."""
+    """An embedding that decodes only the rows it looks up."""
 
     max_norm: float | None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Numbers of rows, of any shape, to [..., embedding_dim]."""
+        """Row indices, of any shape, to [..., embedding_dim]."""
         if self.max_norm is not None:
             raise FrozenWeightError(
                 "an embedding with max_norm changes its weight as it runs",
                 hint="call df11.runtime.materialize(module) first",
             )
         geometry, payload = self.geometries["weight"], self.payload()
-        # Where the record is kept elsewhere, so few rows are decoded there and copied, rather than all of it.
+        # If the record is kept elsewhere, the few rows are decoded there and copied, rather than the whole record.
         rows = ids.to(payload.device)
         gathered: torch.Tensor = operators.gather_rows(
             aligned(payload), list(geometry.shape), geometry.segment_elements, rows
@@ -347,7 +349,7 @@ class CompressedEmbedding(CompressedModule):
 
 
 def aligned(payload: torch.Tensor) -> torch.Tensor:
-    """A record at an address that the decoders take: what reads records from files, as offloading to disk does, may have put it anywhere."""
+    """A record at an address that decoders accept; readers of files, such as disk offloading, may put it anywhere."""
     return (
         payload
         if torch.compiler.is_compiling() or payload.data_ptr() % layout.RECORD_ALIGNMENT == 0
@@ -358,7 +360,7 @@ def aligned(payload: torch.Tensor) -> torch.Tensor:
 def _property(name: str) -> property:
     def decode(self: CompressedModule) -> torch.Tensor:
         if torch.compiler.is_compiling() or any(module is self for module in _inside.modules):
-            return self.decode(name)  # A compiler leaves it out if nothing but its form is used.
+            return self.decode(name)  # A compiler drops this if only shape or dtype are used.
         return UnreadWeight.of_module(self, name)
 
     return property(decode)
@@ -386,14 +388,14 @@ def _rebuild(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 
 def _replace(module: nn.Module, new: dict[str, tuple[str, nn.Parameter]]) -> None:
-    # Parameters by others of another name at the same place in the order, which is that of a state dict and of its shards.
+    # Replace parameters in the same order, which is that of a state dict and of its shards.
     parameters = dict(new.get(name, (name, value)) for name, value in module._parameters.items())
     module._parameters.clear()
     module._parameters.update(parameters)
 
 
 def compress_parameter(module: nn.Module, name: str, record: nn.Parameter, geometry: Geometry) -> None:
-    """Put a record in the place of a module's parameter; the module becomes a compressed one."""
+    """Replace a module's parameter with a record; the module becomes a compressed one."""
     operators.check_record(record, geometry.elements, geometry.segment_elements)
     known = module.geometries if isinstance(module, CompressedModule) else {}
     original = module._original if isinstance(module, CompressedModule) else type(module)
@@ -404,7 +406,7 @@ def compress_parameter(module: nn.Module, name: str, record: nn.Parameter, geome
 
 
 def offload_records(model: nn.Module, device: torch.device) -> None:
-    """Move all records to the processor's memory, pinned where there is a GPU; modules copy them to ``device`` as they run."""
+    """Move all records to CPU memory, pinned if there is a GPU; modules copy them to ``device`` as they run."""
     moved: dict[int, nn.Parameter] = {}
     for _, module in compressed_modules(model):
         for name in module.geometries:
@@ -418,37 +420,37 @@ def offload_records(model: nn.Module, device: torch.device) -> None:
         module.__dict__[_EXECUTION] = device
 
 
-def decode_ahead(model: nn.Module, device: torch.device, streams: Streams) -> Ahead:
-    """Let all linear layers of a model that are not decoded in slices decode ahead, into two buffers of the size of the largest."""
+def enable_prefetch(model: nn.Module, device: torch.device, streams: Streams) -> Prefetcher:
+    """Prefetch the linear layers that are not decoded in slices, into two buffers as large as the largest weight."""
     layers = [
         module
         for _, module in compressed_modules(model)
         if isinstance(module, CompressedLinear)
         and "weight" in module.geometries
-        and module.elements_ahead() <= SLICE_WEIGHTS
+        and module.prefetch_elements() <= SLICE_WEIGHTS
     ]
-    ahead = Ahead(max((layer.elements_ahead() for layer in layers), default=0), device, streams)
+    prefetcher = Prefetcher(max((layer.prefetch_elements() for layer in layers), default=0), device, streams)
     for layer in layers:
-        layer.__dict__[_AHEAD] = ahead
-    return ahead
+        layer.__dict__[_PREFETCHER] = prefetcher
+    return prefetcher
 
 
-def decode_on_demand(model: nn.Module) -> None:
-    """Undo :func:`decode_ahead`; its buffers are freed."""
+def disable_prefetch(model: nn.Module) -> None:
+    """Undo :func:`enable_prefetch`; its buffers are freed."""
     for _, module in compressed_modules(model):
-        module.__dict__.pop(_AHEAD, None)
+        module.__dict__.pop(_PREFETCHER, None)
 
 
-def ahead_of(module: nn.Module) -> Ahead | None:
-    """What decodes ahead for a module."""
-    found: Ahead | None = module.__dict__.get(_AHEAD)
+def prefetcher_of(module: nn.Module) -> Prefetcher | None:
+    """The prefetcher of a module, if it has one."""
+    found: Prefetcher | None = module.__dict__.get(_PREFETCHER)
     return found
 
 
 def materialize(module: nn.Module) -> nn.Module:
-    """Decode all weights of a module and of what it contains into ordinary parameters, which can be trained, fused and edited; returns the module.
+    """Decode all weights in a module into ordinary parameters, which can be trained, fused and edited.
 
-    Weights that were tied stay tied. Memory grows to that of the BF16 model.
+    Returns the module. Tied weights stay tied. Memory grows to that of the BF16 model.
     """
     done: dict[int, nn.Parameter] = {}
     for part in module.modules():
@@ -461,7 +463,7 @@ def materialize(module: nn.Module) -> nn.Module:
                 decoded[name] = done[id(payload)]
             _replace(part, {name + SUFFIX: (name, parameter) for name, parameter in decoded.items()})
             part.__class__ = part._original  # type: ignore[assignment]
-            for name in ("geometries", _AHEAD, _EXECUTION):
+            for name in ("geometries", _PREFETCHER, _EXECUTION):
                 part.__dict__.pop(name, None)
     return module
 

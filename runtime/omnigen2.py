@@ -1,31 +1,31 @@
-"""OmniGen2 with weights that stay compressed: ``load_pipeline`` builds it from what ``df11-convert --cast bf16 OmniGen2 OmniGen2-df11`` has written.
+"""OmniGen2 with weights that stay compressed. ``load_pipeline`` loads it from a converted folder.
 
-The transformer's, scheduler's and pipeline's classes are OmniGen2's own, from its repository or, where the user allows that by name, from the folder.
-``python -m df11.runtime.omnigen2 inference.py ARGUMENTS...`` runs one of OmniGen2's scripts as it is, with df11 folders where it loads a model.
+Such a folder is what ``df11-convert --cast bf16 OmniGen2 OmniGen2-df11`` writes. The classes of the transformer, the
+scheduler and the pipeline are OmniGen2's own: from its repository or, where the user allows that by name, from the
+folder. ``python -m df11.runtime.omnigen2 inference.py ARGUMENTS...`` runs one of OmniGen2's own scripts unchanged, with
+df11 folders wherever it loads a model.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import runpy
 import sys
 import threading
-import types
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from df11.formats import errors
-from df11.formats.hub import Address, is_address
+from df11.formats import errors, json_text, layout
 from df11.runtime import hub
+from df11.runtime.omnigen2_classes import REPOSITORY, execute, import_library, known_classes
+from df11.storage.address import Address, is_address
+from df11.storage.paths import read_file
 
 if TYPE_CHECKING:
     import torch
@@ -34,18 +34,11 @@ if TYPE_CHECKING:
 Offload = Literal["model", "sequential", "group"]
 StrPath = str | os.PathLike[str]
 
-REPOSITORY: Final = "https://github.com/VectorSpaceLab/OmniGen2"
-_HOMES: Final = {
-    "OmniGen2Transformer2DModel": "omnigen2.models.transformers.transformer_omnigen2",
-    "OmniGen2Pipeline": "omnigen2.pipelines.omnigen2.pipeline_omnigen2",
-    "OmniGen2ChatPipeline": "omnigen2.pipelines.omnigen2.pipeline_omnigen2_chat",
-    "FlowMatchEulerDiscreteScheduler": "omnigen2.schedulers.scheduling_flow_match_euler_discrete",
-}
 _INDEX: Final = "model_index.json"
 _CONFIG: Final = "config.json"
 _MODELS: Final = ("transformer", "mllm", "vae")
 _BLOCKS_IN_A_GROUP: Final = 2
-"""Of group offloading, as in OmniGen2's scripts."""
+"""For group offloading, as in OmniGen2's scripts."""
 
 
 def load_pipeline(
@@ -58,16 +51,17 @@ def load_pipeline(
     chat: bool = False,
     **components: Any,
 ) -> Any:
-    """The pipeline of a df11 folder, BF16 throughout, ready to be called: an ``OmniGen2Pipeline``, or with ``chat`` an ``OmniGen2ChatPipeline``.
+    """The pipeline of a df11 folder, all BF16: an ``OmniGen2Pipeline``, or with ``chat`` an ``OmniGen2ChatPipeline``.
 
-    ``path`` may be on the Hub: ``hf://owner/name[@revision][/folder]``, or ``owner/name`` where there is no such folder.
-    ``offload``: where the weights are between uses: None: on ``device``; else in the processor's memory, and on the device while the model
-    ("model"), the layer ("sequential") or two blocks ("group") run. ``classes``: a module or object that has OmniGen2's classes, or the folder of
-    a checkout of its repository; by default the installed package ``omnigen2``. ``trust_remote_code``: names of Python files in ``path``, without
-    suffix, that may be executed to get classes that are not installed. ``components``: a ready ``transformer``, ``scheduler``, …, or a folder
-    or ``hf://`` address to load it from instead; from the Hub only the others are downloaded.
+    ``path`` may be on the Hub: ``hf://owner/name[@revision][/folder]``, or ``owner/name`` if there is no such folder.
+    ``offload``: where weights are between uses. None: on ``device``. Otherwise in CPU memory, and on the device while
+    the model ("model"), the layer ("sequential") or two blocks ("group") run. ``classes``: a module or object that has
+    OmniGen2's classes, or the folder of a checkout of its repository; by default the installed package ``omnigen2``.
+    ``trust_remote_code``: names of Python files in ``path``, without suffix, that may be executed to get classes that
+    are not installed. ``components``: a ready ``transformer``, ``scheduler``, …, or a folder or ``hf://`` address to
+    load it from; then only the others are downloaded from the Hub.
 
-    Where its hidden states are asked for, the mllm computes no logits; see :func:`skip_unused_logits`.
+    When asked for its hidden states, the mllm computes no logits; see :func:`skip_unused_logits`.
     """
     import torch
 
@@ -79,15 +73,15 @@ def load_pipeline(
     operators.decoder_of(target)
     target = gpu.of(target).device if target.type == "cuda" else target
     snapshot = hub.opened(path, _INDEX)
-    tree = _Tree(
+    folder = _PipelineFolder(
         snapshot.folder if snapshot else path,
         classes,
         _names(trust_remote_code),
         "OmniGen2ChatPipeline" if chat else "OmniGen2Pipeline",
     )
     if snapshot:
-        snapshot.fetch(tree.parts.keys() - components.keys())
-    pipeline = tree.build(target if offload is None else torch.device("cpu"), components)
+        snapshot.fetch(folder.parts.keys() - components.keys())
+    pipeline = folder.build(target if offload is None else torch.device("cpu"), components)
     _place(pipeline, target, offload)
     return pipeline
 
@@ -110,7 +104,7 @@ def _place(pipeline: Any, device: torch.device, offload: Offload | None) -> None
         pipeline.enable_sequential_cpu_offload(device=device)
     else:
         for name in _MODELS:
-            _library("diffusers.hooks").apply_group_offloading(
+            import_library("diffusers.hooks").apply_group_offloading(
                 getattr(pipeline, name),
                 onload_device=device,
                 offload_type="block_level",
@@ -119,8 +113,8 @@ def _place(pipeline: Any, device: torch.device, offload: Offload | None) -> None
             )
 
 
-class _Tree:
-    # A df11 folder: its classes are found when it is opened, so that nothing large is read in vain.
+class _PipelineFolder:
+    # A df11 folder. Its classes are looked up when it is opened, before anything large is read.
 
     def __init__(self, path: StrPath, classes: Any, allowed: frozenset[str], pipeline: Any) -> None:
         self.path = Path(path)
@@ -128,7 +122,7 @@ class _Tree:
             raise errors.MissingError("no such folder", file=path, hint="on the Hub it would be hf://owner/name")
         self.index = _read_json(self.path / _INDEX)
         self.allowed = allowed
-        self.known = _known_classes(classes)
+        self.known = known_classes(classes)
         self.pipeline = self._pipeline_class(pipeline) if isinstance(pipeline, str) else pipeline
         self.parts: dict[str, tuple[Any, Path]] = {}
         for name, found in self.index.items():
@@ -136,7 +130,7 @@ class _Tree:
                 continue
             if not (isinstance(found, list) and len(found) == 2 and all(isinstance(part, str) for part in found)):
                 raise errors.UsageError(
-                    "a component is a library and a class", file=self.path / _INDEX, found=f"{name}: {found}"
+                    "a component must be a library and a class", file=self.path / _INDEX, found=f"{name}: {found}"
                 )
             self.parts[name] = (self._component_class(name, *found), self.path / name)
         if missing := {"transformer", "vae", "scheduler", "mllm", "processor"} - self.parts.keys():
@@ -170,7 +164,7 @@ class _Tree:
 
     def _component_class(self, name: str, library: str, cls: str) -> Any:
         if library in ("transformers", "diffusers"):
-            return getattr(_library(library), cls)
+            return getattr(import_library(library), cls)
         return (
             self.known(cls, library) or self._remote_class(self.path / name, library, cls) or self._raise_missing(cls)
         )
@@ -178,7 +172,7 @@ class _Tree:
     def _remote_class(self, folder: Path, file: str, cls: str) -> Any:
         if file not in self.allowed or not (folder / f"{file}.py").is_file():
             return None
-        return getattr(_execute(folder / f"{file}.py", self.allowed), cls, None)
+        return getattr(execute(folder / f"{file}.py", self.allowed), cls, None)
 
     def _raise_missing(self, cls: str) -> Any:
         files = [folder / f"{library}.py" for folder, library in self._remote_files()]
@@ -199,92 +193,11 @@ def _folder(path: StrPath) -> Path:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise errors.from_os_error(error, file=file) from None
-    except ValueError:
-        content = None
+    data = read_file(file, layout.MAX_JSON_HEADER)
+    content = json_text.parse(data, what="this file", where={"file": file}, error=errors.UsageError)
     if not isinstance(content, dict):
         raise errors.UsageError("not a JSON object", file=file)
     return content
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = (error.name or name).partition(".")[0]
-        raise errors.MissingExtraError(
-            f"the package {package!r} is not installed", hint=f"run: pip install {package}"
-        ) from error
-
-
-# OmniGen2's classes.
-
-
-def _known_classes(classes: Any) -> Callable[[str, str], Any]:
-    # Class name and the library that the folder gives for it -> the class, or None.
-    if isinstance(classes, (str, os.PathLike)):
-        _use_checkout(Path(classes))
-        classes = None
-    package = "omnigen2" in sys.modules or (classes is None and importlib.util.find_spec("omnigen2") is not None)
-
-    def find(name: str, library: str) -> Any:
-        found = getattr(classes, name, None)
-        if found is not None and not found.__module__.startswith(
-            "diffusers."
-        ):  # OmniGen2's modules import a scheduler of the same name.
-            return found
-        home = library if library.startswith("omnigen2.") else _HOMES.get(name)
-        return getattr(_library(home), name, None) if package and home else None
-
-    return find
-
-
-def _use_checkout(folder: Path) -> None:
-    if not (folder / "omnigen2" / "__init__.py").is_file():
-        raise errors.MissingError("no checkout of OmniGen2's repository", file=folder, hint=f"git clone {REPOSITORY}")
-    loaded = getattr(sys.modules.get("omnigen2"), "__file__", None)
-    if loaded is not None and Path(loaded).resolve().parent != (folder / "omnigen2").resolve():
-        raise errors.UsageError("another omnigen2 has been imported", file=folder, found=loaded)
-    if str(folder.resolve()) not in sys.path:
-        sys.path.insert(0, str(folder.resolve()))
-
-
-def _execute(file: Path, allowed: frozenset[str]) -> Any:
-    # The module of a file and of those of its folder that it imports, all of which must be allowed.
-    folder, pending, seen = file.parent.resolve(), [file.stem], set[str]()
-    while pending:
-        stem = pending.pop()
-        if stem in seen:
-            continue
-        seen.add(stem)
-        source = folder / f"{stem}.py"
-        if stem not in allowed:
-            raise errors.NotAllowedError(
-                f"{file.name} imports code that is not allowed", file=source, hint=f"add {stem!r} to trust_remote_code"
-            )
-        if not source.is_file():
-            raise errors.MissingError(f"{file.name} imports a file that is not there", file=source)
-        pending += _imports_of(source)
-    package = f"df11_remote_{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
-    if package not in sys.modules:
-        sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = [str(folder)]
-    return _library(f"{package}.{file.stem}")
-
-
-def _imports_of(source: Path) -> list[str]:
-    names: list[str] = []
-    try:
-        nodes = list(ast.walk(ast.parse(source.read_bytes())))
-    except (SyntaxError, ValueError):
-        raise errors.UsageError("not a Python file", file=source) from None
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.level:
-            names += [node.module] if node.module else [alias.name for alias in node.names]
-    return names
 
 
 # Components.
@@ -319,7 +232,7 @@ def _load_component(cls: Any, folder: Path, device: torch.device) -> Any:
         return cls.from_pretrained(
             folder, **({"trust_remote_code": False} if cls.__module__.startswith("transformers.") else {})
         )
-    except ImportError as error:  # The processor's needs; transformers explains them in a box of many lines.
+    except ImportError as error:  # The processor's requirements; transformers explains them in a box of many lines.
         missing = next((name for name in ("torchvision", "PIL") if importlib.util.find_spec(name) is None), None)
         hint = "run: pip install " + {"PIL": "pillow"}.get(missing, missing) if missing else None
         raise errors.MissingExtraError(
@@ -333,33 +246,34 @@ def _load_diffusers_model(cls: Any, folder: Path, device: torch.device) -> Any:
     from df11.runtime.model import load_model
 
     config = cls.load_config(folder)
-    with _library("accelerate").init_empty_weights(include_buffers=False):
+    with import_library("accelerate").init_empty_weights(include_buffers=False):
         model = cls.from_config(config)
-    model = torch.nn.Module.to(model, torch.bfloat16).eval()  # As from_pretrained does: ModelMixin.to would warn.
+    model = torch.nn.Module.to(model, torch.bfloat16).eval()  # As from_pretrained does it: ModelMixin.to would warn.
     model.register_to_config(_name_or_path=str(folder))
     return load_model(model, folder, device).to(device)
 
 
 def _load_transformers_model(cls: Any, folder: Path, device: torch.device) -> Any:
-    # Buffers that are not stored, such as rotary frequencies, are made by the constructor and stay F32, as with from_pretrained.
+    # Buffers that are not stored, such as rotary frequencies, come from the constructor and stay F32, as in
+    # from_pretrained.
     import torch
 
     from df11.runtime.model import load_model
 
-    dtype = "dtype" if int(_library("transformers").__version__.partition(".")[0]) >= 5 else "torch_dtype"
-    with _library("accelerate").init_empty_weights(include_buffers=False):
+    dtype = "dtype" if int(import_library("transformers").__version__.partition(".")[0]) >= 5 else "torch_dtype"
+    with import_library("accelerate").init_empty_weights(include_buffers=False):
         model = cls._from_config(cls.config_class.from_pretrained(folder), **{dtype: torch.bfloat16})
-    model.tie_weights()  # Which the context has undone.
+    model.tie_weights()  # The context has undone that.
     model.eval()
     if (folder / "generation_config.json").is_file():
-        model.generation_config = _library("transformers").GenerationConfig.from_pretrained(folder)
+        model.generation_config = import_library("transformers").GenerationConfig.from_pretrained(folder)
     runtime_names = {_stored_name(name): name for name in model.state_dict()}
     load_model(model, folder, device, rename=lambda name: runtime_names.get(_stored_name(name), name))
     return model.to(device)
 
 
 def _stored_name(name: str) -> str:
-    # Qwen2.5-VL's names in files, whether a name is one of those or one of a model of transformers from 4.52 on.
+    # Qwen2.5-VL's names in files, and whether a name is one of them or that of a model in transformers 4.52 and later.
     for runtime, stored in (("model.language_model.", "model."), ("model.visual.", "visual.")):
         if name.startswith(runtime):
             return stored + name.removeprefix(runtime)
@@ -370,7 +284,7 @@ def _stored_name(name: str) -> str:
 
 
 class _Quiet(threading.local):
-    # The models whose logits nobody wants at this moment in this thread.
+    # Models whose logits nobody needs at this moment in this thread.
 
     def __init__(self) -> None:
         self.models: list[nn.Module] = []
@@ -380,10 +294,10 @@ _quiet: Final = _Quiet()
 
 
 def skip_unused_logits(model: nn.Module) -> nn.Module:
-    """Let a language model that is asked for hidden states leave out its output layer, as OmniGen2 reads nothing else; returns the model.
+    """Let a language model skip its output layer when it is asked for hidden states, which is all OmniGen2 reads.
 
-    A call with ``output_hidden_states=True`` then gives logits without columns, [batch, tokens, 0], unless it also passes ``labels``,
-    ``logits_to_keep`` or ``past_key_values``, as ``generate`` does.
+    Returns the model. A call with ``output_hidden_states=True`` then returns logits without columns, [batch, tokens,
+    0], unless it also passes ``labels``, ``logits_to_keep`` or ``past_key_values``, as ``generate`` does.
     """
     if not hasattr(type(model), "_with_logits"):
         kind: Any = type(model)
@@ -405,7 +319,7 @@ def _without_logits(original: Any) -> Any:
 
     def attribute(
         self: Any, name: str
-    ) -> Any:  # Reached for submodules only. So the layer's hooks do not run either: nothing is moved.
+    ) -> Any:  # Only submodules are looked up on this, so the layer's own hooks do not run either: nothing is moved.
         if name == "lm_head" and any(model is self for model in _quiet.models):
             return _no_logits
         return original.__getattr__(self, name)
@@ -414,7 +328,7 @@ def _without_logits(original: Any) -> Any:
         self: Any,
     ) -> (
         torch.device
-    ):  # Also while all its weights are offloaded: the chat pipeline and ``generate`` put their inputs there.
+    ):  # Even while all its weights are offloaded: the chat pipeline and ``generate`` put their inputs there.
         import torch
 
         hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
@@ -439,7 +353,7 @@ def _without_logits(original: Any) -> Any:
     same = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
-    }  # For what is saved with the model.
+    }  # Saved with the model.
     return type(original.__name__, (original,), fields | same)
 
 
@@ -459,11 +373,12 @@ _IGNORED: Final = {"revision", "trust_remote_code", "low_cpu_mem_usage", "use_sa
 
 @contextmanager
 def loading_df11() -> Iterator[None]:
-    """While this is active, ``from_pretrained`` of diffusers' pipelines and models, OmniGen2's among them, loads df11 folders, too.
+    """Within this context, ``from_pretrained`` of diffusers and OmniGen2 loads df11 folders too.
 
-    Weights are loaded into the processor's memory, as from other folders. A transformer that the pipeline has loaded is not loaded again.
+    Weights are loaded into CPU memory, as from other folders. A transformer that the pipeline has loaded is not loaded
+    again.
     """
-    diffusers = _library("diffusers")
+    diffusers = import_library("diffusers")
     pipelines, models = diffusers.DiffusionPipeline, diffusers.ModelMixin
     load_other_pipeline, load_other_model = pipelines.__dict__["from_pretrained"], models.__dict__["from_pretrained"]
     loaded: weakref.WeakValueDictionary[tuple[Any, Path], Any] = weakref.WeakValueDictionary()
@@ -474,12 +389,12 @@ def loading_df11() -> Iterator[None]:
             return load_other_pipeline.__get__(None, cls)(path, **options)
         import torch
 
-        tree = _Tree(snapshot.folder if snapshot else path, sys.modules[cls.__module__], frozenset(), cls)
+        folder = _PipelineFolder(snapshot.folder if snapshot else path, sys.modules[cls.__module__], frozenset(), cls)
         components = _components(path, options)
         if snapshot:
-            snapshot.fetch(tree.parts.keys() - components.keys())
-        pipeline = tree.build(torch.device("cpu"), components)
-        loaded[type(pipeline.transformer), (tree.path / "transformer").resolve()] = pipeline.transformer
+            snapshot.fetch(folder.parts.keys() - components.keys())
+        pipeline = folder.build(torch.device("cpu"), components)
+        loaded[type(pipeline.transformer), (folder.path / "transformer").resolve()] = pipeline.transformer
         return pipeline
 
     def load_model_here(cls: Any, /, path: StrPath, **options: Any) -> Any:
@@ -494,7 +409,7 @@ def loading_df11() -> Iterator[None]:
             snapshot.fetch()
         if rest := _components(path, options):
             raise errors.UsageError(
-                "options that a df11 folder does not have", file=folder, found=", ".join(sorted(rest))
+                "a df11 folder does not take these options", file=folder, found=", ".join(sorted(rest))
             )
         known = loaded.pop((cls, folder.resolve()), None)
         if known is None:
@@ -509,7 +424,7 @@ def loading_df11() -> Iterator[None]:
 
 
 def _components(path: StrPath, options: dict[str, Any]) -> dict[str, Any]:
-    # What is left of the options of from_pretrained: for a pipeline, its components.
+    # The remaining options of from_pretrained are, for a pipeline, its components.
     import torch
 
     for name in ("torch_dtype", "dtype"):
@@ -526,7 +441,7 @@ def _components(path: StrPath, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a script of OmniGen2 that loads df11 folders; returns the exit status."""
+    """Run a script of OmniGen2 with df11 folders; returns the exit status."""
     try:
         if not arguments or not Path(arguments[0]).is_file():
             raise errors.MissingError(
@@ -547,4 +462,4 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     sys.exit(
         importlib.import_module("df11.runtime.omnigen2").main(sys.argv[1:])
-    )  # Not the copy that is __main__: what it makes can be pickled.
+    )  # Not the copy that is __main__, so that what it makes can be pickled.

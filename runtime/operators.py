@@ -1,7 +1,7 @@
-"""The custom operators ``torch.ops.df11.*``: decoding as torch sees it, for torch.compile, CUDA graphs and fake tensors.
+"""The custom operators ``torch.ops.df11.*``: decoding for torch.compile, CUDA graphs and fake tensors.
 
-All take records as u8 tensors, one-dimensional, aligned to 16 bytes, on any device that has a decoder, and give BF16 tensors there.
-A matrix is given by its ``shape``; ``segment_elements`` is the record's own (weights of each segment but the last).
+All take records as u8 tensors, one-dimensional, aligned to 16 bytes, on any device that has a decoder, and return BF16
+tensors there. ``shape`` is that of the matrix; ``segment_elements`` is the record's (weights per segment but the last).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from df11.runtime.kernels import Range
 
 
 class Decoder(Protocol):
-    """What a device that decodes must offer; see :class:`df11.runtime.gpu.Gpu`."""
+    """What a decoding device must offer; see :class:`df11.runtime.gpu.Gpu`."""
 
     def decode(self, ranges: Sequence[Range], *, background: bool = False) -> None:
         """Decode ranges of records."""
 
     def gather_rows(self, matrix: Range, ids: int, count: int, row_weights: int, rows: int) -> None:
-        """Decode the rows of a matrix whose numbers are given."""
+        """Decode the rows of a matrix with the given indices."""
 
-    def raise_damage(self) -> None:
-        """Raise the error for damage that was met and not yet raised."""
+    def check_errors(self) -> None:
+        """Raise the error for damage that was met and has not been raised yet."""
 
 
 _CPU = cpu.Cpu()
@@ -46,7 +46,7 @@ def check_record(record: torch.Tensor, weights: int, segment_elements: int) -> N
     """Raise a UsageError if a tensor cannot be a record of this many weights."""
     if record.dtype != torch.uint8 or record.dim() != 1 or not record.is_contiguous():
         raise errors.UsageError(
-            "a record is a contiguous u8 tensor of one dimension", found=f"{record.dtype} {tuple(record.shape)}"
+            "a record must be a contiguous, one-dimensional u8 tensor", found=f"{record.dtype} {tuple(record.shape)}"
         )
     if record.data_ptr() % layout.RECORD_ALIGNMENT:
         raise errors.UsageError(
@@ -83,7 +83,7 @@ def _range(record: torch.Tensor, weights: int, segment_elements: int, first: int
 
 @torch.library.custom_op("df11::decode", mutates_args=())
 def decode(record: torch.Tensor, shape: list[int], segment_elements: int, background: bool = False) -> torch.Tensor:
-    """All weights of a record, BF16 of ``shape``. ``background``: with the kernel that runs beside others."""
+    """All weights of a record, BF16 of ``shape``. ``background``: use the kernel that can run beside others."""
     out = record.new_empty(shape, dtype=torch.bfloat16)
     decoder_of(record.device).decode([_range(record, out.numel(), segment_elements, 0, out)], background=background)
     return out
@@ -111,20 +111,25 @@ def decode_rows(
 
 @decode_rows.register_fake
 def _(
-    record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False
-) -> torch.Tensor:  # noqa: ARG001
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,  # noqa: ARG001
+    start: int,
+    stop: int,
+    background: bool = False,  # noqa: ARG001
+) -> torch.Tensor:
     return record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
 
 
 @torch.library.custom_op("df11::gather_rows", mutates_args=())
 def gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:
-    r"""The rows whose numbers are in ``ids`` (i64 or i32, any shape), BF16 [\*ids.shape, \*shape[1:]].
+    r"""The rows with the indices ``ids`` (i64 or i32, any shape), BF16 [\*ids.shape, \*shape[1:]].
 
-    A number outside the matrix raises on the processor; on a GPU its row becomes NaN, and the next check for damage raises.
+    An index outside the matrix raises on the CPU. On a GPU its row becomes NaN, and the next ``check_errors`` raises.
     """
     if ids.dtype not in (torch.int64, torch.int32) or ids.device != record.device:
         raise errors.UsageError(
-            "row numbers must be i64 or i32 on the record's device",
+            "row indices must be i64 or i32 on the record's device",
             expected=record.device,
             found=f"{ids.dtype} on {ids.device}",
         )
@@ -151,7 +156,10 @@ def decode_into(
     out: list[torch.Tensor],
     background: bool = False,
 ) -> None:
-    """Decode of each record (of ``weights`` weights) as many weights as its output holds, from weight ``first`` on: one launch for 64 of them."""
+    """Decode from each record (of ``weights`` weights) as many as its output holds, from weight ``first`` on.
+
+    A launch takes 64 records.
+    """
     if not len(records) == len(weights) == len(segment_elements) == len(first) == len(out):
         raise errors.UsageError("lists of different lengths")
     if not records:

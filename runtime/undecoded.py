@@ -1,8 +1,9 @@
-"""Records that pass through a library's own loader and saver as if they were the BF16 tensors that they decode to.
+"""Records that pass through a library's own loader and saver as if they were the BF16 tensors they decode to.
 
-While a library loads, a record is an :class:`Undecoded` tensor: it has name, shape and dtype of the decoded one, is renamed, tied and moved like any,
-and is decoded only where the library computes with it. :func:`keep_compressed` then makes compressed modules of what has arrived. While a library
-writes a state dict, a record is a :class:`Deferred` tensor under the decoded tensor's name, decoded when its shard is written.
+While a library loads, a record is an :class:`Undecoded` tensor with the name, shape and dtype of the decoded one. It is
+renamed, tied and moved like any other, and decoded only if the library computes with it. :func:`keep_compressed` then
+makes compressed modules of what has arrived. While a library writes a state dict, a record is a :class:`Deferred`
+tensor under the decoded tensor's name, which is decoded when its shard is written.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ _aten: Final = torch.ops.aten
 
 
 class Undecoded(torch.Tensor):
-    """A record with shape, dtype and device of its decoded tensor, but no memory for it. ``file``, ``stored_as``: container and name there."""
+    """A record with the shape, dtype and device of its decoded tensor but no memory for that.
+
+    ``file``, ``stored_as``: its container, and its name there.
+    """
 
     payload: nn.Parameter
     geometry: Geometry
@@ -48,7 +52,7 @@ class Undecoded(torch.Tensor):
 
     @staticmethod
     def of(payload: nn.Parameter, geometry: Geometry, file: str, stored_as: str) -> Undecoded:
-        """A record under the guise of what it decodes to."""
+        """Present a record as the tensor it decodes to."""
         made: Undecoded = torch.Tensor._make_wrapper_subclass(
             Undecoded, geometry.shape, dtype=torch.bfloat16, device=payload.device
         )
@@ -93,20 +97,20 @@ class Undecoded(torch.Tensor):
 
 
 def read(container: Container, name: str) -> torch.Tensor:
-    """A tensor of a container, in the processor's memory: undecoded if it is to stay compressed, else as it is."""
+    """A tensor of a container in CPU memory: undecoded if it is to stay compressed, else its values."""
     parameter, geometry = models.load_tensor(container, name, _CPU, _CPU)
     return parameter.data if geometry is None else Undecoded.of(parameter, geometry, container.path, name)
 
 
 def read_all(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """All tensors of a container, as :func:`read` gives them."""
+    """All tensors of a container, each as :func:`read` returns it."""
     with Container(path) as container:
         names = container.keys()
         return dict(zip(names, cpu.pool().map(lambda name: read(container, name), names), strict=True))
 
 
 def mapped(container: Container, name: str) -> torch.Tensor:
-    """Like :func:`read`, but a record stays in its file, which is mapped; its checksums are compared now, a segment after another."""
+    """Like :func:`read`, but a record stays in its file, which is mapped; its checksums are checked at once."""
     if not stays_compressed(container, name):
         return read(container, name)
     from safetensors import safe_open
@@ -123,13 +127,13 @@ def mapped(container: Container, name: str) -> torch.Tensor:
 
 
 def stays_compressed(container: Container, name: str) -> bool:
-    """Whether a tensor is large enough to be held as a record."""
+    """Whether a tensor is large enough to stay compressed."""
     info = container.info(name)
     return info.encoding == "df11" and info.elements >= models.SMALL
 
 
 def check_dtype(dtype: torch.dtype, containers: Sequence[Container]) -> None:
-    """Raise a MismatchError if weights that are to stay compressed would be cast: then they could not."""
+    """Raise a MismatchError if weights that are to stay compressed would be cast, which is impossible."""
     for container in containers:
         if dtype != torch.bfloat16 and (
             names := [name for name in container.keys() if stays_compressed(container, name)]
@@ -141,7 +145,7 @@ def check_dtype(dtype: torch.dtype, containers: Sequence[Container]) -> None:
 
 
 def first_dtype(container: Container) -> torch.dtype:
-    """The dtype of the first tensor of floats, which libraries take for that of the model."""
+    """The dtype of the first floating-point tensor, which libraries take for that of the model."""
     dtypes = [load.torch_dtype(container, name) for name in container.keys()]
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
 
@@ -152,7 +156,10 @@ def check_names(
     unknown: Sequence[str],
     shapes: Sequence[tuple[str, Any, Any]] = (),
 ) -> None:
-    """Raise a MismatchError that lists what a model and its containers do not share. ``shapes``: name, that of the container, that of the model."""
+    """Raise a MismatchError that lists where a model and its containers differ.
+
+    ``shapes``: name, shape in the container, shape in the model.
+    """
     lines = []
     if missing:
         lines.append(f"not in the container: {models.some(sorted(missing))}")
@@ -162,16 +169,16 @@ def check_names(
         listed = [
             f"{name} {tuple(held)} in the container, {tuple(wanted)} in the model" for name, held, wanted in shapes
         ]
-        lines.append(f"other shapes: {models.some(sorted(listed))}")
+        lines.append(f"shapes differ: {models.some(sorted(listed))}")
     if lines:
         raise models.MismatchError(f"the model and the container differ; {'; '.join(lines)}", file=path)
 
 
 def keep_compressed(model: nn.Module, is_mapped: Callable[[str], bool] = lambda _: False) -> set[str]:
-    """Make compressed modules of a model whose loader has put undecoded tensors into it. Returns their names in the container.
+    """Make compressed modules of a model into which a loader has put undecoded tensors.
 
-    ``is_mapped``: for the name of a parameter, whether its record must leave a mapped file for memory: whoever truncates a file that is mapped
-    ends the process.
+    Returns the names of these tensors in the container. ``is_mapped``: whether the parameter of this name must be
+    copied from a mapped file to memory: if someone truncates a mapped file, the process dies.
     """
     kept: set[str] = set()
     copies: dict[int, nn.Parameter] = {}
@@ -191,9 +198,9 @@ def keep_compressed(model: nn.Module, is_mapped: Callable[[str], bool] = lambda 
 
 
 def disk_index(model: nn.Module, on_disk: Callable[[str], bool], folder: str | None) -> dict[str, dict[str, Any]]:
-    """What tells accelerate where the tensors of the modules on disk are: records in the containers that they came from, others in ``folder``.
+    """The index that tells accelerate where the tensors of modules on disk are. Call it before :func:`keep_compressed`.
 
-    To be called before :func:`keep_compressed`.
+    Records stay in the containers they came from; the others go to ``folder``.
     """
     from accelerate.utils import offload_weight
 
@@ -217,13 +224,16 @@ def disk_index(model: nn.Module, on_disk: Callable[[str], bool], folder: str | N
 
 
 class Deferred(torch.Tensor):
-    """A tensor whose values are decoded anew whenever they are read; it has an address and a size like any, in memory that is never touched."""
+    """A tensor whose values are decoded anew each time they are read.
+
+    It has an address and a size like any other, in memory that is never touched.
+    """
 
     decode: Callable[[], torch.Tensor]
 
     @staticmethod
     def of(shape: Sequence[int], decode: Callable[[], torch.Tensor]) -> Deferred:
-        """BF16 values that ``decode`` gives."""
+        """A tensor with the BF16 values that ``decode`` returns."""
         made: Deferred = torch.Tensor._make_subclass(Deferred, torch.empty(tuple(shape), dtype=torch.bfloat16))
         made.decode = decode
         return made
@@ -241,7 +251,7 @@ _ADDRESSES: Final = frozenset({torch.Tensor.data_ptr, torch.Tensor.untyped_stora
 
 
 def decoded_names(model: nn.Module, state: Mapping[str, Any], tied: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A state dict with BF16 tensors under their own names in the place of records, and a record that has several names once.
+    """A state dict with BF16 tensors under their own names instead of records. One with several names appears once.
 
     ``tied``: from names that are left out to the names of the same tensors.
     """
@@ -269,10 +279,10 @@ def decoded_names(model: nn.Module, state: Mapping[str, Any], tied: Mapping[str,
 
 @contextmanager
 def plain_state_dict(model: nn.Module, tied: Mapping[str, str] | None = None) -> Iterator[None]:
-    """While this is open, ``model.state_dict()`` gives decoded tensors under their own names: what a plain checkpoint holds."""
+    """Within this context ``model.state_dict()`` holds decoded tensors under their own names, as a checkpoint does."""
 
     def decode(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        if not prefix:  # Of the model itself, not as a part of another.
+        if not prefix:  # Only of the model itself, not as a part of another.
             found = decoded_names(model, state, tied)
             state.clear()
             state.update(found)
@@ -285,7 +295,7 @@ def plain_state_dict(model: nn.Module, tied: Mapping[str, str] | None = None) ->
 
 
 def _decode(module: CompressedModule, name: str) -> torch.Tensor:
-    # The record may be on the meta device, and where accelerate's hook keeps it.
+    # The record may be on the meta device, or where accelerate's hook keeps it.
     geometry = module.geometries[name]
     record: Any = module._parameters[name + SUFFIX]
     if record is None or record.device.type == "meta":
@@ -299,7 +309,7 @@ def _decode(module: CompressedModule, name: str) -> torch.Tensor:
 
 
 def counting(original: Callable[..., int]) -> Callable[..., int]:
-    """A library's ``num_parameters``, so that it counts weights where it counted the bytes of records."""
+    """Wrap a library's ``num_parameters``, so that it counts weights rather than the bytes of records."""
 
     @functools.wraps(original)
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -318,7 +328,7 @@ def counting(original: Callable[..., int]) -> Callable[..., int]:
 
 
 def keeping_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A model class's ``_apply``, so that a cast raises before it has changed anything: records cannot follow."""
+    """Wrap a model class's ``_apply``, so that a cast raises before anything has changed: records cannot be cast."""
 
     @functools.wraps(original)
     def apply(self: Any, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:

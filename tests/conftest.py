@@ -1,4 +1,4 @@
-"""The loopback Hub as a fixture, and this process's client pointed to it."""
+"""The loopback Hub as a fixture, and this process's client pointed at it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _ssl_context = functools.cache(ssl.create_default_context)
-"""Clients load all root certificates when they start, which takes longer than a test's requests; nothing here uses TLS."""
+"""Clients load all root certificates on start, which takes longer than a test's requests; nothing here uses TLS."""
 
 
 @pytest.hookimpl(tryfirst=True)  # Before pytest selects by marker.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what speaks to the Hub: ``-m hub`` is what an older client has to pass, too."""
+    """Mark tests that talk to the Hub: with ``-m hub``, an older client has to pass them too."""
     for item in items:
         if isinstance(item, pytest.Function) and "hub" in item.fixturenames:
             item.add_marker("hub")
@@ -35,7 +35,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[HubServer]:
-    """A Hub in which user "me" has the token "hf_test". It fails the test if it has a defect itself, or if a token came to the wrong origin."""
+    """A Hub where user "me" has the token "hf_test".
+
+    It fails the test if it has a defect itself, or if a token was sent to the wrong origin.
+    """
     with HubServer(tmp_path / "hub-storage") as server:
         yield server
     assert not server.errors, server.errors[0]
@@ -44,7 +47,7 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 @pytest.fixture
 def client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HfApi]:
-    """The client of this process talks to `hub`, with a cache of its own and the token of "me", and does not sleep before it tries again."""
+    """This process's client talks to `hub`, with its own cache and the token of "me", without sleeps between tries."""
     import huggingface_hub
     from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
@@ -55,7 +58,7 @@ def client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 
-    # What was read from the environment when modules were imported, here and in libraries that took copies.
+    # Values that were read from the environment on import, here and in libraries that copied them.
     home = environment["HF_HOME"]
     cache = f"{home}/hub"
     read_at_import = {
@@ -79,7 +82,7 @@ def client(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         for name in read_at_import.keys() & vars(module).keys():
             if isinstance(vars(module)[name], str):
                 monkeypatch.setattr(module, name, read_at_import[name])
-    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY"):
+    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setattr(constants, name, True)
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_IMPLICIT_TOKEN"):
         monkeypatch.setattr(constants, name, False)

@@ -1,4 +1,4 @@
-"""The CUDA kernels, and what the host must know of them. ``decode.cu`` is compiled for the GPU at hand when it is first used."""
+"""The CUDA kernels, and what the host must know about them. ``decode.cu`` is compiled for the GPU on first use."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DECODE: Final = "df11_decode"
 DECODE_SMALL: Final = "df11_decode_small"
 GATHER_ROWS: Final = "df11_gather_rows"
 THREADS: Final = {DECODE: 256, DECODE_SMALL: 128, GATHER_ROWS: 128}
-"""Threads of a block; each warp decodes one tile at a time."""
+"""Threads per block; each warp decodes one tile at a time."""
 OLDEST_CAPABILITY: Final = (8, 0)
 
 MOST_RANGES: Final = 64
-"""Ranges of one launch: they are passed by value, and parameters have 4 KB."""
+"""Ranges per launch: they are passed by value, and kernel parameters are limited to 4 KB."""
 RANGE: Final = np.dtype(
     [
         ("record", "<u8"),
@@ -36,13 +36,13 @@ RANGE: Final = np.dtype(
         ("first_block", "<u4"),
     ]
 )
-"""``struct Range`` of decode.cu: weights first to last (exclusive) of a record, and the addresses of both ends."""
+"""``struct Range`` of decode.cu: weights first to last (exclusive) of a record, and two addresses."""
 RANGES: Final = np.dtype([("range", RANGE, (MOST_RANGES,))])
 
 DAMAGE: Final[dict[int, tuple[type[errors.Df11Error], str]]] = {
-    1: (errors.SegmentHeaderError, "a segment's place, encoding or sections"),
-    2: (errors.CodeTableError, "a code table that is not complete"),
-    4: (errors.TileError, "a tile's place, lane lengths or exceptions"),
+    1: (errors.SegmentHeaderError, "a segment with a wrong offset, encoding or section"),
+    2: (errors.CodeTableError, "an incomplete code table"),
+    4: (errors.TileError, "a tile with a wrong offset, lane lengths or exceptions"),
     8: (errors.LaneError, "a lane that does not end where its length says"),
     16: (errors.TileError, "an exception outside its tile"),
     32: (errors.UsageError, "a row index outside the matrix; the row was filled with NaN"),
@@ -52,10 +52,11 @@ DAMAGE: Final[dict[int, tuple[type[errors.Df11Error], str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Weights ``first`` to ``last`` (exclusive) of a record in the device's memory, and where they go.
+    """Weights ``first`` to ``last`` (exclusive) of a record in device memory, and where they go.
 
-    ``record``, ``output``: addresses, of the record's first byte (a multiple of 16) and of the first weight written. Who makes a Range
-    answers for the sizes: ``record_size`` bytes can be read, ``last - first`` weights written, and ``last <= element_count``.
+    ``record``, ``output``: addresses, of the record's first byte (a multiple of 16) and of the first weight written.
+    Whoever makes a Range guarantees its sizes: ``record_size`` bytes can be read, ``last - first`` weights written, and
+    ``last <= element_count``.
     """
 
     record: int
@@ -68,7 +69,11 @@ class Range:
 
 
 def blocks_of(part: Range, tiles_per_block: int) -> int:
-    """Blocks of a launch that decode a range: as many for each segment that it touches as the first one has groups of so many tiles."""
+    """Blocks of a launch for a range.
+
+    Each segment that the range touches gets as many blocks as its first segment has groups of ``tiles_per_block``
+    tiles.
+    """
     if part.first >= part.last:
         return 0
     segments = (part.last - 1) // part.segment_elements - part.first // part.segment_elements + 1
@@ -76,10 +81,11 @@ def blocks_of(part: Range, tiles_per_block: int) -> int:
 
 
 def tiles_per_block(kernel: str, tiles: int, multiprocessors: int) -> int:
-    """Tiles for each block of a launch over this many tiles.
+    """Tiles per block for a launch over this many tiles.
 
-    A block expands a code table, which costs about a quarter of what its warps do for one tile each; so several tiles a warp save work. But
-    there should be a few blocks for each place where one can run, so that the last ones do not run alone.
+    A block expands a code table, which costs about a quarter of the time in which its warps decode one tile each.
+    Several tiles per warp therefore save work. But there should be a few blocks for each one that the GPU runs at once,
+    so that the last ones do not run alone.
     """
     warps = THREADS[kernel] // layout.LANES
     places = 4 * multiprocessors * warps
@@ -87,7 +93,7 @@ def tiles_per_block(kernel: str, tiles: int, multiprocessors: int) -> int:
 
 
 def pack(ranges: Sequence[Range], tiles: int) -> tuple[tuple[Any, ...], int]:
-    """The first arguments of a decoding launch, and its blocks. ``tiles`` is the number of tiles for each block."""
+    """The first arguments of a decoding launch, and its number of blocks. ``tiles``: tiles per block."""
     table = np.zeros(1, RANGES)
     blocks = 0
     packed = 0
@@ -117,8 +123,8 @@ def _fields(part: Range, first_block: int) -> tuple[int, ...]:
     )
 
 
-def raise_damage(status: int) -> None:
-    """Raise the error for a status word that a kernel has written; 0 is none."""
+def check_errors(status: int) -> None:
+    """Raise the error for a status word written by a kernel; 0 means none."""
     found = [entry for bit, entry in DAMAGE.items() if status & bit]
     if found:
         raise found[0][0](

@@ -1,14 +1,17 @@
-// Decoding of df11 records on a GPU. What the bytes mean is in formats/SPEC.md; section numbers below are its.
+// Decode df11 records on a GPU. formats/SPEC.md says what the bytes mean; section numbers below are its own.
 //
-// A warp decodes a tile, a thread its lane. A lane always codes 256 weights, so every thread knows where to write before it decodes: one pass,
-// no scan over counts of symbols, no barrier in the loop. A block expands the code table of one segment and decodes some of its tiles.
+// A warp decodes a tile, and each thread a lane. A lane always codes 256 weights, so that every thread knows where to
+// write before it decodes: there is one pass, no scan over symbol counts, and no barrier in the loop. A block expands
+// the code table of one segment and decodes some of its tiles.
 //
-// The loop, for 8 weights of a lane (a chunk): three words of the lane's stream make a window of at least 50 bits, enough for four codes of at
-// most 12; each look-up gives the exponents of two weights where two BF16 values in a word have them, and below them the length of the code.
-// A byte permute brings two sign/mantissa bytes to their places, one logic operation joins them. 32 threads load 256 bytes and store 512.
+// The loop handles 8 weights of a lane (its part of a chunk). Three words of the lane's stream form a window of at
+// least 50 bits, enough for four codes of at most 12. Each look-up returns the exponents of two weights, in the
+// positions that they have in a word of two BF16 values, and below them the length of the code. A byte permute moves
+// two sign/mantissa bytes into place, and one logic operation joins them. 32 threads load 256 bytes and store 512.
 //
-// A record is not trusted. The host has checked the sizes in Range against its buffers; everything that is read from the record is checked or
-// clamped here, so that no bytes of a record can make a kernel read or write elsewhere. What is found to be wrong is noted in *status.
+// Records are not trusted. The host has checked the sizes in Range against its buffers. Everything read from the record
+// is checked or clamped here, so that no record can make a kernel read or write out of bounds. Errors are recorded in
+// *status.
 
 using u8 = unsigned char;
 using u16 = unsigned short;
@@ -29,7 +32,7 @@ constexpr u32 SEGMENT_HEADER_BYTES = 32;
 constexpr u32 STREAM_END = 16;
 constexpr u32 EVERY_LANE = 0xFFFFFFFF;
 
-// Bits of *status; df11.runtime.kernels has their meaning in words.
+// Bits of *status; df11.runtime.kernels explains them in words.
 constexpr u32 BAD_SEGMENT = 1;
 constexpr u32 BAD_CODE = 2;
 constexpr u32 BAD_TILE = 4;
@@ -37,14 +40,15 @@ constexpr u32 BAD_LANE = 8;
 constexpr u32 BAD_EXCEPTION = 16;
 constexpr u32 BAD_ROW = 32;
 
-// A warp's copy of a tile's bytes. The slack in front lets a window start two bits before its code; the slack behind is more than the 192 bytes
-// by which damaged codes can run past a lane. A tile that is larger (3.7 bits an exponent) is read where it lies.
+// A warp's copy of a tile's bytes. The slack in front lets a window start two bits before its code. The slack behind
+// exceeds the 192 bytes by which damaged codes can run past a lane. A larger tile (from 3.7 bits per exponent on) is
+// read in place.
 constexpr u32 STAGE_FRONT = 16;
 constexpr u32 STAGE_TILE = 3792;
 constexpr u32 STAGE_BYTES = STAGE_FRONT + STAGE_TILE + 208;
 constexpr u32 WIDE_THREADS = 256;
 constexpr u32 SMALL_THREADS = 128;
-constexpr u32 SMALL_BLOCKS = 8;  // of a multiprocessor, so at most 64 registers
+constexpr u32 SMALL_BLOCKS = 8;  // per multiprocessor, hence at most 64 registers
 
 // Weights first to last (exclusive) of a record, and where they go.
 struct Range {
@@ -55,7 +59,7 @@ struct Range {
     u64 first;
     u64 last;
     u32 segment_elements;  // a multiple of 8192, at most 2^24
-    u32 first_block;       // of the launch
+    u32 first_block;       // within the launch
 };
 
 constexpr u32 MOST_RANGES = 64;
@@ -88,10 +92,12 @@ __device__ __forceinline__ T load(const u8* address) {
     return __ldg(reinterpret_cast<const T*>(address));
 }
 
-// Shared memory by its 32-bit address: compilers that are left to find out make 64-bit sums of it.
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+// Shared memory by its 32-bit address; otherwise compilers compute 64-bit addresses.
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
 
-// A number of which the compiler knows nothing: it then adds it within the load, rather than before each.
+// A number that the compiler knows nothing about, so that it is added by the load instruction, not before each.
 __device__ __forceinline__ u32 opaque(u32 value) {
 #ifndef CUDA_ON_CPU
     asm("" : "+r"(value));
@@ -134,7 +140,7 @@ __device__ __forceinline__ void prefetch(const u8* address) {
 #endif
 }
 
-// Segment `index` of a record, by its directory (section 4) and its header (section 5).
+// Segment `index` of a record, from its directory (section 4) and its header (section 5).
 __device__ Segment open_segment(const Range& range, u64 index) {
     Segment segment{};
     const u8* record = reinterpret_cast<const u8*>(range.record);
@@ -144,7 +150,8 @@ __device__ Segment open_segment(const Range& range, u64 index) {
     if (entry + DIRECTORY_ENTRY_BYTES > range.record_size) return segment;
     const u64 offset = load<u64>(record + entry);
     segment.size = load<u32>(record + entry + 8);
-    if (offset % 16 || segment.size % 16 || segment.size < SEGMENT_HEADER_BYTES || offset > range.record_size || segment.size > range.record_size - offset)
+    if (offset % 16 || segment.size % 16 || segment.size < SEGMENT_HEADER_BYTES || offset > range.record_size ||
+        segment.size > range.record_size - offset)
         return segment;
     segment.data = record + offset;
     const u32 head = load<u32>(segment.data);
@@ -156,7 +163,8 @@ __device__ Segment open_segment(const Range& range, u64 index) {
     }
     segment.lane_bytes = head >> 8 & 0xFF;
     segment.alphabet_size = head >> 16;
-    if (segment.lane_bytes < 1 || segment.lane_bytes > 2 || segment.alphabet_size < 1 || segment.alphabet_size > 256) return segment;
+    if (segment.lane_bytes < 1 || segment.lane_bytes > 2 || segment.alphabet_size < 1 || segment.alphabet_size > 256)
+        return segment;
     const u32 tiles = (segment.elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS;
     const u32 cells = segment.alphabet_size * segment.alphabet_size;
     segment.tiles_offset = align16(SEGMENT_HEADER_BYTES + segment.alphabet_size + (cells + 1) / 2);
@@ -167,19 +175,21 @@ __device__ Segment open_segment(const Range& range, u64 index) {
     return segment;
 }
 
-// What a block shares while it expands a code table.
+// Shared by a block while it expands a code table.
 template <u32 THREADS>
 struct CodeScratch {
-    u32 ranks[THREADS / LANES][16];  // of each warp and length: its codes, and then the rank of its first
-    uint2 codes[16];                 // of each length: the 12-bit value after its last code, and what is added to a value to get a rank
+    u32 ranks[THREADS / LANES][16];  // per warp and length: its number of codes, then the rank of its first
+    uint2 codes[16];  // per length: the 12-bit value after its last code; what to add to a value to get a rank
 };
 
-// Expand the code table (section 6). Entry = e1 << 23 | e0 << 7 | length, indexed by the next 12 bits of a lane.
+// Expand the code table (section 6). An entry is e1 << 23 | e0 << 7 | length, indexed by the next 12 bits of a lane.
 //
-// The symbols are sorted by code first: each warp takes a part of the grid, counts its codes of each length, and then ranks them. The list lies
-// in the lower half of the table. Then thread t finds the codes of consecutive 12-bit values v, which are those table slots whose lower bits are
-// t: a slot is v with its bits reversed. So stores meet no bank twice. Odd v are slots of the upper half and stored at once, even v when all have
-// read the list. Nothing is written to the table before the first barrier: other warps may still decode with the last one.
+// First, the symbols are sorted by code: each warp takes a part of the grid, counts its codes of each length, and then
+// ranks them. The list occupies the lower half of the table. Then, thread t finds the codes of consecutive 12-bit
+// values v, which belong to the table slots whose lower bits are t: a slot is v with its bits reversed. So stores have
+// no bank conflicts. Odd v are slots of the upper half and stored at once; even v are stored when all threads have read
+// the list. Nothing is written to the table before the first barrier, as other warps may still decode with the previous
+// one.
 template <u32 THREADS>
 __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratch<THREADS>& scratch, u32* status) {
     constexpr u32 WARPS = THREADS / LANES;
@@ -198,7 +208,9 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
     const u32 last_cell = min(first_cell + part, cells);
     const u32 before = (1u << lane) - 1;
     u32* ranks = scratch.ranks[warp];
-    const auto length_of = [&](u32 cell) { return cell < last_cell ? load<u8>(grid + cell / 2) >> 4 * (cell % 2) & 15u : 0; };
+    const auto length_of = [&](u32 cell) {
+        return cell < last_cell ? load<u8>(grid + cell / 2) >> 4 * (cell % 2) & 15u : 0;
+    };
 
     if (lane < 16) ranks[lane] = 0;
     __syncwarp();
@@ -211,7 +223,7 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
     __syncthreads();
 
     if (warp == 0) {
-        // Codes are consecutive: the first of a length follows what the shorter ones take, in units of codes of 12 bits.
+        // Codes are consecutive: the first one of a length follows the shorter ones, in units of 12-bit codes.
         const u32 length = min(lane, 15);
         u32 count = 0;
         for (u32 w = 0; w < WARPS; ++w) count += scratch.ranks[w][length];
@@ -240,7 +252,8 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
     }
     __syncthreads();
 
-    const u32 inverse = EVERY_LANE / segment.alphabet_size + 1;  // Exact for what is divided here: 65,536 cells at most.
+    const u32 inverse =
+        EVERY_LANE / segment.alphabet_size + 1;  // Exact for what is divided here: 65,536 cells at most.
     for (u32 start = first_cell; start < last_cell; start += LANES) {
         const u32 cell = start + lane;
         const u32 length = length_of(cell);
@@ -248,7 +261,8 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
         const u32 rank = ranks[length] + __popc(same & before);
         if (length >= 1 && length <= CODE_LIMIT && rank < TABLE_ENTRIES) {
             const u32 row = __umulhi(cell, inverse);
-            symbols[rank] = static_cast<u16>(load<u8>(alphabet + row) << 8 | load<u8>(alphabet + (cell - row * segment.alphabet_size)));
+            symbols[rank] = static_cast<u16>(load<u8>(alphabet + row) << 8 |
+                                             load<u8>(alphabet + (cell - row * segment.alphabet_size)));
         }
         __syncwarp();
         if (!(same & before)) ranks[length] = rank + __popc(same);
@@ -263,8 +277,8 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
     uint2 codes = scratch.codes[length];
     const auto entry_of = [&](u32 v) {  // v must not descend
         while (v >= codes.x) codes = scratch.codes[++length];
-        // After the last code comes, in a sound table, only the bit 1 of a single code: its symbol is the first.
-        // A code takes one value or more, so no rank is beyond v.
+        // In a valid table, only the bit 1 of a single code comes after the last code: its symbol is the first. Every
+        // code takes at least one value, so no rank exceeds v.
         const bool coded = length <= CODE_LIMIT;
         const u32 symbol = symbols[coded ? (v >> (CODE_LIMIT - length)) + codes.y : 0];
         return (symbol & 0xFF00) << 15 | (symbol & 0xFF) << 7 | (coded ? length : 1);
@@ -283,7 +297,7 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
     __syncthreads();
 }
 
-// Where the words of a tile's code stream are read. A window starts at bit `position`, counted from where the words' addresses count.
+// Where the words of a tile's code stream are read. A window starts at bit `position`, relative to the words' base.
 struct StagedWords {
     __device__ __forceinline__ void load3(u32 position, u32& a, u32& b, u32& c) const {
         const u32 address = position >> 3 & ~3u;
@@ -301,11 +315,13 @@ struct SegmentWords {
     }
 };
 
-// `window` holds the next bits from bit 2 on, so that they are the entry's byte offset already.
-__device__ __forceinline__ u32 look_up(u32 table, u32 window) { return load_shared((window & (TABLE_ENTRIES - 1) << 2) + table); }
+// `window` holds the next bits from bit 2 on, so that they are already the byte offset of the entry.
+__device__ __forceinline__ u32 look_up(u32 table, u32 window) {
+    return load_shared((window & (TABLE_ENTRIES - 1) << 2) + table);
+}
 
-// Decode 4 codes, move `position` (two bits before the next code) on, and join them with 8 sign/mantissa bytes.
-// Funnel shifts take their amount modulo 32, so an entry serves as one: only its length lies in these bits.
+// Decode 4 codes and advance `position` (two bits before the next code). Funnel shifts take their amount modulo 32, so
+// an entry serves as the amount: only its length lies in those bits.
 template <class Words>
 __device__ __forceinline__ void decode_codes(const Words& words, u32 table, u32& position, u32 (&pairs)[4]) {
     u32 a, b, c;
@@ -327,11 +343,11 @@ __device__ __forceinline__ u32 join(u32 pair, u32 sign_mantissa, u32 selector) {
 }
 
 __device__ __forceinline__ uint4 join_chunk(const u32 (&pairs)[4], uint2 sign_mantissa) {
-    return make_uint4(join(pairs[0], sign_mantissa.x, 0x1100), join(pairs[1], sign_mantissa.x, 0x3322), join(pairs[2], sign_mantissa.y, 0x1100),
-                      join(pairs[3], sign_mantissa.y, 0x3322));
+    return make_uint4(join(pairs[0], sign_mantissa.x, 0x1100), join(pairs[1], sign_mantissa.x, 0x3322),
+                      join(pairs[2], sign_mantissa.y, 0x1100), join(pairs[3], sign_mantissa.y, 0x3322));
 }
 
-// Store those of 8 weights, of which the first is weight j of the tile, that lie in low .. high - 1.
+// Store those of 8 weights that lie in low .. high - 1; the first of them is weight j of the tile.
 __device__ __forceinline__ void store_some(u16* tile, u32 j, u32 low, u32 high, uint4 weights) {
     const u32 words[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
@@ -339,19 +355,19 @@ __device__ __forceinline__ void store_some(u16* tile, u32 j, u32 low, u32 high, 
         if (j + i >= low && j + i < high) tile[j + i] = static_cast<u16>(words[i / 2] >> 16 * (i % 2));
 }
 
-// A tile that a warp has looked at: its descriptor, this thread's lane.
+// A tile opened by a warp: its descriptor, and this thread's lane.
 struct Tile {
-    u32 index;       // in the segment
+    u32 index;  // in the segment
     u32 weights;
     u32 begin;       // byte of the segment where its codes begin
-    u32 lane_start;  // bits from there
+    u32 lane_start;  // bits after that
     u32 lane_bits;
     u32 code_bytes;
     u32 exceptions;
     bool staged;
 };
 
-// What is stored of a tile besides its bytes: its descriptor, and this thread's lane length (section 7).
+// What is stored about a tile: its descriptor, and this thread's lane length (section 7).
 struct TileHeader {
     uint2 descriptor;
     u32 excess;
@@ -363,7 +379,7 @@ __device__ __forceinline__ TileHeader read_header(const Segment& segment, u32 in
     return {load<uint2>(segment.data + segment.tiles_offset + 8 * index), excess};
 }
 
-// With a stage, start copying the tile's bytes there, if they fit.
+// With a stage, start copying the tile's bytes to it if they fit.
 __device__ Tile open_tile(const Segment& segment, u32 index, TileHeader header, u8* stage, u32* status) {
     const u32 lane = lane_index();
     const uint2 descriptor = header.descriptor;
@@ -381,7 +397,8 @@ __device__ Tile open_tile(const Segment& segment, u32 index, TileHeader header, 
     tile.exceptions = descriptor.y >> 16;
     const u32 bytes = tile.code_bytes + 4 * tile.exceptions;
     const u32 room = segment.size - STREAM_END - segment.stream_offset;
-    const bool sound = descriptor.x <= room / 16 && bytes <= room - 16 * descriptor.x && tile.exceptions <= tile.weights;
+    const bool sound =
+        descriptor.x <= room / 16 && bytes <= room - 16 * descriptor.x && tile.exceptions <= tile.weights;
     tile.begin = segment.stream_offset + (sound ? 16 * descriptor.x : 0);
     if (!sound) {
         tile.exceptions = 0;
@@ -389,16 +406,18 @@ __device__ Tile open_tile(const Segment& segment, u32 index, TileHeader header, 
     }
     tile.staged = stage && sound && tile.code_bytes <= STAGE_TILE;
     if (tile.staged) {
-        __syncwarp();  // All have read the tile before.
-        for (u32 i = 16 * lane; i < tile.code_bytes; i += 16 * LANES) copy_to_stage(stage + STAGE_FRONT + i, segment.data + tile.begin + i);
+        __syncwarp();  // All have finished reading the previous tile.
+        for (u32 i = 16 * lane; i < tile.code_bytes; i += 16 * LANES)
+            copy_to_stage(stage + STAGE_FRONT + i, segment.data + tile.begin + i);
     }
     return tile;
 }
 
-// All 8192 weights of a tile, to an output that is aligned to 16 bytes. The sign/mantissa bytes of the next GROUP chunks are loaded while one
-// group is decoded; those of the first while the stage fills.
+// All 8192 weights of a tile, to an output aligned to 16 bytes. The sign/mantissa bytes of the next GROUP chunks are
+// loaded while a group is decoded; those of the first, while the stage fills.
 template <u32 GROUP, bool WAIT, class Words>
-__device__ __forceinline__ void decode_whole(const Words& words, u32 table, u32& position, const u8* sign_mantissa, u16* output) {
+__device__ __forceinline__ void decode_whole(const Words& words, u32 table, u32& position, const u8* sign_mantissa,
+                                             u16* output) {
     const uint2* source = reinterpret_cast<const uint2*>(sign_mantissa) + lane_index();
     uint4* target = reinterpret_cast<uint4*>(output) + lane_index();
     uint2 next[GROUP];
@@ -425,10 +444,11 @@ __device__ __forceinline__ void decode_whole(const Words& words, u32 table, u32&
     }
 }
 
-// The weights low .. high - 1 of a tile, whatever they are and wherever they go: the last tile of a tensor, the first and last of some rows.
+// The weights low .. high - 1 of a tile, to any address: for the last tile of a tensor, and the first and last of some
+// rows.
 template <class Words>
-__device__ __forceinline__ void decode_part(const Words& words, u32 table, u32& position, const u8* sign_mantissa, u16* output, u32 low,
-                                            u32 high) {
+__device__ __forceinline__ void decode_part(const Words& words, u32 table, u32& position, const u8* sign_mantissa,
+                                            u16* output, u32 low, u32 high) {
     const bool aligned = reinterpret_cast<u64>(output) % 16 == 0;
 #pragma unroll 1
     for (u32 chunk = 0; chunk * CHUNK_WEIGHTS < high; ++chunk) {
@@ -437,17 +457,16 @@ __device__ __forceinline__ void decode_part(const Words& words, u32 table, u32& 
         const u32 j = chunk * CHUNK_WEIGHTS + CHUNK_LANE_WEIGHTS * lane_index();
         if (j + CHUNK_LANE_WEIGHTS <= low || j >= high) continue;
         const uint4 weights = join_chunk(pairs, load<uint2>(sign_mantissa + j));
-        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high)
-            *reinterpret_cast<uint4*>(output + j) = weights;
-        else
-            store_some(output, j, low, high, weights);
+        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high) *reinterpret_cast<uint4*>(output + j) = weights;
+        else store_some(output, j, low, high, weights);
     }
 }
 
-// Decode the weights low .. high - 1 of an opened tile. `output` is the address that weight 0 of the tile has, or would have.
+// Decode the weights low .. high - 1 of an opened tile. `output` is the address that weight 0 of the tile has, or would
+// have.
 template <bool STAGED>
-__device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& tile, u32 low, u32 high, u16* output, u32 table, const u8* stage,
-                            u32* status) {
+__device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& tile, u32 low, u32 high, u16* output,
+                                            u32 table, const u8* stage, u32* status) {
     const u8* sign_mantissa = segment.data + segment.sign_mantissa_offset + TILE_WEIGHTS * tile.index;
     const bool whole = low == 0 && high == TILE_WEIGHTS && reinterpret_cast<u64>(output) % 16 == 0;
     const u8* exceptions = segment.data + tile.begin + tile.code_bytes;
@@ -460,13 +479,14 @@ __device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& 
     } else if (!STAGED && whole) {
         decode_whole<2, false>(segment_words, table, position, sign_mantissa, output);
     } else {
-        if (STAGED) wait_for_stage();  // It may be filled again soon.
+        if (STAGED) wait_for_stage();  // It may soon be filled again.
         decode_part(segment_words, table, position, sign_mantissa, output, low, high);
     }
-    const bool to_the_end = high + CHUNK_WEIGHTS > tile.weights + (CHUNK_WEIGHTS - 1 - (tile.weights - 1) % CHUNK_WEIGHTS);
+    const bool to_the_end =
+        high + CHUNK_WEIGHTS > tile.weights + (CHUNK_WEIGHTS - 1 - (tile.weights - 1) % CHUNK_WEIGHTS);
     if (to_the_end && position - start != tile.lane_bits) note(status, BAD_LANE);
     if (tile.exceptions == 0) return;
-    __syncwarp();  // The weights that exceptions replace have been stored by other threads.
+    __syncwarp();  // Other threads have stored the weights that exceptions replace.
     for (u32 i = lane_index(); i < tile.exceptions; i += LANES) {
         const u32 exception = load<u32>(exceptions + 4 * i);
         const u32 j = exception & 0xFFFF;
@@ -480,19 +500,19 @@ __device__ void copy_tile(const u8* source, u32 low, u32 high, u16* output) {
     const bool aligned = reinterpret_cast<u64>(output) % 16 == 0;
     for (u32 j = CHUNK_LANE_WEIGHTS * lane_index(); j < high; j += CHUNK_WEIGHTS) {
         if (j + CHUNK_LANE_WEIGHTS <= low) continue;
-        const uint4 weights = source ? load<uint4>(source + 2 * j) : make_uint4(EVERY_LANE, EVERY_LANE, EVERY_LANE, EVERY_LANE);
-        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high)
-            *reinterpret_cast<uint4*>(output + j) = weights;
-        else
-            store_some(output, j, low, high, weights);
+        const uint4 weights =
+            source ? load<uint4>(source + 2 * j) : make_uint4(EVERY_LANE, EVERY_LANE, EVERY_LANE, EVERY_LANE);
+        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high) *reinterpret_cast<uint4*>(output + j) = weights;
+        else store_some(output, j, low, high, weights);
     }
 }
 
-// A block decodes the weights low .. high - 1 of a segment, as far as they lie in the tiles first_tile .. last_tile - 1.
-// `output`: the address that weight 0 of the segment has, or would have. `stage`: this warp's, or null.
+// A block decodes the weights low .. high - 1 of a segment, as far as they lie in the tiles first_tile .. last_tile -
+// 1. `output`: the address that weight 0 of the segment has, or would have. `stage`: that of this warp, or null.
 template <u32 THREADS, bool STAGED>
-__device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_tile, u32 last_tile, u32 low, u32 high, u16* output, u32* table,
-                             CodeScratch<THREADS>& scratch, u8* stage, u32* status) {
+__device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_tile, u32 last_tile, u32 low, u32 high,
+                                             u16* output, u32* table, CodeScratch<THREADS>& scratch, u8* stage,
+                                             u32* status) {
     constexpr u32 WARPS = THREADS / LANES;
     u32 index = first_tile + threadIdx.x / LANES;
     const auto low_of = [&](u32 tile) { return max(low, tile * TILE_WEIGHTS) - tile * TILE_WEIGHTS; };
@@ -501,12 +521,14 @@ __device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_t
         if (!segment.sound && threadIdx.x == 0) note(status, BAD_SEGMENT);
         const u8* source = segment.sound ? segment.data + segment.stream_offset : nullptr;
         for (; index < last_tile; index += WARPS)
-            copy_tile(source ? source + 2 * TILE_WEIGHTS * index : nullptr, low_of(index), high_of(index), output + TILE_WEIGHTS * index);
+            copy_tile(source ? source + 2 * TILE_WEIGHTS * index : nullptr, low_of(index), high_of(index),
+                      output + TILE_WEIGHTS * index);
         return;
     }
     Tile tile{};
     if (index < last_tile) {
-        // On their way while the table is expanded: the tile's codes, and its sign/mantissa bytes as far as the second-level cache.
+        // In flight while the table is expanded: the tile's codes, and its sign/mantissa bytes into the second-level
+        // cache.
         tile = open_tile(segment, index, read_header(segment, index), stage, status);
         const u8* bytes = segment.data + segment.sign_mantissa_offset + TILE_WEIGHTS * index;
         for (u32 i = 128 * lane_index(); i < tile.weights; i += 128 * LANES) prefetch(bytes + i);
@@ -517,21 +539,23 @@ __device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_t
         const u32 next = index + WARPS;
         TileHeader header{};
         if (next < last_tile) header = read_header(segment, next);
-        decode_tile<STAGED>(segment, tile, low_of(index), high_of(index), output + TILE_WEIGHTS * index, address, stage, status);
+        decode_tile<STAGED>(segment, tile, low_of(index), high_of(index), output + TILE_WEIGHTS * index, address, stage,
+                            status);
         if (next < last_tile) tile = open_tile(segment, next, header, stage, status);
         index = next;
     }
 }
 
-// A block of a launch over several ranges: find its range, its segment, its tiles.
+// A block of a launch over several ranges finds its range, segment and tiles.
 template <u32 THREADS, bool STAGED>
-__device__ __forceinline__ void decode_ranges(const Ranges& ranges, u32 range_count, u32 tiles_per_block, u32* table, CodeScratch<THREADS>& scratch, u8* stage,
-                                              u32* status) {
+__device__ __forceinline__ void decode_ranges(const Ranges& ranges, u32 range_count, u32 tiles_per_block, u32* table,
+                                              CodeScratch<THREADS>& scratch, u8* stage, u32* status) {
     u32 found = 0;
     for (u32 step = MOST_RANGES / 2; step; step /= 2)
         if (found + step < range_count && ranges.range[found + step].first_block <= blockIdx.x) found += step;
     const Range& range = ranges.range[found];
-    const u32 tiles_per_segment = static_cast<u32>((min(static_cast<u64>(range.segment_elements), range.element_count) + TILE_WEIGHTS - 1) / TILE_WEIGHTS);
+    const u32 tiles_per_segment = static_cast<u32>(
+        (min(static_cast<u64>(range.segment_elements), range.element_count) + TILE_WEIGHTS - 1) / TILE_WEIGHTS);
     const u32 blocks_per_segment = (tiles_per_segment + tiles_per_block - 1) / tiles_per_block;
     const u32 block = blockIdx.x - range.first_block;
     const u64 index = range.first / range.segment_elements + block / blocks_per_segment;
@@ -544,17 +568,18 @@ __device__ __forceinline__ void decode_ranges(const Ranges& ranges, u32 range_co
     const u32 last_tile = min(first_tile + tiles_per_block, (high + TILE_WEIGHTS - 1) / TILE_WEIGHTS);
     if (max(first_tile, low / TILE_WEIGHTS) >= last_tile) return;
     u16* output = reinterpret_cast<u16*>(range.output) + static_cast<i64>(segment_first - range.first);
-    decode_tiles<THREADS, STAGED>(open_segment(range, index), max(first_tile, low / TILE_WEIGHTS), last_tile, low, high, output, table, scratch, stage,
-                                  status);
+    decode_tiles<THREADS, STAGED>(open_segment(range, index), max(first_tile, low / TILE_WEIGHTS), last_tile, low, high,
+                                  output, table, scratch, stage, status);
 }
 
-// Decode ranges of records. Grid: for each range, blocks_per_segment blocks for each segment that it touches.
+// Decode ranges of records. Grid: for each range, blocks_per_segment blocks per segment that it touches.
 extern "C" __global__ void __launch_bounds__(WIDE_THREADS)
     df11_decode(const __grid_constant__ Ranges ranges, u32 range_count, u32 tiles_per_block, u32* status) {
     __shared__ alignas(16) u32 table[TABLE_ENTRIES];
     __shared__ alignas(16) u8 stages[WIDE_THREADS / LANES * STAGE_BYTES];
     __shared__ CodeScratch<WIDE_THREADS> scratch;
-    decode_ranges<WIDE_THREADS, true>(ranges, range_count, tiles_per_block, table, scratch, stages + threadIdx.x / LANES * STAGE_BYTES, status);
+    decode_ranges<WIDE_THREADS, true>(ranges, range_count, tiles_per_block, table, scratch,
+                                      stages + threadIdx.x / LANES * STAGE_BYTES, status);
 }
 
 // The same with few registers and little shared memory, to run beside other kernels.
@@ -565,15 +590,15 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
     decode_ranges<SMALL_THREADS, false>(ranges, range_count, tiles_per_block, table, scratch, nullptr, status);
 }
 
-// Decode given rows of a matrix of `rows` rows of `row_weights`: output row i is row ids[i]; a row that does not exist becomes NaN.
-// `range` is the whole record, its output that of row 0. Grid: a block for each of ids.
+// Decode given rows of a matrix of `rows` rows of `row_weights`: output row i is row ids[i], or NaN if there is no such
+// row. `range` is the whole record, with the output address of row 0. Grid: a block per id.
 extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
     df11_gather_rows(const __grid_constant__ Range range, const i64* ids, u64 row_weights, u64 rows, u32* status) {
     __shared__ alignas(16) u32 table[TABLE_ENTRIES];
     __shared__ CodeScratch<SMALL_THREADS> scratch;
     const i64 id = ids[blockIdx.x];
     u16* output = reinterpret_cast<u16*>(range.output) + blockIdx.x * row_weights;
-    if (static_cast<u64>(id) >= rows) {  // A negative one, too.
+    if (static_cast<u64>(id) >= rows) {  // negative ones included
         for (u64 j = threadIdx.x; j < row_weights; j += SMALL_THREADS) output[j] = 0xFFFF;
         if (threadIdx.x == 0) note(status, BAD_ROW);
         return;
@@ -584,7 +609,8 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
         const u64 segment_first = index * range.segment_elements;
         const u32 low = static_cast<u32>(max(segment_first, first) - segment_first);
         const u32 high = static_cast<u32>(min(segment_first + range.segment_elements, last) - segment_first);
-        decode_tiles<SMALL_THREADS, false>(open_segment(range, index), low / TILE_WEIGHTS, (high + TILE_WEIGHTS - 1) / TILE_WEIGHTS, low, high,
-                                           output + static_cast<i64>(segment_first - first), table, scratch, nullptr, status);
+        decode_tiles<SMALL_THREADS, false>(
+            open_segment(range, index), low / TILE_WEIGHTS, (high + TILE_WEIGHTS - 1) / TILE_WEIGHTS, low, high,
+            output + static_cast<i64>(segment_first - first), table, scratch, nullptr, status);
     }
 }

@@ -1,6 +1,6 @@
 """BF16 models about a third smaller, without changing a bit.
 
-``df11.convert(src, dst)``, ``df11.open(path)``, ``df11.verify(path)``, ``df11.restore(path, dst)``, and ``df11.runtime``.
+``df11.convert(src, dst)``, ``df11.open(path)``, ``df11.verify(path)``, ``df11.restore(path, dst)``; ``df11.runtime``.
 Nothing is imported before it is used.
 """
 
@@ -49,6 +49,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         module, attribute = _HOMES[name]
         return getattr(importlib.import_module(module), attribute)
-    if name in ("converter", "formats", "pipelines", "runtime"):
+    if name in ("converter", "formats", "pipelines", "runtime", "storage"):
         return importlib.import_module(f"df11.{name}")
     raise AttributeError(f"module 'df11' has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import sys
 
 
@@ -19,15 +20,28 @@ def convert_main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    # df11 multiplies no matrices: NumPy need not start a thread a core for that, which takes a tenth of a short run.
+    # From here on an interrupt, or a cancelled job, is one line; later terminal.run knows how to clean up.
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return _start(arguments)
+    except KeyboardInterrupt:
+        os.write(2, b"df11: interrupted; run the same command again to go on\n")
+        os._exit(130)
+
+
+def _start(arguments: list[str]) -> int:
+    # df11 multiplies no matrices. Without this, NumPy starts one thread per core for that: a tenth of a short run.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    gc.disable()  # Until the command's work starts; imports leave nothing to collect.
+    # There is one progress bar, and it is ours; so are the lines about what went wrong.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    gc.disable()  # Until the command's work starts; imports leave no garbage.
     from df11.converter.terminal import INTERRUPTED
     from df11.pipelines.cli import run
 
     code = run(arguments)
     if code == INTERRUPTED:
-        # Python would wait for its threads, of which one may wait for a server that is silent.
+        # Python would wait for all threads, and one may be waiting for a silent server.
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,6 +1,6 @@
-/* The Python module of the CPU kernels: checks what it is given, lets go of the interpreter lock, calls. Typed
- * functions over it, which users of this package call, are in df11/formats/kernels.py and df11/converter/kernels.py.
- * Only CPython's limited API is used: one build serves every version from 3.11 on. */
+/* The Python module of the CPU kernels: checks arguments, releases the interpreter lock, and calls. Typed functions for
+ * the rest of this package are in df11/formats/kernels.py and df11/converter/kernels.py. Only CPython's limited API is
+ * used: one build works with every version from 3.11 on. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -26,7 +26,7 @@ static int get_buffer(PyObject *object, Py_buffer *buffer, const char *name, Py_
     return -1;
 }
 
-/* Several of them: all or none. */
+/* Several buffers: all or none. */
 struct wanted {
     PyObject *object;
     const char *name;
@@ -69,7 +69,7 @@ static void free_table(PyObject *capsule)
     free(PyCapsule_GetPointer(capsule, TABLE));
 }
 
-/* (section, alphabet size) -> a table that nobody else can change, or the status. */
+/* (section, alphabet size) -> a table that cannot be changed from outside, or the status. */
 static PyObject *build_decode_table(PyObject *module, PyObject *arguments)
 {
     PyObject *section, *capsule;
@@ -112,7 +112,7 @@ static int check_sections(const struct df11_segment *segment, uint64_t end)
                       "a section does not fit the segment");
 }
 
-/* Decode into, or compare with, the last argument. */
+/* Decode into the last argument, or compare with it. */
 static PyObject *each_tile(PyObject *arguments, int compare)
 {
     PyObject *bytes, *capsule, *weights;
@@ -167,8 +167,8 @@ static PyObject *compare_tiles(PyObject *module, PyObject *arguments)
 
 static const char ENCODER[] = "df11.encoder";
 
-/* An encoder, and whether a thread is at work with it: others are told, as the interpreter lock does not keep them away
- * meanwhile. */
+/* An encoder, and whether a thread is using it: other threads get an error, as the interpreter lock does not keep them
+ * out meanwhile. */
 struct owned_encoder {
     struct df11_encoder *encoder;
     int busy;
@@ -197,7 +197,7 @@ static PyObject *new_encoder(PyObject *module, PyObject *arguments)
     return capsule;
 }
 
-/* The encoder of a capsule, until it is let go; null, and an exception is set, if that is none or another thread has
+/* The encoder of a capsule, until it is released; null, with an exception set, if it is not one or another thread has
  * it. */
 static struct owned_encoder *take_encoder(PyObject *capsule)
 {
@@ -346,8 +346,8 @@ static PyObject *new_sha256(PyObject *module, PyObject *arguments)
     return capsule;
 }
 
-/* (hash, data, encoder or None): with an encoder, count the pairs of data for its next code, instead of any that have
- * been counted. */
+/* (hash, data, encoder or None): with an encoder, count the pairs of data for its next code, in place of any previous
+ * counts. */
 static PyObject *update_sha256(PyObject *module, PyObject *arguments)
 {
     PyObject *hash_capsule, *data, *encoder_capsule;
@@ -438,8 +438,7 @@ static int initialise(PyObject *module)
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
         if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)
             return -1;
-    /* For tests, and to find out whether a fault is one of these instructions: the portable code gives the same bytes.
-     */
+    /* For tests, and to find out whether a bug lies in these instructions: the portable code gives the same bytes. */
     if (!getenv("DF11_PORTABLE"))
         df11_choose_instructions();
     return PyModule_AddStringConstant(module, "INSTRUCTIONS",

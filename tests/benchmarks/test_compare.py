@@ -1,4 +1,4 @@
-"""What the board says of two results files, with made-up samples."""
+"""What the comparison says about two results files, with made-up samples."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def peak(*samples: float) -> Result:
         (speed(1.2, 1.25, 1.3), speed(1.31, 1.4, 1.5), "faster"),
         (speed(1.2, 1.25, 1.3), speed(1.1, 1.15, 1.19), "slower"),
         (peak(114, 114, 115), peak(61, 62, 63), "smaller"),
-        (size(1_000_000), size(1_000_001), "larger"),  # what is counted has no noise
+        (size(1_000_000), size(1_000_001), "larger"),  # counts have no noise
         (seconds(10.00, 10.01, 10.02), seconds(10.10, 10.11, 10.12), "slower"),  # 1 %, but apart
         (seconds(10), seconds(10.2), None),  # one sample: 2 % may be noise
         (seconds(10), seconds(10.5), "slower"),
         (seconds(10, 11, 12), seconds(11.5, 12, 12.5), "perhaps slower"),  # 9 %, but they overlap
         (seconds(10, 11, 12), seconds(10.5, 11.1, 12), None),
         (size(5), size(5), None),
-        # A disturbed sample hides no change if there are eight, and one if there are fewer.
+        # Among eight samples, one outlier does not hide a change; among fewer it does.
         (seconds(*[10.0, 10.1] * 4, 20.0), seconds(*[11.0, 11.1] * 4, 5.0), "slower"),
         (seconds(10.0, 10.1, 20.0), seconds(11.0, 11.1, 5.0), "perhaps slower"),
     ],

@@ -22,7 +22,7 @@ DATA = GOOD[8 + int.from_bytes(GOOD[:8], "little") :]
 
 
 def document(**changes) -> bytes:
-    """A file with one tensor of 8 bytes, in which some members of its entry are changed."""
+    """A file with one tensor of 8 bytes, some of whose entry's members are changed."""
     return framed(
         json.dumps({"a": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]} | changes}).encode(), bytes(8)
     )
@@ -37,7 +37,7 @@ def entries(*ranges: tuple[int, int], size: int) -> bytes:
     return framed(json.dumps(table).encode(), bytes(size))
 
 
-# What the safetensors library refuses as well.
+# What the safetensors library refuses, too.
 BAD = {
     "empty": b"",
     "7 bytes": bytes(7),
@@ -95,7 +95,7 @@ BAD = {
     "a hole at the end": entries((0, 10), size=12),
     "an element of part of a byte": framed(b'{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,1]}}', bytes(1)),
 }
-# What df11 alone refuses, and says so in SPEC.md or in its documentation.
+# What only df11 refuses, as SPEC.md or the documentation says.
 STRICT = {
     "the same name twice": framed(
         b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
@@ -147,7 +147,7 @@ def test_a_bad_shard_is_found_before_anything_is_written(tmp_path):
 
 @pytest.mark.slow
 def test_a_header_that_no_container_could_hold_is_refused(tmp_path):
-    # The container's header holds each name twice: it must not pass the limit that its readers keep.
+    # The container's header holds each name twice: it must stay within the limit of its readers.
     source = sources.write(tmp_path / "x.safetensors", [Tensor("x" * 51_000_000, "U8", (1,), b"x")])
     with pytest.raises(df11.Df11Error) as caught:
         df11.convert(source, tmp_path / "x.df11", max_memory="16GiB")
@@ -187,13 +187,13 @@ def test_a_source_that_is_no_file(kind, tmp_path):
 
 @pytest.fixture
 def source(tmp_path):
-    """A good source, of one segment and a bit."""
+    """A good source of a little more than one segment."""
     return sources.write(tmp_path / "x.safetensors", [bf16("w", (SEGMENT + 5000,))])
 
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder that cannot be written to. Root may write where permissions forbid it, so that for root it is a read-only file system."""
+    """A folder that cannot be written to. For root, which may write anywhere, it is a read-only file system."""
     folder = tmp_path / "read-only"
     folder.mkdir()
     if os.geteuid():
@@ -207,7 +207,7 @@ def read_only(tmp_path):
 
 
 def mount(folder, options) -> None:
-    """Mount an empty file system in memory, or skip the test where even root may not."""
+    """Mount an empty file system in memory. Skip the test if even root cannot."""
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True, text=True
     )
@@ -222,10 +222,14 @@ def test_a_folder_that_cannot_be_written(target, source, read_only):
 
 
 def test_a_source_that_may_not_be_read(source, tmp_path, monkeypatch):
-    def refuse(path, *_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    honest = os.open
 
-    monkeypatch.setattr("df11.converter.source.open", refuse, raising=False)
+    def refuse(path, *arguments, **options):
+        if str(path) == str(source):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return honest(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
     commands.run("convert", source, tmp_path / "x.df11").error(3, source)
 
 
@@ -261,11 +265,11 @@ def test_a_name_that_is_too_long(source, tmp_path):
     assert set(tree_bytes(tmp_path)) == {"x.safetensors"}
 
 
-# No room.
+# No space.
 
 
 @pytest.mark.parametrize("command", ["convert", "restore"])
-def test_a_disk_that_is_full(command, source, tmp_path):
+def test_a_disk_that_is_full(command, source, tmp_path, monkeypatch):
     if os.geteuid():
         pytest.skip("only root can mount a small file system; test_a_write_that_fails does the same without one")
     container, disk = tmp_path / "x.df11", tmp_path / "disk"
@@ -273,7 +277,10 @@ def test_a_disk_that_is_full(command, source, tmp_path):
     disk.mkdir()
     mount(disk, "size=1m")
     try:
-        commands.run(command, source if command == "convert" else container, disk / "y").error(6, disk / "y", "space")
+        origin = source if command == "convert" else container
+        commands.run(command, origin, disk / "y").error(6, disk, "not enough disk space")  # Known before.
+        monkeypatch.setattr("df11.storage.local.LocalStore.free_bytes", lambda _: None)
+        commands.run(command, origin, disk / "y").error(6, disk / "y", "space")
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -315,7 +322,8 @@ def test_a_flush_that_fails(source, tmp_path, monkeypatch):
 
 
 def test_a_limit_of_the_size_of_files(source, tmp_path):
-    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000000,) * 2); from df11.__main__ import main; main()"
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000000,) * 2); "
+    code += "from df11.__main__ import main; main()"
     commands.run_process("convert", source, tmp_path / "y.df11", command=[sys.executable, "-c", code]).error(
         6, "y.df11"
     )
@@ -329,13 +337,13 @@ def test_too_little_memory(options, tmp_path):
         6, source, "--max-memory"
     )
     assert set(tree_bytes(tmp_path)) == {"x.safetensors"}
-    # The size that it asks for is enough, and a little less is not.
+    # The size that it asks for is enough; a little less is not.
     needed = int(re.search(r"at least (\d+)MiB", line).group(1))
     commands.run("convert", source, tmp_path / "x.df11", "--max-memory", f"{needed - 1}MiB", *options).error(6)
     commands.run("convert", source, tmp_path / "x.df11", "--max-memory", f"{needed}MiB", *options).fine()
 
 
-# A source that does not hold still.
+# A source that changes.
 
 
 def append(path):
@@ -367,7 +375,7 @@ def test_a_source_that_changes_while_it_is_read(change, tmp_path):
             change(source)
 
     with pytest.raises(errors.ConflictError, match=r"x\.safetensors.*changed") as caught:
-        df11.convert(source, tmp_path / "x.df11", jobs=1, on_progress=once)
+        df11.convert(source, tmp_path / "x.df11", threads=1, on_progress=once)
     assert caught.value.exit_code == 7
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
@@ -396,7 +404,7 @@ def test_a_tensor_that_is_read_twice_must_be_the_same_twice(name, tmp_path):
             os.utime(source, ns=(before, before))
 
     with pytest.raises(errors.ConflictError) as caught:
-        df11.convert(source, tmp_path / "x.df11", jobs=1, on_progress=change_what_was_read)
+        df11.convert(source, tmp_path / "x.df11", threads=1, on_progress=change_what_was_read)
     assert caught.value.tensor == name
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
@@ -419,12 +427,12 @@ def test_no_memory(source, tmp_path, monkeypatch):
     assert set(tree_bytes(tmp_path)) == {"x.safetensors"}
 
 
-# Defects of df11 itself, or of the machine.
+# Defects in df11 itself, or in the machine.
 
 
 @pytest.fixture
 def wrong_encoder(monkeypatch):
-    """An encoder that now and then writes a wrong byte, before any checksum is taken."""
+    """An encoder that sometimes writes a wrong byte, before any checksum is taken."""
     from df11.converter.kernels import Encoder
 
     right = Encoder.encode_tiles

@@ -1,4 +1,4 @@
-"""Conversion of one file: every kind of source comes back byte for byte, and the same source always gives the same container."""
+"""Conversion of one file: every kind of source comes back byte for byte, and always gives the same container."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def tensor_lists(draw) -> list[Tensor]:
         shape = tuple(draw(st.lists(st.integers(0, 40), max_size=3)))
         dtype = draw(st.sampled_from(["BF16", "BF16", "F32", "U8", "F16", "I64"]))
         if dtype == "BF16":
-            # From one exponent to all of them, with runs in between.
+            # From a single exponent to all of them, with runs in between.
             exponents = draw(st.lists(st.integers(0, 255), min_size=1, max_size=5))
             generator = np.random.default_rng(seed)
             count = math.prod(shape)
@@ -152,11 +152,11 @@ def test_any_small_file_comes_back(tensors, padding, metadata, cast):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if cast is None or all(tensor.dtype != "F32" or is_exact(tensor.data) for tensor in tensors):
-            round_trip(data, folder, cast=cast, jobs=2)
+            round_trip(data, folder, cast=cast, threads=2)
             return
         source = folder / "x.safetensors"
         source.write_bytes(data)
-        df11.convert(source, folder / "x.df11", cast=cast, jobs=2)
+        df11.convert(source, folder / "x.df11", cast=cast, threads=2)
         df11.verify(folder / "x.df11", source)
         with df11.open(folder / "x.df11") as container:
             for tensor in tensors:
@@ -166,7 +166,7 @@ def test_any_small_file_comes_back(tensors, padding, metadata, cast):
 
 
 def is_exact(data: bytes) -> bool:
-    """Whether F32 bytes hold BF16 values only."""
+    """Whether F32 bytes hold only BF16 values."""
     return (np.frombuffer(sources.round_to_bf16(data), "<u2").astype("<u4") << 16).tobytes() == data
 
 
@@ -238,12 +238,12 @@ def test_without_a_cast_f32_is_kept(tmp_path):
         assert (container.info("a").dtype, container.info("a").exact) == ("F32", None)
 
 
-# The same bytes, whatever the circumstances.
+# The same bytes under all circumstances.
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> Path:
-    """A file with work for several threads: many segments, coded and raw, small tensors, deferred ones, F32."""
+    """A file that keeps several threads busy: many segments, coded and raw, small tensors, deferred ones, F32."""
     tensors = [random_tensor("odd", "U8", (11,))]
     for seed in range(4):
         tensors += [
@@ -257,7 +257,7 @@ def mixed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=[None, "bf16"], ids=["lossless", "cast"])
 def reference(request, mixed, tmp_path_factory) -> tuple[str | None, str]:
-    """A cast, and the SHA-256 of the container that the default options give."""
+    """A cast, and the SHA-256 of the container with default options."""
     container = tmp_path_factory.mktemp("reference") / "x.df11"
     df11.convert(mixed, container, cast=request.param)
     return request.param, sources.sha256(container)
@@ -266,13 +266,13 @@ def reference(request, mixed, tmp_path_factory) -> tuple[str | None, str]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"jobs": 1},
-        {"jobs": 2},
-        {"jobs": 4},
+        {"threads": 1},
+        {"threads": 2},
+        {"threads": 4},
         {"max_memory": "230MiB"},
-        {"max_memory": "2GiB", "jobs": 4},
+        {"max_memory": "2GiB", "threads": 4},
         {"verify": False},
-        {"jobs": 4, "verify": False},
+        {"threads": 4, "verify": False},
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Conversions from the Hub: the same bytes as from a downloaded folder, resumed without asking, and in trouble an exit code and one line."""
+"""Conversions from the Hub: the same bytes as from a local folder, resumed unasked; for trouble, a line and a code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import df11
-from df11.converter import ranges
-from df11.converter.manifest import FILE_NAME, Manifest, Origin
+from df11.converter import parquet
+from df11.converter.manifest import FILE_NAME, Origin
 from df11.formats import errors
-from df11.formats import hub as hub_client
+from df11.storage import client as hub_client
+from df11.storage import ranges
 from tests.support import commands, sources
 from tests.support.hub.repository import Blob
 from tests.support.hub.server import corrupt, cut, drip, hang, ignore_range, slow, status, truncated
@@ -29,9 +30,9 @@ PIECE = 20_000
 def quick(client, monkeypatch):
     """Small pieces, so that small shards have many, and no waiting."""
     del client
-    monkeypatch.setattr(ranges, "PIECE_BYTES", PIECE)
-    monkeypatch.setattr("df11.converter.hub.HEAD_BYTES", 1_000)
-    monkeypatch.setattr("df11.converter.hub.CHUNK", PIECE // 2)
+    monkeypatch.setattr(ranges, "RANGE_BYTES", PIECE)
+    monkeypatch.setattr("df11.converter.source.HEAD_BYTES", 1_000)
+    monkeypatch.setattr("df11.storage.file.CHUNK", PIECE // 2)
     monkeypatch.setattr(hub_client, "WAITS", (0.0, 0.0, 0.0))
 
 
@@ -76,7 +77,7 @@ def one(hub, tmp_path):
 
 
 def fetched(hub, name="") -> int:
-    """Requests for the content of a file."""
+    """The number of requests for the content of a file."""
     return hub.count("GET", f"/resolve/[^/]+/.*{name}$") + hub.count("GET", f"/cdn/.*filename=.*{name}&")
 
 
@@ -85,9 +86,9 @@ def nothing_under_a_final_name(folder):
 
 
 def assert_same_conversion(mine, local):
-    """The same bytes; only the manifests tell where the sources have come from."""
+    """The same bytes; only the manifests say where the sources came from."""
     found, wanted = tree_bytes(mine), tree_bytes(local)
-    ours, theirs = (Manifest.from_bytes(files.pop(FILE_NAME), FILE_NAME) for files in (found, wanted))
+    ours, theirs = (parquet.from_bytes(files.pop(FILE_NAME), FILE_NAME) for files in (found, wanted))
     assert found == wanted
     assert (ours.files, ours.tensors, ours.cast) == (theirs.files, theirs.tensors, theirs.cast)
     assert theirs.origin == Origin()
@@ -129,8 +130,7 @@ def test_one_file_of_a_repository(one, tmp_path):
     df11.convert(one, tmp_path / "local.df11")
     (file,) = df11.convert("hf://me/one/x.safetensors", tmp_path / "out.df11").files
     assert (tmp_path / "out.df11").read_bytes() == (tmp_path / "local.df11").read_bytes()
-    assert (file.status, file.source_sha256) == ("converted", sources.sha256(one))
-    assert [row.name for row in file.rows] == ["a", "b"]
+    assert (file.status, file.source_sha256, file.tensors) == ("converted", sources.sha256(one), 2)
 
 
 def test_the_way_back(model, tmp_path):
@@ -167,8 +167,8 @@ def test_a_dry_run_reads_headers_only(hub, model, tmp_path):
     result = commands.run("convert", "hf://me/m", tmp_path / "out", "--dry-run").fine()
     assert len(result.out.splitlines()) == 3
     assert (
-        f"hf://me/m@{model.head}/vae/x.safetensors -> {tmp_path / 'out' / 'vae' / 'x.df11'}: {len(model.read('vae/x.safetensors')):,} bytes"
-        in (result.out)
+        f"hf://me/m@{model.head}/vae/x.safetensors -> {tmp_path / 'out' / 'vae' / 'x.df11'}: "
+        f"{len(model.read('vae/x.safetensors')):,} bytes" in (result.out)
     )
     assert all(request.sent <= 1_000 for request in hub.requests if request.cdn)
     assert not fetched(hub, "config.json")
@@ -190,7 +190,8 @@ def test_what_is_finished_is_kept_without_asking(hub, model, tmp_path):
     ]
     assert tree_bytes(tmp_path / "out") == before
     assert not hub.count("GET", "/cdn/")
-    assert fetched(hub) == fetched(hub, "index.json") == 1
+    assert fetched(hub, "index.json") == fetched(hub, ".gitattributes") == 1  # These are rewritten: to be compared.
+    assert fetched(hub) == 2
     (tmp_path / "out" / "vae" / "x.df11").unlink()
     report = df11.convert("hf://me/m", tmp_path / "out")
     assert [file.status for file in report.files] == ["skipped", "skipped", "converted"]
@@ -213,20 +214,24 @@ def test_what_is_finished_locally_is_kept(hub, one, tmp_path):
     assert not fetched(hub)
 
 
-def test_another_content_needs_force(hub, one, tmp_path):
+def test_another_content_replaces_what_df11_has_written(hub, one, tmp_path):
     del one
     df11.convert("hf://me/one", tmp_path / "out")
+    df11.convert("hf://me/one/x.safetensors", tmp_path / "x.df11")
     before = tree_bytes(tmp_path / "out")
     hub.repository("me/one").commit(
         {"x.safetensors": sources.file_bytes([bf16("a", (300, 200), 9), bf16("b", (150, 100), 1)])}
     )
-    commands.run("convert", "hf://me/one", tmp_path / "out").error(2, "x.df11", "--force")
-    commands.run("convert", "hf://me/one", tmp_path / "out", "--cast", "bf16").error(2, "x.df11", "--force")
-    assert tree_bytes(tmp_path / "out") == before
-    commands.run("convert", "hf://me/one", tmp_path / "out", "--force").fine()
+    # Without a manifest, as beside a single file, nobody knows whose file it is.
+    commands.run("convert", "hf://me/one/x.safetensors", tmp_path / "x.df11").error(2, "x.df11", "--force")
+    commands.run("convert", "hf://me/one", tmp_path / "out").fine()
     assert tree_bytes(tmp_path / "out") != before
+    df11.convert("hf://me/one", tmp_path / "fresh")
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "fresh")
+    # What concerns the folder itself stays.
     (tmp_path / "out" / ".gitattributes").write_text("mine")
-    commands.run("convert", "hf://me/one", tmp_path / "out").error(2, ".gitattributes", "--force")
+    commands.run("convert", "hf://me/one", tmp_path / "out").fine()
+    assert (tmp_path / "out" / ".gitattributes").read_text() == "mine"
 
 
 @pytest.mark.slow
@@ -238,7 +243,7 @@ def test_killed_and_run_again(options, hub, tmp_path):
     hub.inject("GET", r"/cdn/.*filename=b\.", drip(12_000_000), times=1000)
     process = commands.start("convert", "hf://me/m", out, *options)
     partial = out / (".b.df11.download" if options else ".b.df11.partial")
-    # Past the first requests, which read headers.
+    # After the first requests, which read headers.
     commands.wait_until(
         lambda: (out / "a.df11").exists() and partial.exists() and partial.stat().st_size > 2_000_000, process
     )
@@ -270,7 +275,7 @@ def test_a_budget_that_is_too_small(hub, model, tmp_path):
     assert all(request.sent <= 1_000 for request in hub.requests if request.cdn)
     assert not (tmp_path / "out").exists()
     commands.run("convert", "hf://me/m", tmp_path / "out", "--max-disk", largest).fine()
-    commands.run("convert", "hf://me/m", tmp_path / "out", "--max-disk", 1).fine()  # There is nothing left to download.
+    commands.run("convert", "hf://me/m", tmp_path / "out", "--max-disk", 1).fine()  # Nothing is left to download.
 
 
 def test_a_budget_is_for_the_hub_only(one, tmp_path):
@@ -342,7 +347,7 @@ def test_a_download_that_fails_is_kept_for_the_next_try(hub, one, tmp_path):
         ("hf://me/m/nowhere", 4, ["nowhere", "no such file or folder"]),
         ("hf://me/m/merges", 2, ["no .safetensors file"]),
         ("hf://me/m/model_index.json", 2, ["model_index.json", "safetensors"]),
-        ("hf://you/gated", 3, ["hf://you/gated", "must be asked for", "/you/gated"]),
+        ("hf://you/gated", 3, ["hf://you/gated", "must be requested", "/you/gated"]),
     ],
 )
 def test_addresses_that_cannot_be_converted(address, code, words, hub, model, tmp_path):
@@ -373,7 +378,7 @@ def test_a_token_that_is_not_accepted(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("token", ["hf_sécret", "hf_secret\x00", "hf_secret\x7f\x01"])
 def test_a_token_that_cannot_be_sent(token, model, tmp_path, monkeypatch):
     del model
-    if "\0" in token:  # No environment can hold it, but a file can.
+    if "\0" in token:  # An environment variable cannot hold it, but a file can.
         monkeypatch.delenv("HF_TOKEN")
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
         (tmp_path / "token").write_text(token)
@@ -406,7 +411,7 @@ def test_a_fault_that_stays(where, fault, code, word, hub, model, tmp_path, monk
     if word == "in time":
         monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.1)
     if "/cdn/" in where and code == 3:
-        code = 5  # Storage refuses addresses that have expired: those are asked for again.
+        code = 5  # For the storage, the URL has expired: a new one is requested.
     hub.inject("GET", where, fault, times=1000)
     result = commands.run("convert", "hf://me/m", tmp_path / "out")
     line = result.error(code, "hf://me/m")
@@ -458,11 +463,11 @@ def test_wrong_bytes_of_the_right_size(after, hub, one, tmp_path):
 
 
 def test_bytes_that_are_other_ones_when_read_again(hub, tmp_path):
-    # A tensor that does not pay to be coded is read twice.
+    # A tensor that coding does not make smaller is read twice.
     path = sources.write(tmp_path / "x.safetensors", [random_tensor("noise", "BF16", (300,)), bf16("w", (200, 300))])
     hub.create("me/m").commit({"x.safetensors": path})
     hub.inject("GET", "/cdn/", corrupt(5), after=2 + -(-path.stat().st_size // PIECE))
-    commands.run("convert", "hf://me/m", tmp_path / "out").error(1, "noise", "second time")
+    commands.run("convert", "hf://me/m", tmp_path / "out").error(1, "noise", "second download")
     assert tree_bytes(tmp_path / "out") == {}
 
 
@@ -471,7 +476,7 @@ def test_a_copy_with_wrong_bytes(name, hub, model, tmp_path):
     del model
     hub.inject("GET", f"/cdn/.*{Path(name).name}|/resolve/.*{name}", corrupt(5), times=1000)
     result = commands.run("convert", "hf://me/m", tmp_path / "out")
-    if name.endswith("bin"):  # The first of its requests is only redirected.
+    if name.endswith("bin"):  # The first request for it is only redirected.
         result.error(1, name, "SHA-256")
     else:
         result.error(1, name, "git blob")
@@ -482,7 +487,7 @@ def test_a_copy_with_wrong_bytes(name, hub, model, tmp_path):
 def test_a_size_that_is_not_the_listed_one(wrong, hub, one, tmp_path):
     repository = hub.repository("me/one")
     repository.apply("main", {"x.safetensors": Blob(one.stat().st_size + wrong, sources.sha256(one), None)}, "wrong")
-    commands.run("convert", "hf://me/one", tmp_path / "out").error(1, "x.safetensors", "another size")
+    commands.run("convert", "hf://me/one", tmp_path / "out").error(1, "x.safetensors", "a different size")
     assert not (tmp_path / "out").exists()
 
 
@@ -490,7 +495,7 @@ def test_a_size_that_is_not_the_listed_one(wrong, hub, one, tmp_path):
 def test_names_that_lead_out_of_the_target(name, hub, one, tmp_path):
     del one
     hub.repository("me/one").commit({name: b"evil"})
-    commands.run("convert", "hf://me/one", tmp_path / "deep" / "out").error(2, "no repository can have", "evil")
+    commands.run("convert", "hf://me/one", tmp_path / "deep" / "out").error(2, "no repository can hold", "evil")
     assert not (tmp_path / "deep").exists()
 
 

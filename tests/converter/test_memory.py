@@ -1,4 +1,4 @@
-"""Memory stays within its bound, whatever the size of the file and of its tensors. Time is never measured here."""
+"""Memory stays within its bound, whatever the size of the file and its tensors. Time is never measured here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 BOUND = 256 << 20
 SIZE = 300_000_000
-"""Bytes of a file: more than the bound, so that who holds a file whole is found out."""
+"""Bytes of a file: more than the bound, so that anything that holds a whole file is found out."""
 
 
 @pytest.fixture
@@ -65,5 +65,5 @@ def test_the_way_back(large):
     assert commands.peak_memory("verify", container, "--against", source) <= BOUND
     assert commands.peak_memory("restore", container, back) <= BOUND
     assert sources.sha256(back) == sources.sha256(source)
-    # A finished output is found by hashing the source.
+    # A finished output is recognized by hashing the source.
     assert commands.peak_memory("convert", source, container) <= BOUND

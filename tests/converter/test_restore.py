@@ -24,7 +24,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def container(source, tmp_path):
-    """Its container."""
+    """The container of that source."""
     df11.convert(source, tmp_path / "x.df11")
     return tmp_path / "x.df11"
 
@@ -47,7 +47,7 @@ def test_any_number_of_jobs_gives_the_source(jobs, cast, tmp_path):
     ]
     source = sources.write(tmp_path / "x.safetensors", tensors)
     df11.convert(source, tmp_path / "x.df11", cast=cast)
-    df11.restore(tmp_path / "x.df11", tmp_path / "y.safetensors", jobs=jobs)
+    df11.restore(tmp_path / "x.df11", tmp_path / "y.safetensors", threads=jobs)
     assert sources.sha256(tmp_path / "y.safetensors") == sources.sha256(source)
 
 
@@ -74,7 +74,7 @@ def test_what_is_there_and_wrong_is_only_replaced_by_force(source, container, tm
     assert target.read_bytes() == source.read_bytes()
 
 
-# A cast that has changed values.
+# A cast that changed values.
 
 
 def cast_file(tmp_path, metadata):
@@ -120,7 +120,7 @@ def test_what_was_rounded_can_be_written_as_bf16(metadata, tmp_path):
         assert bytes(stock[tensor.name]["data"]) == (sources.round_to_bf16(tensor.data) if cast else tensor.data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert header.get("__metadata__") == metadata
-    # It is a good source in its turn.
+    # It is a good source in turn.
     df11.convert(target, tmp_path / "z.df11")
     df11.restore(tmp_path / "z.df11", tmp_path / "z.safetensors")
     assert (tmp_path / "z.safetensors").read_bytes() == data

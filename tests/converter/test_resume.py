@@ -1,4 +1,4 @@
-"""Go on where a run has ended, in whatever way it did: skip what is finished, replace nothing unasked, leave nothing half-written."""
+"""Continue after a run that ended in any way: keep what is finished, replace nothing unasked, leave no partial file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 import df11
 from df11.formats import errors
-from df11.formats.writer import AtomicWriter
+from df11.storage.atomic import AtomicWriter
 from tests.support import commands, sources
 from tests.support.sources import bf16, f32, tree_bytes
 
@@ -60,7 +60,7 @@ def test_a_source_that_changed_needs_force(source, tmp_path):
     convert(source, target)
     before = target.read_bytes()
     data = bytearray(source.read_bytes())
-    data[-5] ^= 1  # Of the same size, and with the same times.
+    data[-5] ^= 1  # The same size, and the same times.
     times = source.stat()
     source.write_bytes(data)
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -85,16 +85,18 @@ def test_a_cast_with_nothing_to_cast_changes_nothing(tmp_path):
     convert(source, target)
     before = target.read_bytes()
     assert convert(source, target, cast="bf16").status == "skipped"
-    assert convert(source, target, cast="bf16", force=True).status == "converted"
+    assert convert(source, target, cast="bf16", resume=False, force=True).status == "converted"
     assert target.read_bytes() == before
     assert convert(source, target).status == "skipped"
 
 
-def test_force_converts_what_is_finished(source, tmp_path):
+def test_what_is_right_is_converted_again_only_if_nothing_is_to_be_kept(source, tmp_path):
     target = tmp_path / "x.df11"
     convert(source, target)
     before = target.read_bytes(), stamp(target)
-    assert convert(source, target, force=True).status == "converted"
+    assert convert(source, target, force=True).status == "skipped"
+    assert stamp(target) == before[1]
+    assert convert(source, target, resume=False, force=True).status == "converted"
     assert target.read_bytes() == before[0]
     assert stamp(target) != before[1]
 
@@ -183,12 +185,12 @@ def test_a_dry_run_finds_unusable_sources(tmp_path):
     commands.run("convert", tmp_path / "model", tmp_path / "out", "--dry-run").error(2, "b.safetensors")
 
 
-# Ended from outside. The file is large enough for a signal to find the conversion at work.
+# Ended from outside. The file is large enough for a signal to arrive during the conversion.
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A source of 200 MB, its container, and the hash of that."""
+    """A source of 200 MB, its container, and the container's hash."""
     folder = tmp_path_factory.mktemp("large")
     source = sources.write_large(folder / "x.safetensors", "BF16", 200_000_000)
     df11.convert(source, folder / "x.df11")
@@ -199,9 +201,9 @@ def large(tmp_path_factory):
 
 
 def start_and_stop(partial, *arguments, again=lambda: None) -> subprocess.Popen[str]:
-    """Start ``df11`` and stop it when it has written some of its output: what is sent to it arrives when it goes on, in the midst of its work.
+    """Start ``df11``, and stop it once it has written some output. A signal then arrives while it is working.
 
-    ``again``: what sets the scene for another try.
+    ``again``: prepares another try.
     """
     for _ in range(20):
         process = commands.start(*arguments, "--jobs", 1)
@@ -212,27 +214,27 @@ def start_and_stop(partial, *arguments, again=lambda: None) -> subprocess.Popen[
             and partial.exists()
         ):
             return process
-        # This machine was so busy that the command had ended before. Its output is the first one again.
+        # On a busy machine, the command may have ended before. Its output is then the first one again.
         process.send_signal(signal.SIGCONT)
         commands.finish(process).fine()
         partial.with_name(partial.name.removeprefix(".").removesuffix(".partial")).unlink()
         again()
-    raise AssertionError("the command is never met at work")
+    raise AssertionError("the command always ended before it could be stopped")
 
 
 def interrupt(process, number) -> None:
-    """Send a signal to a process that has been stopped, and let it go on."""
+    """Send a signal to a stopped process, and let it continue."""
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
 
 
 def start_conversion(source, target) -> subprocess.Popen[str]:
-    """A conversion that has been stopped in the midst."""
+    """A conversion, stopped while it works."""
     return start_and_stop(target.with_name(f".{target.name}.partial"), "convert", source, target)
 
 
 def check_and_remove(target, digest) -> None:
-    """The only file in the folder is the right container; remove it, as it is large."""
+    """Check that the only file in the folder is the right container; remove it, as it is large."""
     assert sources.sha256(target) == digest
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     target.unlink()
@@ -338,7 +340,7 @@ def test_an_error_of_the_caller_leaves_nothing(source, tmp_path):
 
 @pytest.mark.parametrize("pause", [0.0, 0.005, 0.03])
 def test_two_signals_do_no_harm(pause, large, tmp_path):
-    # As some CI systems send them, and people who cannot wait.
+    # As some CI systems send them, and impatient people.
     source, digest = large
     target = tmp_path / "x.df11"
     process = start_conversion(source, target)

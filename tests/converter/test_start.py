@@ -1,4 +1,4 @@
-"""How a command starts: what it imports, and that a command line means the same whether or not Typer reads it."""
+"""How a command starts: what it imports, and that a command line means the same with and without Typer."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from df11.pipelines import cli
 from df11.version import __version__
 from tests.support import commands, sources
 
-# Modules that a program on local files has no use for; each costs time, most of them more than df11 itself.
+# Modules that are useless for work on local files. Each costs time, most of them more than df11 itself.
 UNNEEDED = (
-    "typer click pydantic rich shellingham annotated_types tqdm pyarrow huggingface_hub httpx httpx2 requests torch matplotlib "
+    "typer click pydantic rich shellingham annotated_types tqdm pyarrow huggingface_hub httpx httpx2 requests torch "
+    "matplotlib jinja2 "
     "ssl socket email http asyncio urllib.request importlib.metadata multiprocessing unittest "
-    "df11.converter.hub df11.converter.ranges df11.converter.parquet df11.runtime "
-    "df11.pipelines.job df11.pipelines.plan df11.pipelines.run df11.pipelines.report df11.pipelines.transfer df11.pipelines.wording "
+    "df11.storage.hub df11.storage.client df11.storage.ranges df11.converter.parquet df11.runtime "
+    "df11.pipelines.job df11.pipelines.prepare df11.pipelines.run df11.pipelines.report df11.pipelines.transfer "
+    "df11.pipelines.wording "
 )
 PROGRAM = """
 import atexit, gc, sys
@@ -34,7 +36,7 @@ main()
 
 
 def modules_of(*arguments: object) -> tuple[str, set[str]]:
-    """Run ``df11``: whether its collector works in the end, and what it has imported."""
+    """Run ``df11``: whether its garbage collector is on at the end, and what it imported."""
     result = commands.run_process(*arguments, command=[sys.executable, "-c", PROGRAM]).fine()
     collects, *modules = result.err.splitlines()[-1].split()
     return collects, set(modules)
@@ -55,7 +57,7 @@ def test_work_on_local_files_imports_only_what_it_needs(source, tmp_path):
     ):
         collects, modules = modules_of(*arguments)
         assert sorted(modules.intersection(UNNEEDED.split())) == []
-        assert {"numpy", "df11.pipelines.cli"} <= modules  # It is the list of what has been imported.
+        assert {"numpy", "df11.pipelines.cli"} <= modules  # The list is that of imported modules.
         assert collects == "True"
 
 
@@ -87,7 +89,7 @@ Call = tuple[options.Command, dict[str, Any]]
 
 
 def by_typer(arguments: list[str]) -> Call | None:
-    """What Typer says; None for a mistake, or if nothing is to be done."""
+    """The call that Typer reads; None for a mistake, or if there is nothing to do."""
     calls: list[Call] = []
     app = options.typer_app(cli.COMMANDS, __version__, lambda command, values: calls.append((command, values)))
     try:
@@ -109,7 +111,8 @@ def leaves(group: options.Group, *before: str) -> dict[tuple[str, ...], options.
 LEAVES = leaves(cli.COMMANDS)
 SPELLINGS = (
     "--threads -j --jobs --max-memory --max-disk --cast --verify --no-verify --resume --no-resume --force --dry-run "
-    "--json --quiet -q --debug --against --bf16 --engine --private --output -o --help --version --nonsense --thread "
+    "--json --quiet -q --debug --against --bf16 --engine --private --public --include --exclude --allow-missing "
+    "--output -o --help --version --nonsense --thread "
 )
 VALUES = [
     "a",

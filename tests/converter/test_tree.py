@@ -1,4 +1,4 @@
-"""Folders: every file of a model finds its place, and the whole tree comes back byte for byte."""
+"""Folders: every file of a model finds its place, and the whole model folder comes back byte for byte."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def diffusers(folder: Path) -> Path:
 
 
 def convert_and_restore(source: Path, folder: Path) -> tuple[df11.ConversionReport, dict[str, bytes]]:
-    """Convert a tree, verify it, restore it, and compare it with the source. Returns the report and the files of the converted tree."""
+    """Convert, verify and restore a model folder, and compare it with the source.
+
+    Returns the report and the files of the converted folder.
+    """
     before = tree_bytes(source)
     report = df11.convert(source, folder / "out")
     assert df11.verify(folder / "out").files == len(report.files)
@@ -74,7 +77,7 @@ def test_a_sharded_checkpoint(tmp_path):
     assert (len(report.files), report.copied) == (2, 3)
     assert report.source_bytes == sum(path.stat().st_size for path in source.glob("*.safetensors"))
     assert report.output_bytes == sum(len(data) for name, data in out.items() if name.endswith(".df11"))
-    # In the index, only the values of weight_map change, and not even white space elsewhere.
+    # In the index, only the values of weight_map change, not even whitespace elsewhere.
     before = (source / "model.safetensors.index.json").read_text()
     after = out["model.df11.index.json"].decode()
     assert after == before.replace("of-00002.safetensors", "of-00002.df11")
@@ -129,14 +132,14 @@ def test_an_index_is_rewritten_and_restored(text, variant, tmp_path):
     source = tmp_path / "model"
     sources.write(source / "a.safetensors", [bf16("a", (600,))])
     (source / f"m.safetensors.index{variant}.json").write_bytes(text.encode())
-    df11.convert(source, tmp_path / "out")
+    df11.convert(source, tmp_path / "out", allow_missing=True)
     before, after = json.loads(text), json.loads((tmp_path / "out" / f"m.df11.index{variant}.json").read_bytes())
     expected = {
         name: file.removesuffix(".safetensors") + ".df11" if file.endswith(".safetensors") else file
         for name, file in before["weight_map"].items()
     }
     assert after == {**before, "weight_map": expected}
-    df11.restore(tmp_path / "out", tmp_path / "back")
+    df11.restore(tmp_path / "out", tmp_path / "back", allow_missing=True)
     assert (tmp_path / "back" / f"m.safetensors.index{variant}.json").read_bytes() == text.encode()
 
 
@@ -165,7 +168,7 @@ def test_an_index_that_is_none_is_refused(text, tmp_path):
 
 
 def hub_cache(folder: Path) -> Path:
-    """A repository as the Hub's client keeps it: files of a snapshot are links to blobs. Returns the snapshot."""
+    """A repository as the Hub's client keeps it: the files of a snapshot are links to blobs. Returns the snapshot."""
     model = sharded(folder / "plain")
     repository = folder / ".cache" / "huggingface" / "hub" / "models--owner--name"
     snapshot = repository / "snapshots" / ("0" * 40)
@@ -180,7 +183,7 @@ def hub_cache(folder: Path) -> Path:
 
 
 def test_a_snapshot_of_the_hubs_cache(tmp_path):
-    # The cache lies in a folder .cache: only such folders within the tree are left out.
+    # The cache is in a folder .cache: only such folders inside the model folder are left out.
     snapshot = hub_cache(tmp_path)
     _, out = convert_and_restore(snapshot, tmp_path)
     assert "nested/again.df11" in out
@@ -198,12 +201,28 @@ def test_one_file_through_a_link(tmp_path):
 
 
 def test_a_folder_through_a_link(tmp_path):
-    sharded(tmp_path / "real")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "unet").symlink_to(tmp_path / "real", target_is_directory=True)
+    sharded(tmp_path / "model" / "unet")
     (tmp_path / "link").symlink_to(tmp_path / "model", target_is_directory=True)
     df11.convert(tmp_path / "link", tmp_path / "out")
     assert (tmp_path / "out" / "unet" / "model-00001-of-00002.df11").is_file()
+
+
+@pytest.mark.parametrize("what", ["id_ed25519", "folder"])
+@pytest.mark.parametrize("command", ["convert", "restore"])
+def test_links_that_lead_out_of_the_folder_are_refused(what, command, tmp_path):
+    sharded(tmp_path / "model")
+    source = tmp_path / "model"
+    if command == "restore":
+        df11.convert(source, tmp_path / "df11")
+        source = tmp_path / "df11"
+    (tmp_path / "home" / "folder").mkdir(parents=True)
+    (tmp_path / "home" / "id_ed25519").write_text("secret")
+    (source / "notes").symlink_to(tmp_path / "home" / what)
+    name = "notes/" if what == "folder" else "notes"
+    commands.run(command, source, tmp_path / "out").error(2, source / "notes", "leads out", f"--exclude '{name}'")
+    assert not (tmp_path / "out").exists()
+    commands.run(command, source, tmp_path / "out", "--exclude", name).fine()
+    assert not (tmp_path / "out" / "notes").exists()
 
 
 @pytest.mark.parametrize("target", [".", "..", "../sub"])
@@ -282,18 +301,20 @@ def test_a_source_within_the_target_is_fine(tmp_path):
     assert (tmp_path / "all" / "model-00001-of-00002.df11").is_file()
 
 
-@pytest.mark.parametrize(
-    ("taken", "by"),
-    [("a.df11", "a.safetensors"), ("m.df11.index.json", "m.safetensors.index.json")],
-    ids=["container", "index"],
-)
-def test_two_sources_of_one_target_are_refused(taken, by, tmp_path):
+@pytest.mark.parametrize("taken", ["a.df11", "notes.df11", "m.df11.index.json", "sub/x.df11"])
+def test_a_source_that_holds_containers_is_refused(taken, tmp_path):
+    # On the way back they would be taken for what df11 has made.
     source = tmp_path / "model"
     sources.write(source / "a.safetensors", [bf16("a", (600,))])
     (source / "m.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
+    (source / taken).parent.mkdir(exist_ok=True)
     (source / taken).write_text("{}")
-    commands.run("convert", source, tmp_path / "out").error(2, taken, by)
+    commands.run("convert", source, tmp_path / "out").error(2, taken, "holds .df11 files already")
     assert not (tmp_path / "out").exists()
+    commands.run("convert", source, tmp_path / "out", "--exclude", "*.df11*").fine()
+    df11.restore(tmp_path / "out", tmp_path / "back")
+    (source / taken).unlink()
+    assert tree_bytes(tmp_path / "back") == tree_bytes(source)
 
 
 def test_a_file_needs_a_file_and_a_folder_a_folder(tmp_path):
@@ -319,7 +340,7 @@ def test_other_files_are_copied_as_they_are(tmp_path):
     (source / "tool.sh").write_bytes(b"#!/bin/sh\r\n\x00\xff")
     df11.convert(source, tmp_path / "out")
     assert (tmp_path / "out" / "tool.sh").read_bytes() == b"#!/bin/sh\r\n\x00\xff"
-    # A copy that differs is only replaced by force.
+    # A copy that differs is replaced only by force.
     (tmp_path / "out" / "config.json").write_text("edited")
     commands.run("convert", source, tmp_path / "out").error(2, "config.json", "--force")
     assert (tmp_path / "out" / "config.json").read_text() == "edited"

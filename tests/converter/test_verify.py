@@ -1,4 +1,4 @@
-"""Verification finds damage of every kind and any difference from the source, says where, and exits with 1."""
+"""Verification finds every kind of damage and any difference from the source, says where, and exits with 1."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_damage_to_a_field_of_a_record_is_found(field, tensor, paths):
 
 @pytest.mark.parametrize("bit", [0, 7])
 def test_damage_anywhere_in_the_data_is_found(bit, pristine, paths):
-    # Whatever byte it is, also of padding within a segment: all are covered by a checksum.
+    # Any byte, even padding inside a segment: a checksum covers all of them.
     _, container = paths
     start = 8 + int.from_bytes(pristine[1][:8], "little")
     for offset in np.random.default_rng(bit).integers(start, len(pristine[1]), 150).tolist():
@@ -192,6 +192,7 @@ EDITS = {
     "no writer": metadata(lambda keys: keys.pop("df11.writer")),
     "no source": metadata(lambda keys: keys.pop("df11.source")),
     "source without sha256": origin(lambda value: value.pop("sha256")),
+    "source with another sha256": origin(lambda value: value.update(sha256="0" + value["sha256"][1:])),
     "source with a short sha256": origin(lambda value: value.update(sha256="ab")),
     "source with an unknown cast": origin(lambda value: value.update(cast="fp8")),
     "source of another size": origin(lambda value: value.update(bytes=value["bytes"] + 1)),
@@ -221,7 +222,7 @@ EDITS = {
 
 
 def test_the_header_may_be_written_in_another_way(pristine, paths):
-    # What the tests below rest on: only what they change makes the difference.
+    # The basis of the tests below: only what they change makes the difference.
     _, container = paths
     container.write_bytes(
         reframed(pristine[1], metadata(lambda keys: keys.update({"another.key": "x", "df11.writer": "someone else"})))
@@ -238,6 +239,13 @@ def test_damage_to_the_header_is_found(edit, pristine, paths):
         assert "frobnication" in line
 
 
+def test_a_hash_that_is_not_the_sources_is_found_with_the_source(pristine, paths):
+    source, container = paths
+    edit = origin(lambda value: value.update(sha256="0" + value["sha256"][1:]))
+    container.write_bytes(reframed(pristine[1], edit))
+    commands.run("verify", container, "--against", source).error(1, source, "SHA-256 0")
+
+
 def test_data_that_start_at_an_odd_place_are_refused(pristine, paths):
     _, container = paths
     size = int.from_bytes(pristine[1][:8], "little")
@@ -248,7 +256,7 @@ def test_data_that_start_at_an_odd_place_are_refused(pristine, paths):
 
 
 def test_no_damage_to_the_header_makes_it_crash(pristine, paths):
-    # Not all of it can be found without the source, but nothing may escape except a Df11Error.
+    # Not all damage can be found without the source, but nothing except a Df11Error may escape.
     source, container = paths
     size = int.from_bytes(pristine[1][:8], "little")
     found = 0

@@ -1,4 +1,4 @@
-"""The files in examples/ci, as far as they can be run without GitHub, Hugging Face and Slurm: with stand-ins for their commands."""
+"""The files in examples/ci, as far as they run without GitHub, Hugging Face and Slurm, with stand-ins for commands."""
 
 import os
 import signal

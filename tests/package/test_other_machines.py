@@ -1,4 +1,4 @@
-"""The CPU kernels on machines that are not at hand: on another kind of CPU under an emulator, and refused where they would be wrong."""
+"""The CPU kernels on other machines: emulated on another kind of CPU, and refused where they would be wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_aarch64_gives_the_same_bytes(tmp_path):
 
 
 def test_a_big_endian_machine_is_refused_by_name(tmp_path):
-    """Whoever compiles for one is told why that cannot be."""
+    """Compiling for such a machine fails with the reason."""
     source = tmp_path / "kernels.c"
     source.write_text(f'#include "{cpu_kernels.ROOT}/formats/kernels.h"\n')
     compiler = os.environ.get("CC", "cc")

@@ -1,4 +1,4 @@
-"""The package as users get it: from a wheel, from a zip of the checkout, as an editable install, with and without a compiler."""
+"""The package as users get it: a wheel, a zip of the checkout, an editable install, with and without a compiler."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from tests.support import sources
 
 ROOT = Path(__file__).parents[2]
 EXTENSION = "_kernels.abi3.so"
-ROOMS = ("converter", "formats", "pipelines", "runtime")
+ROOMS = ("converter", "formats", "pipelines", "runtime", "storage")
 NOT_IN_A_ZIP = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results", "data", "*.so")
 
 
 def ignored(folder: str, names: list[str]) -> set[str]:
-    """What a zip of the repository does not hold, which is without links."""
+    """What a zip of the repository, which has no links, does not hold."""
     return {*NOT_IN_A_ZIP(folder, names), *(name for name in names if Path(folder, name).is_symlink())}
 
 
 def attempt(*command: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command, without this process's PYTHONPATH and compiler."""
+    """Run a command without this process's PYTHONPATH and compiler."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CC", "MYPYPATH")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
@@ -48,7 +48,7 @@ def run(*command: object, cwd: Path, **variables: str) -> str:
 
 
 def copy_checkout(folder: Path) -> Path:
-    """A checkout as it is downloaded: nothing built, no links. Building leaves files behind."""
+    """A checkout as downloaded: nothing built, no links. Building leaves files behind."""
     return Path(shutil.copytree(ROOT, folder, ignore=ignored))
 
 
@@ -68,12 +68,12 @@ def built(checkout, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def package_files() -> set[str]:
-    """What the package must hold, by the checkout."""
+    """What the package must hold, according to the checkout."""
     files = {
         f"df11/{path.name}" for path in (ROOT / "src" / "df11").iterdir() if path.suffix in (".py", ".pyi", ".typed")
     }
     for room in ROOMS:
-        for suffix in (".py", ".pyi", ".md", ".cu", ".css", ".js"):
+        for suffix in (".py", ".pyi", ".md", ".cu", ".j2", ".js"):
             files |= {f"df11/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(f"*{suffix}")}
     return files
 
@@ -123,7 +123,7 @@ def test_the_sdist_is_whole(built):
 
 
 def environment(folder: Path) -> Path:
-    """A fresh virtual environment that finds this one's packages, so that nothing need be downloaded. Returns its folder of scripts."""
+    """A fresh virtual environment that sees this one's packages: nothing is downloaded. Returns its scripts folder."""
     venv.create(folder)
     scripts = folder / "bin"
     site = run(scripts / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
@@ -135,7 +135,7 @@ LIST_PACKAGES = "import sys; sys.path.insert(0, '.'); import build_backend; prin
 
 
 def install(scripts: Path, *what: object) -> None:
-    """Install into a virtual environment, with this one's pip."""
+    """Install into a virtual environment with this one's pip."""
     run(
         sys.executable,
         "-m",
@@ -151,7 +151,7 @@ def install(scripts: Path, *what: object) -> None:
 
 
 def check_use(scripts: Path, folder: Path, home: Path) -> None:
-    """df11 works in this environment, from a folder of its own, and is imported from below ``home``."""
+    """Check that df11 works in this environment, in a folder of its own, and is imported from below ``home``."""
     folder.mkdir()
     modules = ("df11", "df11.runtime", "df11.converter", "df11.pipelines", "df11.formats.layout", "df11._kernels")
     code = f"import sys, {', '.join(modules)}\nfor name in {modules}: print(sys.modules[name].__file__)"
@@ -201,7 +201,7 @@ def test_a_clone_needs_no_links(tmp_path):
 
 @pytest.fixture(scope="module")
 def editable(tmp_path_factory) -> tuple[Path, Path]:
-    """A checkout, and the scripts of an environment into which it is installed."""
+    """A checkout, and the scripts folder of an environment into which it is installed."""
     folder = tmp_path_factory.mktemp("editable")
     checkout = copy_checkout(folder / "df11")
     scripts = environment(folder / "venv")
@@ -273,7 +273,7 @@ def test_an_editable_install_works_where_no_links_can_be_made(tmp_path):
     )
     done = attempt(sys.executable, "-c", code, tmp_path, cwd=checkout)
     assert done.returncode == 0, done
-    assert "df11: no links to the rooms in src/df11" in done.stderr
+    assert "df11: src/df11 has no links" in done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     scripts = environment(tmp_path / "venv")
     install(scripts, "--no-index", wheel)
@@ -302,12 +302,12 @@ def test_what_is_in_the_way_of_a_link_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory) -> dict[str, str]:
-    """Variables of a machine without a compiler. The cache makes it a matter of seconds from the second run on."""
+    """Environment variables of a machine without a compiler. With a warm cache, building takes seconds."""
     return {"PATH": str(tmp_path_factory.mktemp("bare")), "ZIG_GLOBAL_CACHE_DIR": str(ROOT / "build" / "zig")}
 
 
 def test_without_a_compiler_zig_builds(built, bare, tmp_path):
-    """``build`` checks that what the backend asks for is installed, the version included."""
+    """``build`` checks that what the backend requires is installed, in the right version."""
     shutil.unpack_archive(built[0], tmp_path)
     (source,) = tmp_path.iterdir()
     command = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path)
@@ -320,7 +320,7 @@ def test_without_a_compiler_zig_builds(built, bare, tmp_path):
         sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "package")
     ).splitlines()
     assert Path(path).is_relative_to(tmp_path)
-    assert instructions == _kernels.INSTRUCTIONS  # Not slower code than another compiler's.
+    assert instructions == _kernels.INSTRUCTIONS  # Its code must not be slower than another compiler's.
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_without_any_compiler_one_line_says_what_to_do(checkout, bare, tmp_path,
     assert not list(tmp_path.glob("*.whl"))
 
 
-# What the limited API takes of the pyconfig.h that Python has on Windows. Those of macOS and Linux agree in what matters here.
+# What the limited API needs from the pyconfig.h of Python on Windows. In this, macOS and Linux agree with each other.
 WINDOWS = """
 #define MS_WINDOWS
 #define MS_WIN64

@@ -1,4 +1,4 @@
-"""The extension itself under ASan and UBSan: what it checks, what it calls, and every hostile record that the tests of formats know."""
+"""The extension under ASan and UBSan: what it checks, what it calls, and every hostile record of the formats tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(*command: str | Path, **variables: str) -> str:
 def test_the_tests_of_formats_pass_under_sanitizers(tmp_path):
     package = tmp_path / "df11"
     package.mkdir()
-    for room in ("converter", "formats", "pipelines", "runtime"):
+    for room in ("converter", "formats", "pipelines", "runtime", "storage"):
         (package / room).symlink_to(ROOT / room)
     for path in (ROOT / "src" / "df11").glob("*.py"):
         (package / path.name).symlink_to(path)
@@ -39,12 +39,15 @@ def test_the_tests_of_formats_pass_under_sanitizers(tmp_path):
         "PYTHONPATH": str(tmp_path),
         "PYTHONMALLOC": "malloc",  # so that buffers have red zones
         "LD_PRELOAD": run("gcc", "-print-file-name=libasan.so").strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's
+        "ASAN_OPTIONS": "detect_leaks=0",  # those of the interpreter
     }
     where = run(sys.executable, "-c", "import df11._kernels as kernels; print(kernels.__file__)", **sanitized)
     assert where.strip() == str(extension)
-    # Those that run programs or processes of their own gain nothing by it; two others take long, and do what the rest does.
-    others = "not (no_byte or hashing or questions or too_far or says_so or the_same_with_portable or many_tiles or legal_code)"
+    # Tests that run other processes gain nothing from it; two others take long and cover what the rest does.
+    others = (
+        "not (no_byte or hashing or questions or too_far or says_so"
+        " or the_same_with_portable or many_tiles or legal_code)"
+    )
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", others)
     out = run(sys.executable, "-m", "pytest", *options, *SUITES, **sanitized)
     assert " passed" in out

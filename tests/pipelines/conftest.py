@@ -14,9 +14,9 @@ _drawn: dict[Hashable, dict[str, bytes]] = {}
 
 @pytest.fixture(autouse=True)
 def draw_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw the plots of the same tensors once for all jobs of this process: they are most of a small job's time.
+    """Draw the plots of the same tensors once for all jobs of this process: they take most of a small job's time.
 
-    The origin is all that differs between most jobs here, and no plot shows it. test_report.py draws every time.
+    Most jobs here differ only in their origin, which no plot shows. test_report.py draws every time.
     """
 
     def draw(manifest: Manifest) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""What a hostile Hub, a forged manifest, an odd job file or a careless user can do to jobs, pushes and pulls: nothing, in one line."""
+"""What a hostile Hub, a forged manifest, an odd job file or a careless user can do: nothing, and one line says so."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import df11
-from df11.converter.manifest import FILE_NAME, FileRow, Manifest
-from df11.formats import hub as formats_hub
+from df11.converter import parquet
+from df11.converter.manifest import FILE_NAME, FileRow
 from df11.pipelines.card import _front_matter
+from df11.storage import client as hub_client
 from tests.support import commands
 from tests.support.hub import models
 from tests.support.hub.repository import Repository
@@ -28,8 +29,8 @@ SOURCE, TARGET = "hf://lab/model", "hf://me/model-df11"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No try waits."""
-    monkeypatch.setattr(formats_hub, "WAITS", (0.0,))
+    """Retries do not wait."""
+    monkeypatch.setattr(hub_client, "WAITS", (0.0,))
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def write_job(
     return path
 
 
-# A Hub that answers with rubbish.
+# A Hub that responds with rubbish.
 
 RUBBISH = [
     ("GET", r"/api/models/{}(/revision/[^/]*)?(\?|$)", b"{}"),
@@ -129,14 +130,14 @@ def test_a_forged_manifest_removes_containers_only(
 ) -> None:
     commands.run("job", "run", "--quiet", write_job(tmp_path)).fine()
     target = hub.repository("me/model-df11")
-    manifest = Manifest.from_bytes(target.read(FILE_NAME), "")
+    manifest = parquet.from_bytes(target.read(FILE_NAME), "")
     forged = dataclasses.replace(
         manifest, files=(*manifest.files, FileRow(name, 8, "0" * 64, "a.safetensors", 8, "0" * 64))
     )
-    target.commit({"notes.txt": b"precious", FILE_NAME: forged.to_bytes()})
+    target.commit({"notes.txt": b"precious", FILE_NAME: parquet.to_bytes(forged)})
     commands.run("job", "run", "--quiet", write_job(tmp_path)).fine()
     assert name in target.files()
-    assert Manifest.from_bytes(target.read(FILE_NAME), "") == manifest
+    assert parquet.from_bytes(target.read(FILE_NAME), "") == manifest
     assert source.head
 
 
@@ -156,7 +157,7 @@ def test_a_folder_with_somebodys_files(source: Repository, tmp_path: Path, name:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / name).write_text("mine")
-    commands.run("job", "run", "--quiet", write_job(tmp_path, target="folder")).error(2, name, "already there")
+    commands.run("job", "run", "--quiet", write_job(tmp_path, target="folder")).error(2, name, "already exists")
     assert [path.read_text() for path in folder.iterdir()] == ["mine"]
     assert source.head
 
@@ -171,17 +172,24 @@ def test_a_folder_follows_a_new_revision(source: Repository, tmp_path: Path) -> 
     assert (tmp_path / "folder" / "config.json").read_bytes() == b'{"new": 1}'
 
 
-# What a source or a tree holds.
+# What a source or a model folder holds.
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.txt", b"two\nlines.json"])
 def test_names_that_the_hub_does_not_take(hub: HubServer, source: Repository, tmp_path: Path, name: bytes) -> None:
     original = source.checkout(tmp_path / "original")
     (original / os.fsdecode(name)).write_bytes(b"x")
-    commands.run("job", "run", "--quiet", write_job(tmp_path, source="original")).error(2, "this name")
+    shown = ascii(os.fsdecode(name)).strip("'")
+    result = commands.run("job", "run", write_job(tmp_path, source="original")).fine()
+    assert shown in result.err
     df11.convert(original, tmp_path / "tree")
-    commands.run("hub", "push", tmp_path / "tree", TARGET).error(2, "this name")
-    assert "me/model-df11" not in hub.repositories
+    assert (tmp_path / "tree" / os.fsdecode(name)).read_bytes() == b"x"
+    assert shown in commands.run("hub", "push", tmp_path / "tree", "me/pushed").fine().err
+    for repository in ("me/model-df11", "me/pushed"):  # One odd name does not block the files beside it.
+        assert {"config.json", "model-00001-of-00002.df11"} <= set(hub.repository(repository).files())
+    # Weights with such a name are not left out.
+    (original / (os.fsdecode(name) + ".safetensors")).write_bytes(models.shard(3))
+    commands.run("job", "run", "--quiet", write_job(tmp_path, source="original")).error(2, "this name")
 
 
 def test_a_manifest_of_other_containers_is_not_believed(hub: HubServer, source: Repository, tmp_path: Path) -> None:
@@ -194,13 +202,13 @@ def test_a_manifest_of_other_containers_is_not_believed(hub: HubServer, source: 
     commands.run("hub", "push", "--quiet", tree, TARGET).fine()
     target = hub.repository("me/model-df11")
     assert "lab/model" not in target.read("README.md").decode()
-    assert Manifest.from_bytes(target.read(FILE_NAME), "").cast == "bf16"
+    assert parquet.from_bytes(target.read(FILE_NAME), "").cast == "bf16"
     commands.run("hub", "push", "--quiet", tree, TARGET).fine()
     commands.run("hub", "pull", "--quiet", TARGET, tmp_path / "pulled").fine()
     assert source.head
 
 
-# What is missed is missed before anything is done.
+# Missing things are noticed before anything is done.
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "matplotlib"])
@@ -237,7 +245,7 @@ def test_the_memory_is_looked_at_before(hub: HubServer, source: Repository, tmp_
 
 
 def test_a_folder_of_somebody_else_is_not_worked_in(source: Repository, tmp_path: Path) -> None:
-    """In a folder where everybody may write, a link can lie where the job will put its files, and remove others."""
+    """Where everybody may write, a link may lie in the place of the job's files, and other files would be removed."""
     commands.run("job", "run", "--quiet", write_job(tmp_path)).fine()
     (folder,) = (tmp_path / "work").iterdir()
     (tmp_path / "precious" / "data").mkdir(parents=True)
@@ -266,5 +274,5 @@ def test_a_silent_server_does_not_hold_an_interrupted_job(hub: HubServer, source
     result = commands.finish(process)
     assert result.code == 130, result
     assert result.err.splitlines()[-1].startswith("df11: interrupted")
-    assert time.monotonic() - started < 30  # Not the minutes that its tries take.
+    assert time.monotonic() - started < 30  # Not the minutes that its retries take.
     assert source.head

@@ -35,15 +35,18 @@ datasets: [x/y]
 
 
 def render(
-    manifest: Manifest | None = None, source: str | None = SOURCE, fields: CardFields = CardFields(), **options: Any
-) -> str:  # noqa: B008 - frozen
+    manifest: Manifest | None = None,
+    source: str | None = SOURCE,
+    fields: CardFields = CardFields(),  # noqa: B008 - frozen
+    **options: Any,
+) -> str:
     manifest = manifest or made.model()
     options = {"repository": "me/name-df11", "plots": card.plot_paths(manifest), "configs": {}} | options
     return card.render_card(manifest, fields, source, **options)
 
 
 def parts(text: str) -> tuple[dict[str, Any], str]:
-    """Front matter and body, by YAML itself; the Hub's rules find no fault."""
+    """Front matter, parsed as YAML, and body; the Hub's rules find no fault."""
     assert cards.validate(text) == ([], [])
     start, front_matter, body = text.split("---\n", 2)
     assert start == ""
@@ -54,7 +57,7 @@ def parts(text: str) -> tuple[dict[str, Any], str]:
 
 
 def tables(body: str) -> list[list[list[str]]]:
-    """All tables, as a Markdown parser sees them: rows of the text of cells."""
+    """All tables, as a Markdown parser sees them: rows of cell texts."""
     tokens = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
     found: list[list[list[str]]] = []
     for before, token in itertools.pairwise(tokens):
@@ -93,7 +96,10 @@ def test_front_matter_is_carried_over():
 
 
 def test_licence_is_linked():
-    assert "[a licence](https://example.com/a%20licence%29%5D%28x). The source is [owner/name]" in render()
+    found = (
+        "The source's model card names [a licence](https://example.com/a%20licence%29%5D%28x). The source is [owner/"
+    )
+    assert found in render()
     assert "[mine](LICENSE.md)." in render(
         fields=CardFields(license="other", license_name="mine", license_link="LICENSE.md")
     )
@@ -116,7 +122,7 @@ def test_fields_come_first():
     assert data == {
         "base_model": "other/model",
         "base_model_relation": "quantized",
-        "license": "mit",  # Without the name and the link of the source's licence.
+        "license": "mit",  # Without the name and link of the source's licence.
         "pipeline_tag": "any-to-any",
         "library_name": "diffusers",
         "language": ["uk"],
@@ -145,7 +151,12 @@ def test_fields_come_first():
 def test_source_card_that_says_nothing(source):
     data, body = parts(render(source=source))
     assert data == {"base_model": "owner/name", "base_model_relation": "quantized", "tags": list(card.TAGS)}
-    assert "names no licence" in body
+    link = f"[owner/name](https://huggingface.co/owner/name/tree/{'c' * 40}/sub%20folder)"
+    if source is None:
+        assert f"The source has no model card here; see its repository, {link}" in body
+    else:
+        assert f"No licence was found in the model card of {link}" in body
+    assert "names" not in body.split("## Licence")[1]
 
 
 def test_front_matter_with_other_line_ends_and_a_mark():
@@ -165,7 +176,7 @@ def test_norwegian_and_several_licences():
     data, body = parts(render(source="---\nlanguage: no\nlicense: [mit, apache-2.0]\n---\n"))
     assert data["language"] == ["no"]
     assert data["license"] == ["mit", "apache-2.0"]
-    assert "mit, apache-2.0. The source is [owner/name]" in body
+    assert "The source's model card names mit, apache-2.0. The source is [owner/name]" in body
 
 
 def test_strings_of_strangers_break_nothing():
@@ -204,7 +215,7 @@ def test_sizes_are_those_of_the_manifest():
     manifest = made.model()
     _, body = parts(render(manifest))
     head, *rows = tables(body)[0]
-    assert head == ["part", "tensors", "source", "in BF16", "df11", "of BF16", "bits a weight", "floor"]
+    assert head == ["part", "tensors", "source", "in BF16", "df11", "of BF16", "bits per weight", "entropy bound"]
     assert [row[0] for row in rows] == ["text", "vae", "all"]
     for row in rows:
         files = [file for file in manifest.files if row[0] == "all" or file.file.startswith(row[0])]
@@ -245,10 +256,8 @@ def test_pictures():
 
 def test_changed_values_are_said():
     _, body = parts(render())
-    assert (
-        "The source has 2 tensors in F32, rounded to BF16 for this as torch rounds. In 1 of them this **has changed values**."
-        in body
-    )
+    assert "The source has 2 tensors in F32, rounded to BF16 the way torch does it. In 1 of them this **ch" in body
+    assert "this **changed values**.\n" in body
     assert "in 1 of 2 files. **Their F32 originals cannot be restored from here**" in body
     assert "$ df11 restore --bf16 name-df11 restored" in body
     rows = tables(body)[1][1:]
@@ -262,10 +271,10 @@ def test_changed_values_are_said():
 def test_unchanged_values(exact):
     manifest = made.manifest(made.tensor("a.df11", "w", (300, 300), exact=exact), cast=exact is not None)
     _, body = parts(render(manifest))
-    assert "Every source file comes back byte for byte" in body
+    assert "Every source file is restored byte for byte" in body
     assert "--bf16" not in body
-    assert "**has changed" not in body
-    assert ("No value has changed" in body) == (exact is True)
+    assert "**changed" not in body
+    assert ("No value changed" in body) == (exact is True)
     assert "$ df11 hub pull hf://me/name-df11 name-df11\n$ df11 restore name-df11 restored\n" in body
 
 
@@ -280,7 +289,7 @@ def test_in_a_folder_nothing_is_pulled():
 
 
 def code(text: str) -> str:
-    """All blocks of Python; each of them compiles."""
+    """All Python code blocks; each of them compiles."""
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for block in blocks:
         compile(block, "card", "exec")
@@ -412,7 +421,7 @@ def test_rows_as_the_benchmarks_write_them(tmp_path: Path):
     _, body = parts(render(fields=CardFields(results=save(tmp_path / "r.json", content))))
     head, only = next(table for table in tables(body) if "device" in table[0])
     assert dict(zip(head, only, strict=True))["time"] == "6.0 µs"
-    assert dict(zip(head, only, strict=True))["of the floor"] == "0.900"
+    assert dict(zip(head, only, strict=True))["of a plain copy's speed"] == "0.900"
 
 
 def test_programs_that_write_results_have_these_sections():

@@ -1,4 +1,4 @@
-"""The command line: what goes to standard output and what to people, exit codes, entry points, and what an import costs."""
+"""The command line: standard output, text for people, exit codes, entry points, and the cost of an import."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
-# Standard output: data, in the form of the contract.
+# Standard output: data, in the documented form.
 
 FILE_MEMBERS = {"event", "source", "output", "source_bytes", "output_bytes", "source_sha256", "tensors", "status"}
 DONE_MEMBERS = {"event", "files", "source_bytes", "output_bytes", "ratio", "seconds"}
@@ -149,9 +149,9 @@ def test_text_is_for_people_and_goes_to_standard_error(model, tmp_path):
 def test_a_conversion_ends_with_a_summary(model, tmp_path):
     result = commands.run("convert", model, tmp_path / "out", "--cast", "bf16").fine()
     (line,) = result.err.splitlines()
-    assert re.search(r"2 files.*1 others copied; 2 tensors cast from F32, 1 of them without any change", line)
+    assert re.search(r"2 files.*plus 1 copied; 2 tensors cast from F32, 1 of them unchanged", line)
     (line,) = commands.run("convert", model, tmp_path / "out", "--cast", "bf16").fine().err.splitlines()
-    assert "2 of them finished before" in line
+    assert "2 of them already finished" in line
 
 
 @pytest.mark.parametrize("flag", ["--quiet", "-q"])
@@ -242,7 +242,8 @@ def test_every_documented_option_is_there():
         .fine()
         .out
     )
-    documented = "--threads -j --max-memory --cast --verify --no-verify --resume --no-resume --force --dry-run --json --quiet --debug"
+    documented = "--threads -j --max-memory --cast --verify --no-verify --resume --no-resume --force --dry-run --json "
+    documented += "--quiet --debug"
     for option in documented.split():
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", text), option
 
@@ -405,7 +406,7 @@ def test_tqdm_is_only_needed_on_a_terminal(model, tmp_path):
     commands.run_without(["tqdm"], tmp_path / "hide", "convert", model, tmp_path / "out").fine()
     path = os.pathsep.join([str(tmp_path / "hide"), commands.environment()["PYTHONPATH"]])
     code, shown = in_terminal("verify", tmp_path / "out", PYTHONPATH=path)
-    assert code in (0, 2)  # Done without a bar, or the one line that tells how to mend it.
+    assert code in (0, 2)  # Done without a bar, or one line that says how to fix it.
     assert code == 0 or shown.count("pip install 'df11[convert]'") == 1
     assert "Traceback" not in shown
     assert "internal error" not in shown
@@ -431,7 +432,8 @@ def test_every_public_name_is_there():
 
 def test_inspect_needs_nothing_but_the_base(model, tmp_path):
     commands.run("convert", model, tmp_path / "out").fine()
-    code = f"import df11; c = df11.open({str(tmp_path / 'out' / 'a.df11')!r}); print(c.keys(), c.tensor('b').shape); c.close()"
+    code = f"import df11; c = df11.open({str(tmp_path / 'out' / 'a.df11')!r}); "
+    code += "print(c.keys(), c.tensor('b').shape); c.close()"
     blocked = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); {code}"
     assert commands.run_process(command=[sys.executable, "-c", blocked]).fine().out == "['a', 'b'] (3,)\n"
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import df11
-from df11.converter.manifest import FILE_NAME, Manifest
-from df11.formats import hub as formats_hub
+from df11.converter import parquet
+from df11.converter.manifest import FILE_NAME
+from df11.storage import client as hub_client
 from tests.support import commands, sources
 from tests.support.hub import models
 from tests.support.hub.repository import Repository
@@ -23,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("client")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No try waits."""
-    monkeypatch.setattr(formats_hub, "WAITS", (0.0, 0.0))
+    """Retries do not wait."""
+    monkeypatch.setattr(hub_client, "WAITS", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_one_model_that_fails_does_not_stop_the_others(hub: HubServer, source: R
     assert source.head
 
 
-# Whose repository it is, what the client is told, and the exit code.
+# Ownership, what the client is told, and the exit code.
 DENIED = [
     ("hf://lab/gated", "hf://me/x", 3, "access"),
     ("hf://lab/private", "hf://me/x", 4, "private"),
@@ -145,7 +146,7 @@ def test_without_a_token(hub: HubServer, source: Repository, tmp_path: Path, mon
 def test_a_renamed_source(hub: HubServer, source: Repository, tmp_path: Path) -> None:
     hub.rename("lab/model", "lab/renamed")
     commands.run("job", "run", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).fine()
-    manifest = Manifest.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "")
+    manifest = parquet.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "")
     assert manifest.origin.commit == source.head
 
 
@@ -172,10 +173,10 @@ def test_an_index_that_is_none(hub: HubServer, source: Repository, tmp_path: Pat
 
 
 def test_a_silent_server(hub: HubServer, source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats_hub, "TIMEOUTS", {"connect": 5.0, "read": 0.3, "write": 5.0, "pool": 5.0})
+    monkeypatch.setattr(hub_client, "TIMEOUTS", {"connect": 5.0, "read": 0.3, "write": 5.0, "pool": 5.0})
     job = write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))
     hub.inject("POST", "/commit/", hang, times=99)
-    commands.run("job", "run", "--quiet", job).error(5, "did not answer in time")
+    commands.run("job", "run", "--quiet", job).error(5, "did not respond in time")
     hub._rules.clear()
     hub.inject("GET", "/tree/", slow(0.1), times=5)
     commands.run("job", "run", "--quiet", job).fine()
@@ -199,7 +200,7 @@ def test_retries_are_told(hub: HubServer, source: Repository, tmp_path: Path) ->
 
 
 def test_the_second_job_on_a_target_stops(hub: HubServer, source: Repository, tmp_path: Path) -> None:
-    """On another machine, that is with a folder of its own for its work: it notices when it commits."""
+    """On another machine, so with its own work folder: it notices when it commits."""
     other = tmp_path / "other"
     other.mkdir()
     second = write_job(other, ("hf://lab/model", "hf://me/model-df11"))
@@ -235,7 +236,7 @@ def test_two_jobs_on_one_machine(source: Repository, tmp_path: Path, hub: HubSer
         [*commands.COMMAND, "job", "run", str(job)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     commands.wait_until(lambda: hub.count("PUT", "/upload/") > 0, first)
-    commands.run("job", "run", "--quiet", job).error(7, "another job is filling this target")
+    commands.run("job", "run", "--quiet", job).error(7, "another job is writing to this target")
     first.kill()
     first.communicate()
     commands.run("job", "run", "--quiet", job).fine()
@@ -271,7 +272,7 @@ def test_interrupted_it_leaves_nothing_behind(
 def test_interrupted_it_waits_for_no_silent_source(
     hub: HubServer, source: Repository, tmp_path: Path, shard: str
 ) -> None:
-    """Which is read in another thread, be it the first one or one that is converted while the one before is uploaded."""
+    """The source is read in another thread, whether it comes first or during the upload of the one before."""
     job = write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))
     env = {**commands.environment(), **hub.environment(tmp_path / "home")}
     hub.inject("GET", f"/cdn/.*{shard}", hang, after=2, times=99)  # Its header is read twice before.
@@ -282,7 +283,7 @@ def test_interrupted_it_waits_for_no_silent_source(
     process.send_signal(signal.SIGTERM)
     started = time.monotonic()
     assert commands.finish(process).code == 130
-    assert time.monotonic() - started < 30  # A silent server is given a minute, and several tries.
+    assert time.monotonic() - started < 30  # A silent server gets a minute, and several tries.
     assert not [path for path in (tmp_path / "work").rglob("*") if path.is_file() and path.name != ".lock"]
     assert source.head
 
@@ -334,7 +335,7 @@ def test_push_and_pull(hub: HubServer, source: Repository, tree: Path, tmp_path:
     found = target.files()
     for path in tree.rglob("*.df11"):
         assert found[path.relative_to(tree).as_posix()] == path.read_bytes()
-    assert "base_model_relation" not in found["README.md"].decode()  # Nobody knows where this folder has come from.
+    assert "base_model_relation" not in found["README.md"].decode()  # Nobody knows where this folder came from.
     before = target.head
     commands.run("hub", "push", tree, "hf://me/model-df11").fine()
     assert target.head == before
@@ -352,8 +353,8 @@ def test_what_a_job_has_made_can_be_pushed_elsewhere(hub: HubServer, source: Rep
     commands.run("job", "run", "--quiet", write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))).fine()
     commands.run("hub", "pull", "--quiet", "hf://me/model-df11", tmp_path / "pulled").fine()
     commands.run("hub", "push", "--quiet", tmp_path / "pulled", "hf://me/copy").fine()
-    first, second = hub.repository("me/model-df11").hashes(), hub.repository("me/copy").hashes()
-    assert {name for name in first if first[name] != second.get(name)} == {"README.md"}
+    first, second = (models.comparable(hub.repository(name)) for name in ("me/model-df11", "me/copy"))
+    assert first == second
     assert "base_model: lab/model" in hub.repository("me/copy").read("README.md").decode()
     assert source.head
 
@@ -396,7 +397,7 @@ def test_pull_replaces_nothing_unasked(hub: HubServer, tree: Path, tmp_path: Pat
     commands.run("hub", "push", "--quiet", tree, "hf://me/model-df11").fine()
     (tmp_path / "pulled").mkdir()
     (tmp_path / "pulled" / "config.json").write_text("mine")
-    commands.run("hub", "pull", "hf://me/model-df11", tmp_path / "pulled").error(2, "already there")
+    commands.run("hub", "pull", "hf://me/model-df11", tmp_path / "pulled").error(2, "already exists")
     commands.run("hub", "pull", "--quiet", "--force", "hf://me/model-df11", tmp_path / "pulled").fine()
     assert json.loads((tmp_path / "pulled" / "config.json").read_text())["model_type"] == "small"
     assert hub.repositories
@@ -406,11 +407,11 @@ def test_pull_replaces_nothing_unasked(hub: HubServer, tree: Path, tmp_path: Pat
     ("arguments", "code", "word"),
     [
         (("push", "{}", "hf://me/x/sub"), 2, "without a folder"),
-        (("push", "{}", "me/x"), 2, "hf://"),
+        (("push", "{}", "x"), 2, "hf://"),
         (("push", "{}/nothing", "hf://me/x"), 4, "nothing"),
         (("push", "{}/original", "hf://me/x"), 2, ".df11"),
         (("pull", "hf://lab/model", "{}/out"), 2, "no .df11 file"),
-        (("pull", "lab/model", "{}/out"), 2, "hf://"),
+        (("pull", "lab", "{}/out"), 2, "hf://"),
         (("pull", "hf://lab/nothing", "{}/out"), 4, "lab/nothing"),
     ],
 )

@@ -31,7 +31,8 @@ def test_little_is_needed(tmp_path: Path) -> None:
     job = read_job(write(tmp_path, '[[model]]\nsource = "model"\ntarget = "hf://me/model-df11"\n'))
     (model,) = job.models
     assert (model.source, model.target) == (str(tmp_path / "model"), "hf://me/model-df11")
-    assert (model.cast, model.private, model.exclude, model.card) == (None, False, (), CardFields())
+    assert (model.cast, model.private, model.exclude, model.card) == (None, None, (), CardFields())
+    assert (model.include, model.allow_missing) == ((), False)
     assert DEFAULT_MEMORY == "300MiB"
     assert (job.limits.memory, job.limits.disk) == (300 << 20, None)
 

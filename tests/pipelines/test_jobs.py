@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 import df11
-from df11.converter.manifest import FILE_NAME, Manifest
+from df11.converter import parquet
+from df11.converter.manifest import FILE_NAME
 from df11.formats import errors
-from df11.formats import hub as formats_hub
 from df11.pipelines.run import run_job
+from df11.storage import client as hub_client
 from tests.support import sources
 from tests.support.hub import models
 from tests.support.hub.repository import Repository
@@ -28,9 +29,9 @@ pytestmark = pytest.mark.usefixtures("client")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No try waits."""
-    monkeypatch.setattr(formats_hub, "WAITS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(formats_hub, "LONGEST_WAIT", 0.0)
+    """Retries do not wait."""
+    monkeypatch.setattr(hub_client, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(hub_client, "LONGEST_WAIT", 0.0)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def source(hub: HubServer) -> Repository:
 
 
 class Events:
-    """A log that is kept."""
+    """A log that keeps its events."""
 
     def __init__(self) -> None:
         self.list: list[dict[str, Any]] = []
@@ -64,7 +65,7 @@ def run(
 
 
 def assert_complete(target: Repository, source: Repository, tmp_path: Path) -> None:
-    """The target is a whole model, of which the source's shards come back byte for byte; and nothing is left of the work."""
+    """The target is a whole model, and the source's shards come back byte for byte. The work folder is empty."""
     files = target.files()
     folder = target.checkout(tmp_path / "pulled")
     df11.verify(folder)
@@ -75,7 +76,7 @@ def assert_complete(target: Repository, source: Repository, tmp_path: Path) -> N
     assert restored["model.safetensors.index.json"] == original["model.safetensors.index.json"]
     for name in ("config.json", "tokenizer/tokenizer.json", "LICENSE"):
         assert files[name] == original[name]
-    manifest = Manifest.from_bytes(files[FILE_NAME], "manifest")
+    manifest = parquet.from_bytes(files[FILE_NAME], "manifest")
     assert [row.file for row in manifest.files] == [f"{name}.df11" for name in SHARDS]
     hashes = target.hashes()
     for row in manifest.files:
@@ -91,7 +92,7 @@ def test_a_model_from_the_hub_to_the_hub(hub: HubServer, source: Repository, tmp
     target = hub.repository("me/model-df11")
     assert_complete(target, source, tmp_path)
     assert target.private
-    # One commit for each shard, and for the large file; the rest, the index among it, comes last.
+    # One commit per shard, and one for the large file; the rest, the index included, comes last.
     paths = [set(commit.paths) for commit in reversed(list(target.history("main")))][1:]
     assert [{path for path in changed if path != FILE_NAME} for changed in paths[:4]] == [
         {f"{name}.df11"} for name in SHARDS
@@ -157,7 +158,7 @@ class Enough(Exception):  # noqa: N818 - not an error
 
 
 def break_off(tmp_path: Path, commits: int) -> None:
-    """Run the job up to so many commits."""
+    """Run the job up to this many commits."""
     made = 0
 
     def log(event: str, **_: Any) -> None:
@@ -180,13 +181,13 @@ def test_shards_that_are_gone_are_removed_by_a_job_that_goes_on(
     target = hub.repository("me/model-df11")
     assert {
         f"{name}.df11" for name in SHARDS
-    } <= target.files().keys()  # What was there can be loaded until the other is whole.
+    } <= target.files().keys()  # The old model can be loaded until the new one is complete.
     run(tmp_path)
     assert {name for name in target.files() if name.endswith(".df11")} == {
         "model-00001-of-00002.df11",
         "model-00002-of-00002.df11",
     }
-    assert len(Manifest.from_bytes(target.read(FILE_NAME), "").files) == 2
+    assert len(parquet.from_bytes(target.read(FILE_NAME), "").files) == 2
 
 
 def test_pictures_are_of_the_new_revision_also_of_a_job_that_goes_on(
@@ -194,11 +195,11 @@ def test_pictures_are_of_the_new_revision_also_of_a_job_that_goes_on(
 ) -> None:
     run(tmp_path)
     source.commit({f"{SHARDS[1]}.safetensors": models.shard(2, rows=770)})
-    break_off(tmp_path, 1)  # The manifest is that of the new revision already.
+    break_off(tmp_path, 1)  # The manifest is already that of the new revision.
     run(tmp_path)
     run(tmp_path, target="hf://me/whole")
-    found, wanted = (hub.repository(name).hashes() for name in ("me/model-df11", "me/whole"))
-    assert {name for name in wanted if found[name] != wanted[name]} == {"README.md"}  # Which names its repository.
+    found, wanted = (models.comparable(hub.repository(name)) for name in ("me/model-df11", "me/whole"))
+    assert found == wanted
 
 
 def test_a_source_is_no_target(source: Repository, tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_a_revision_is_resolved_once(hub: HubServer, source: Repository, tmp_pat
             source.commit({f"{SHARDS[2]}.safetensors": models.shard(9)})  # The source moves on while the job runs.
 
     run(tmp_path, log=log)
-    manifest = Manifest.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "")
+    manifest = parquet.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "")
     assert manifest.origin.commit == first
     assert manifest.files[2].source_sha256 == source.hashes(first)[f"{SHARDS[2]}.safetensors"]
 
@@ -235,14 +236,14 @@ def test_a_revision_is_resolved_once(hub: HubServer, source: Repository, tmp_pat
 def test_a_cast(hub: HubServer, tmp_path: Path) -> None:
     hub.create("lab/model").commit(models.model(2, "F32"))
     run(tmp_path, cast="bf16")
-    manifest = Manifest.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "")
+    manifest = parquet.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "")
     assert manifest.cast == "bf16"
     assert {row.dtype for row in manifest.tensors} == {"BF16", "I64"}
     before = hub.repository("me/model-df11").head
     run(tmp_path, cast="bf16")
     assert hub.repository("me/model-df11").head == before
-    run(tmp_path)  # Without the cast it is another conversion.
-    assert {row.dtype for row in Manifest.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "").tensors} == {
+    run(tmp_path)  # Without the cast, it is a different conversion.
+    assert {row.dtype for row in parquet.from_bytes(hub.repository("me/model-df11").read(FILE_NAME), "").tensors} == {
         "F32",
         "I64",
     }
@@ -269,7 +270,7 @@ def test_what_was_sent_before_an_error_is_committed(hub: HubServer, source: Repo
 
 @pytest.mark.usefixtures("source")
 def test_many_small_files_do_not_come_at_once(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("df11.pipelines.run.TOGETHER", 5_000)
+    monkeypatch.setattr("df11.converter.apply.TOGETHER", 5_000)
     hub.repository("lab/model").commit({f"notes/{number}.txt": b"%d" % number * 1_000 for number in range(10)})
     run(tmp_path)
     target = hub.repository("me/model-df11")
@@ -315,7 +316,7 @@ def test_folders(hub: HubServer, source: Repository, tmp_path: Path) -> None:
             assert target[name] == before[name]
 
 
-# What goes wrong. Each fault, where it is hit: the exit code, or none if the job is to get over it.
+# Trouble. For each fault, the exit code at each place, or none if the job should survive it.
 
 FAULTS: list[tuple[str, str, Action, int, int | None]] = [
     # The source.
@@ -352,7 +353,7 @@ FAULTS: list[tuple[str, str, Action, int, int | None]] = [
 ]
 
 
-# Each at the first request, and at the second one where there is one.
+# Each at the first request, and at the second one if there is one.
 CASES = [
     (*fault, after)
     for fault in FAULTS
@@ -384,7 +385,7 @@ def test_faults(
         assert "\n" not in str(met)
         assert "hf_test" not in str(met)
     assert not list((tmp_path / "work").rglob("*.df11*"))
-    if "me/model-df11" in hub.repositories:  # Whatever is there is right, and a file of an index only if all is.
+    if "me/model-df11" in hub.repositories:  # Every file there is right, and an index comes only when all are.
         held = hub.repository("me/model-df11").files()
         for name, data in held.items():
             if name.endswith(".df11"):

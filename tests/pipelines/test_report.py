@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 import df11
-from df11.converter import manifest as manifests
-from df11.converter.manifest import Manifest, Origin
+from df11.converter import parquet
+from df11.converter.exponents import ExponentCounts
+from df11.converter.manifest import FILE_NAME, Manifest, Origin
 from df11.formats import errors
 from df11.pipelines import canvas, plots, report, summary, wording
 from tests.support import manifests as made
@@ -24,7 +25,7 @@ from tests.support import sources
 
 
 class Page(html.parser.HTMLParser):
-    """A page taken apart: every element with its attributes, the tables, and what is in scripts and styles."""
+    """A parsed page: every element with its attributes, the tables, and the contents of scripts and styles."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -85,7 +86,7 @@ def number(text: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted folder of two parts, without a manifest, made of F32 and BF16."""
     folder = tmp_path_factory.mktemp("model")
     sources.write(
@@ -102,7 +103,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sources.f32("exact", (300, 300), 3, exact=True), sources.f32("rounded", (300, 300), 4)],
     )
     df11.convert(folder / "model", folder / "model-df11", cast="bf16")
-    (folder / "model-df11" / manifests.FILE_NAME).unlink(missing_ok=True)
+    (folder / "model-df11" / FILE_NAME).unlink(missing_ok=True)
     return folder
 
 
@@ -112,9 +113,9 @@ def entropy_of(bits: np.ndarray) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
-def test_figures_are_those_of_the_files(tree: Path):
-    """Every column of the table of sizes, from file sizes, NumPy and what the containers hold."""
-    manifest, name = report.read_tree(tree / "model-df11")
+def test_figures_are_those_of_the_files(models: Path):
+    """Every column of the table of sizes, from file sizes, NumPy and the containers."""
+    manifest, name = report.find_manifest(models / "model-df11")
     assert name == "model-df11"
     head, *rows = render(manifest).tables["Sizes by part"]
     assert head[:7] == ["part", "tensors", "source", "in BF16", "coded", "verbatim", "containers"]
@@ -122,7 +123,7 @@ def test_figures_are_those_of_the_files(tree: Path):
     assert list(found) == ["text", "vae", "all"]
     bf16_of = {"text": 2 * (120_000 + 4 * 65_536 + 256) + 400, "vae": 2 * 180_000}
     for part, path in (("text", "text/model"), ("vae", "vae/part")):
-        source, container = tree / "model" / f"{path}.safetensors", tree / "model-df11" / f"{path}.df11"
+        source, container = models / "model" / f"{path}.safetensors", models / "model-df11" / f"{path}.df11"
         row = found[part]
         assert number(row[2]) == source.stat().st_size
         assert number(row[3]) == bf16_of[part]
@@ -147,28 +148,28 @@ def test_figures_are_those_of_the_files(tree: Path):
         assert number(found["all"][column]) == number(found["text"][column]) + number(found["vae"][column])
 
 
-def test_proof_names_files_hashes_and_what_comes_back(tree: Path):
-    manifest, _ = report.read_tree(tree / "model-df11")
+def test_proof_names_files_hashes_and_what_comes_back(models: Path):
+    manifest, _ = report.find_manifest(models / "model-df11")
     page = render(manifest)
     head, text, vae = page.tables["Files and their hashes"]
     assert head[0] == "source file, SHA-256"
-    source = tree / "model" / "text" / "model.safetensors"
+    source = models / "model" / "text" / "model.safetensors"
     assert text[0] == f"text/model.safetensors{sources.sha256(source)}"
     assert text[-1] == "the source, byte for byte"
     assert vae[-1] == "BF16: 1 of 2 tensors changed"
     commands, check = page.contents["pre"]
     assert "df11 restore --bf16 MODEL-df11 restored" in commands
     assert check.splitlines()[1:-1] == [f"{sources.sha256(source)}  text/model.safetensors"]
-    df11.restore(tree / "model-df11" / "text" / "model.df11", tree / "restored.safetensors", force=True)
-    assert sources.sha256(tree / "restored.safetensors") in check
+    df11.restore(models / "model-df11" / "text" / "model.df11", models / "restored.safetensors", force=True)
+    assert sources.sha256(models / "restored.safetensors") in check
 
 
-def test_all_tensors_are_listed(tree: Path):
-    manifest, _ = report.read_tree(tree / "model-df11")
+def test_all_tensors_are_listed(models: Path):
+    manifest, _ = report.find_manifest(models / "model-df11")
     head, *rows = render(manifest).tables["All tensors"]
     assert [row[0] for row in rows] == [row.name for row in manifest.tensors]
     found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-    with df11.open(tree / "model-df11" / "vae" / "part.df11") as container:
+    with df11.open(models / "model-df11" / "vae" / "part.df11") as container:
         info = container.info("rounded")
         checksum = container.record("rounded").segments[0].decoded_checksum
     assert [found[name]["from F32"] for name in ("rounded", "exact", "ids")] == ["rounded", "exact", "-"]
@@ -176,28 +177,28 @@ def test_all_tensors_are_listed(tree: Path):
     assert found["rounded"]["shape"] == "300x300"
     assert number(found["rounded"]["stored"]) == info.stored_bytes
     assert found["rounded"]["XXH3"] == f"{checksum:016x}"
-    assert found["ids"]["exponent entropy"] == found["ids"]["bits a weight"].replace("64.00", "-") == "-"
+    assert found["ids"]["exponent entropy"] == found["ids"]["bits per weight"].replace("64.00", "-") == "-"
 
 
-def test_manifest_of_the_tree_is_read_where_there_is_one(tree: Path, tmp_path: Path):
-    manifest, _ = report.read_tree(tree / "model-df11")
+def test_the_manifest_of_a_folder_is_read_if_it_has_one(models: Path, tmp_path: Path):
+    manifest, _ = report.find_manifest(models / "model-df11")
     known = dataclasses.replace(manifest, origin=Origin("owner/name", "d" * 40, ""))
-    manifests.write(tmp_path, known)
-    assert report.read_tree(tmp_path) == (known, tmp_path.name)
+    (tmp_path / FILE_NAME).write_bytes(parquet.to_bytes(known))
+    assert report.find_manifest(tmp_path) == (known, tmp_path.name)
     assert 'href="https://huggingface.co/owner/name/tree/' + "d" * 40 in report.render_report(known, "")
 
 
-def test_one_container(tree: Path):
-    manifest, name = report.read_tree(tree / "model-df11" / "vae" / "part.df11")
+def test_one_container(models: Path):
+    manifest, name = report.find_manifest(models / "model-df11" / "vae" / "part.df11")
     assert name == "part.df11"
     assert [file.file for file in manifest.files] == ["part.df11"]
     assert manifest.cast == "bf16"
     assert len(render(manifest).tables["Sizes by part"]) == 2
 
 
-def test_files_are_written(tree: Path, tmp_path: Path):
+def test_files_are_written(models: Path, tmp_path: Path):
     out = tmp_path / "new" / "folder"
-    written = report.write_report(tree / "model-df11", out)
+    written = report.write_report(models / "model-df11", out)
     assert [path.name for path in written] == [
         "report.html",
         "sizes.png",
@@ -208,7 +209,7 @@ def test_files_are_written(tree: Path, tmp_path: Path):
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in written)
     before = sources.tree_bytes(out)
     assert Page(before["report.html"].decode()).contents["h1"] == ["model-df11"]
-    report.write_report(str(tree / "model-df11"), out)
+    report.write_report(str(models / "model-df11"), out)
     assert sources.tree_bytes(out) == before
 
 
@@ -286,7 +287,7 @@ def test_colours_are_variables():
 
 
 def test_few_colours_are_enough_for_pictures():
-    """What is drawn in a colour has it in the PNG, which has a palette."""
+    """Colours that are used appear in the PNG, which has a palette."""
     for plot in plots.plots(made.model()):
         with Image.open(io.BytesIO(plot.png())) as image:
             pixels = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0).astype(int)
@@ -305,7 +306,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("palette", [canvas.LIGHT, canvas.DARK], ids=["light", "dark"])
 def test_contrast(palette):
-    """WCAG: 4.5 for text and links, 3 for what is drawn."""
+    """WCAG: 4.5 for text and links, 3 for graphics."""
     for role, least in {"ink": 4.5, "muted": 4.5, "c1": 4.5, **{f"c{index}": 3 for index in range(2, 9)}}.items():
         bright, dark = sorted((luminance(palette[role]), luminance(palette["surface"])), reverse=True)
         assert (bright + 0.05) / (dark + 0.05) >= least, role
@@ -329,7 +330,7 @@ def test_strange_names_are_text():
 
 @pytest.mark.parametrize("name", made.EVIL_NAMES)
 def test_strange_names_are_drawn(name):
-    """As a file, a stack, a kind of matrix, a matrix of its own and an outlier: none makes matplotlib warn, which would be an error here."""
+    """As a file, a stack, a kind of matrix, a matrix and an outlier. A warning from matplotlib would be an error."""
     rows = [made.tensor("a/b.df11", f"w{index}", (300, 300)) for index in range(9)] + [
         made.tensor("a/b.df11", name, (600, 600), bits=14.0)
     ]
@@ -422,7 +423,7 @@ def test_only_zeros():
     zeros = np.zeros(256, np.int64)
     zeros[0] = 90_000
     row = dataclasses.replace(
-        made.tensor("a.df11", "w", (300, 300)), exponent_counts=manifests.ExponentCounts.of(zeros), exponent_entropy=0.0
+        made.tensor("a.df11", "w", (300, 300)), exponent_counts=ExponentCounts.of(zeros), exponent_entropy=0.0
     )
     page = render(made.manifest(row))
     assert page.tables["Exponents by part"][1][1:4] == ["100.0 %", "1", "-127 (100.0 %)"]
@@ -455,13 +456,13 @@ def test_position(name, place):
 
 
 def test_layers_by_kind():
-    head, *rows = render(made.model()).tables["Bits a weight by kind of matrix"]
-    assert head[1:] == ["number", "least", "mean", "most", "in layer", "floor"]
+    head, *rows = render(made.model()).tables["Bits per weight by kind of matrix"]
+    assert head[1:] == ["matrices", "least", "mean", "most", "in layer", "entropy bound"]
     up = next(row for row in rows if row[0] == "text: model.layers.mlp.up")
     bits = [12.5 if layer == 3 else 10.7 + layer / 1000 for layer in range(12)]
     assert up[1:6] == ["12", f"{min(bits):.2f}", f"{sum(bits) / 12:.2f}", "12.50", "3"]
-    floor = 8 + made.tensor("", "", (512, 512)).exponent_entropy
-    assert up[6] == f"{floor:.2f}"
+    bound = 8 + made.tensor("", "", (512, 512)).exponent_entropy
+    assert up[6] == f"{bound:.2f}"
     outside = render(made.model()).tables["Other matrices"]
     assert [row[0] for row in outside[1:]] == ["model.embed", "conv"]
 
@@ -541,7 +542,7 @@ def test_checksum_list_leaves_out_names_that_sha256sum_spells_otherwise():
 # What cannot be
 
 
-def test_missing_tree(tmp_path: Path):
+def test_missing_folder(tmp_path: Path):
     with pytest.raises(errors.MissingError, match="no such file"):
         report.write_report(tmp_path / "none", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -553,23 +554,23 @@ def test_folder_without_containers(tmp_path: Path):
 
 
 def test_damaged_manifest(tmp_path: Path):
-    (tmp_path / manifests.FILE_NAME).write_bytes(b"PAR1 not a manifest PAR1")
+    (tmp_path / FILE_NAME).write_bytes(b"PAR1 not a manifest PAR1")
     with pytest.raises(errors.ManifestError, match="manifest"):
         report.write_report(tmp_path, tmp_path / "out")
 
 
-def test_damaged_container(tree: Path, tmp_path: Path):
-    data = bytearray((tree / "model-df11" / "vae" / "part.df11").read_bytes())
+def test_damaged_container(models: Path, tmp_path: Path):
+    data = bytearray((models / "model-df11" / "vae" / "part.df11").read_bytes())
     data[-5000] ^= 1
     (tmp_path / "x.df11").write_bytes(data)
     with pytest.raises(errors.ChecksumError):
         report.write_report(tmp_path, tmp_path / "out")
 
 
-def test_target_that_is_a_file(tree: Path, tmp_path: Path):
+def test_target_that_is_a_file(models: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.Df11Error, match="file"):
-        report.write_report(tree / "model-df11", tmp_path / "file")
+        report.write_report(models / "model-df11", tmp_path / "file")
 
 
 def test_without_matplotlib(monkeypatch):
@@ -579,18 +580,18 @@ def test_without_matplotlib(monkeypatch):
     assert [plot.name for plot in plots.plan(made.model())] == list(plots.NAMES)
 
 
-def test_entropy_that_is_missing_gives_no_floor():
+def test_an_entropy_that_is_missing_gives_no_bound():
     row = dataclasses.replace(made.tensor("a.df11", "w", (30, 30)), exponent_entropy=None)
-    assert summary.total(made.manifest(row)).floor_bits is None
+    assert summary.total(made.manifest(row)).entropy_bound is None
     assert render(made.manifest(row)).tables["Sizes by part"][1][10] == "-"
     assert math.isclose(
-        summary.floor_bits([made.tensor("a.df11", "w", (30, 30))]),
+        summary.entropy_bound([made.tensor("a.df11", "w", (30, 30))]),
         8 + made.tensor("a.df11", "w", (30, 30)).exponent_entropy,
     )
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """What is committed in docs/demo is made by this; it says that it is synthetic."""
+    """The committed docs/demo is made by this, and says that it is synthetic."""
     from benchmarks import demo_report
 
     assert demo_report.main(["--scale", "0.0005", "--out", str(tmp_path), "--dir", str(tmp_path)]) == 0

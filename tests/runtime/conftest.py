@@ -1,4 +1,4 @@
-"""What tests of the runtime share."""
+"""Shared by the tests of the runtime."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Torch computes in one thread, here and in children.
+    """torch computes in one thread, here and in child processes.
 
-    For layers this small, more threads only wait for each other: minutes, where other programs run.
+    With layers this small, more threads only wait for each other: for minutes, if other programs run.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""The ComfyUI node against stand-ins with the interface of ComfyUI 0.3.64 to 0.38: bits, memory, LoRAs, and what it refuses.
+"""The ComfyUI node against stand-ins with the interface of ComfyUI 0.3.64 to 0.38: bits, memory, LoRAs, refusals.
 
-That the real ComfyUI takes it is said, with versions, in examples/comfyui/df11/README.md; it is no package that could be installed here.
+ComfyUI is not a package that could be installed here. examples/comfyui/df11/README.md says which versions were tried.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class manual_cast:  # noqa: N801 - ComfyUI's name
 
 
 class Diffusion(nn.Module):
-    """What the stand-in of ComfyUI recognizes: linear layers with and without bias, two matrices that are fused when loaded, a convolution."""
+    """What the stand-in of ComfyUI recognizes: linear layers, two matrices fused while loading, a convolution."""
 
     def __init__(self, operations: Any) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Diffusion(nn.Module):
 
 
 class Patcher:
-    """As ComfyUI's: weights with patches are replaced as the model is loaded, and put back, or patched as they are used."""
+    """As in ComfyUI: patched weights are replaced when the model is loaded and then restored, or patched on use."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.load_device, self.patches, self.backup = model, CPU, {}, {}
@@ -219,7 +219,7 @@ def test_outputs_are_the_same(node: Any, original: Patcher, mode: Callable[[], A
     assert compressed(patcher) == [
         "up.weight",
         "down.weight",
-    ]  # Others are small, no linear layer, or made of two as they are loaded.
+    ]  # The others are small, not in a linear layer, or made of two while loading.
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

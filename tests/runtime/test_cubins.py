@@ -1,4 +1,4 @@
-"""What the compilers make of the CUDA kernels, on a machine without a GPU; and that benchmarks/gpu/cubins.py would see it if it were bad."""
+"""What the compilers make of the CUDA kernels, without a GPU; and benchmarks/gpu/cubins.py must notice bad results."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ from df11.runtime import kernels
 
 @dataclass(frozen=True)
 class Bounds:
-    """The most a kernel may use, on any architecture, and the fewest blocks that a multiprocessor must hold, by architecture."""
+    """The most a kernel may use on any architecture and, by architecture, the fewest blocks per multiprocessor."""
 
     registers: int
     shared_bytes: int
@@ -151,7 +151,7 @@ def test_the_inner_loop_is_found_and_counted(architecture, stores, store):
         1,
         0,
     )
-    # A look-up is at least a mask, a load, a shift and an exclusive or, the last two in one or two instructions.
+    # A look-up takes at least a mask, a load, a shift and an exclusive or; the last two may be one instruction.
     assert 3 * 4 * stores < loop.instructions < 8 * 4 * stores + 20
     assert loop.instructions_per_weight == loop.instructions / (8 * stores)
     assert toys["decode"].shared_bytes == 16384
@@ -159,7 +159,7 @@ def test_the_inner_loop_is_found_and_counted(architecture, stores, store):
 
 
 def listing(*lines: str) -> str:
-    """As from nvdisasm: labels end with a colon."""
+    """As printed by nvdisasm: labels end with a colon."""
     code = "".join(
         line + "\n" if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;\n"
         for i, line in enumerate(lines)
@@ -267,7 +267,7 @@ def test_what_is_not_understood_is_an_error():
     ],
 )
 def test_blocks_of_a_multiprocessor(architecture, registers, shared_bytes, threads, blocks):
-    """As cudaOccMaxActiveBlocksPerMultiprocessor of cuda_occupancy.h has it."""
+    """As computed by cudaOccMaxActiveBlocksPerMultiprocessor of cuda_occupancy.h."""
     assert cubins.blocks_per_sm(architecture, registers, shared_bytes, threads) == blocks
 
 
@@ -277,7 +277,7 @@ def die(*_: object) -> None:
 
 def test_a_compiler_that_crashes_is_an_error(monkeypatch):
     monkeypatch.setattr(cubins, "compile_cubin", die)
-    with pytest.raises(cubins.CompileError, match=r"libnvrtc\.so\.12 dies of this source for sm_80"):
+    with pytest.raises(cubins.CompileError, match=r"libnvrtc\.so\.12 crashes on this source for sm_80"):
         cubins.compile_kernels("", "80")
 
 

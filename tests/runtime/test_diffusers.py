@@ -1,4 +1,4 @@
-"""diffusers: one ``from_pretrained`` loads a converted model or pipeline, bit for bit the same; LoRA, offloading, saving."""
+"""diffusers: ``from_pretrained`` loads a converted model or pipeline, equal to the bit; LoRA, offloading, saving."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from df11.runtime.model import MismatchError
 from df11.runtime.modules import FrozenWeightError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft asks for it
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft requires it
     pytest.mark.filterwarnings("ignore:.*multiple adapters in the model:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks:UserWarning"),  # diffusers passes it
 ]
@@ -53,7 +53,7 @@ def randomized(model: nn.Module) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A Flux pipeline with both its text encoders as diffusers writes it, and converted."""
+    """A Flux pipeline with both of its text encoders, as diffusers writes it, and converted."""
     torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
@@ -149,7 +149,7 @@ def test_a_pipeline(pipeline: Any, expected: torch.Tensor, folders: tuple[Path, 
     assert torch.equal(image(pipeline), expected)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         component = getattr(pipeline, name)
-        report = runtime.report(component)
+        report = runtime.memory_report(component)
         assert report.compressed
         assert report.compressed + report.verbatim < 0.8 * report.bf16, name
         assert component.dtype == BF16
@@ -176,7 +176,8 @@ def test_dtypes(folders: tuple[Path, Path], pipeline: Any, expected: torch.Tenso
     for options in ({}, {"dtype": torch.float16}):  # {} is F32.
         with pytest.raises(
             MismatchError,
-            match=r"model\.df11: \d+ compressed tensors are BF16 and cannot be loaded as torch\.float.*pass dtype=torch\.bfl",
+            match=r"model\.df11: \d+ compressed tensors are BF16 and cannot be loaded as torch\.float"
+            r".*pass dtype=torch\.bfl",
         ):
             diffusers.AutoencoderKL.from_pretrained(folders[1] / "vae", **options)
     with pytest.raises(FrozenWeightError, match="stay BF16"):
@@ -203,7 +204,7 @@ def test_shards_and_variants(
 def test_a_repository(
     folders: tuple[Path, Path], expected: torch.Tensor, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As the Hub's client leaves it in its cache.
+    # As the Hub's client stores it in its cache.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     revision = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--me--small"
@@ -234,7 +235,7 @@ def test_a_repository(
         ({"num_single_layers": 0}, r"not in the model: single_transformer_blocks\.0\."),
         (
             {"joint_attention_dim": 128},
-            r"other shapes: context_embedder\.weight \(256, 256\) in the container, \(256, 128\) in the model",
+            r"shapes differ: context_embedder\.weight \(256, 256\) in the container, \(256, 128\) in the model",
         ),
     ],
 )
@@ -259,7 +260,7 @@ def test_a_missing_file(folders: tuple[Path, Path], tmp_path: Path) -> None:
         transformer(tmp_path)
 
 
-# Offloading, with the processor as the device to load onto.
+# Offloading, with the CPU as the device to load onto.
 
 
 def group(how: str, **options: Any) -> Callable[[Any, Path], None]:

@@ -1,4 +1,4 @@
-"""What stands between a user and the GPU: one clear line for each."""
+"""What can be missing between a user and the GPU: each gives one clear line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A machine with a GPU, as torch tells it; the tests break one thing each."""
+    """A machine with a GPU, as seen by torch; each test breaks one thing."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -116,7 +116,7 @@ def test_kernels_that_do_not_compile(a_gpu: SimpleNamespace) -> None:
 @pytest.mark.usefixtures("a_gpu")
 def test_first_use_within_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "warm_up() before" in str(refused())
+    assert "warm_up() first" in str(refused())
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,8 @@ def a_range(first: int, last: int, segment_elements: int = 8192 * 4) -> Range:
 
 
 def test_each_tile_has_its_block() -> None:
-    # What decode.cu does with the numbers: block -> segment, tiles; counted over all blocks, each tile of the range comes up once.
+    # What decode.cu does with the numbers: block -> segment, tiles. Over all blocks, each tile of the range comes up
+    # once.
     for segment_tiles in (1, 3, 4, 256):
         for tiles in (1, 2, 8, 32):
             for first, last in ((0, 1), (0, 8192), (5, 8193), (100_000, 300_000), (8192 * 3, 8192 * 9)):

@@ -1,4 +1,4 @@
-"""The programs that check and time a GPU, tried out on the processor: so that a machine with a GPU, which is rare, does not meet slips in them."""
+"""The programs that check and time a GPU, run on the CPU: a machine with a GPU is rare and must not meet mistakes."""
 
 from __future__ import annotations
 

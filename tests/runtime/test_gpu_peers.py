@@ -1,4 +1,4 @@
-"""What the GPU benchmarks compare with, as far as it can be tried without a GPU: DFloat11's arrays, the copy floor's model, missing peers."""
+"""The peers in the GPU benchmarks, as far as possible without a GPU: DFloat11's arrays, copy floor, missing peers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BLOCK_BITS = 8 * 4096
 
 
 def decode_slowly(encoded: EncodedDf11) -> Weights:
-    """Block by block as DFloat11's kernel does it: count, scan the counts, write to the block's shared memory, copy that out."""
+    """Block by block, like DFloat11's kernel: count, scan the counts, write to shared memory, copy that out."""
     positions, gaps = (array.tolist() for array in dfloat11_peer.padded(encoded))
     luts = encoded.luts.tolist()
     stream = encoded.encoded_exponent.tobytes() + bytes(12)
@@ -79,7 +79,7 @@ def decodable(weights: Weights) -> Weights:
 
 
 def formula(n: int) -> Weights:
-    """Weights that depend on no generator of random numbers: 24 exponents, each twice as frequent as the one below."""
+    """Weights that depend on no random number generator: 24 exponents, each twice as frequent as the one below."""
     h = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     h ^= h >> np.uint64(29)
     exponents = np.full(n, 103, np.uint64)
@@ -97,7 +97,7 @@ def formula(n: int) -> Weights:
     ],
 )
 def test_the_arrays_are_those_of_dfloat11s_encoder(n: int, sha256: str) -> None:
-    # The sums are of what the encoder of dfloat11 0.5.0 (with dahuffman 0.4.2) makes.
+    # The checksums are of what the encoder of dfloat11 0.5.0 (with dahuffman 0.4.2) makes.
     encoded = encode(formula(n))
     assert hashlib.sha256(b"".join(getattr(encoded, name).tobytes() for name in ARRAYS)).hexdigest() == sha256
 
@@ -153,7 +153,7 @@ def test_larger_exponents_are_refused(exponent: int) -> None:
 
 
 def with_bits(total: int, last_bits: int) -> Weights:
-    """Weights whose codes have ``total`` bits together, the code of the last weight ``last_bits``."""
+    """Weights whose codes have ``total`` bits together, and that of the last weight ``last_bits``."""
     rare = np.repeat(np.arange(1, 13), 2 ** np.arange(12)) + 100  # codes of about 13 to 2 bits
     common = 4 * len(rare)
     code = dfloat11_peer.choose_code({100: common, **{100 + i: 2 ** (i - 1) for i in range(1, 13)}})
@@ -181,7 +181,8 @@ def test_ends_around_a_block(extra: int, last_bits: int) -> None:
 
 
 def test_a_block_without_a_position() -> None:
-    # The last code reaches into a new block and ends with a byte: DFloat11's encoder forgets the block, its kernel reads past the positions.
+    # The last code reaches into a new block and ends with a byte: DFloat11's encoder forgets the block, and its kernel
+    # reads past the positions.
     encoded = encode(with_bits(BLOCK_BITS + 8, 9))
     assert encoded.blocks == len(encoded.output_positions) == 2
     positions, _ = dfloat11_peer.padded(encoded)
@@ -269,24 +270,26 @@ def test_a_library_that_is_not_nvcomp(tmp_path: Path) -> None:
         nvcomp_peer.load_library(library)
 
 
-# The floor
+# The copy floor
 
 SHAPES = st.builds(Shape, st.sampled_from([1, 2, 4, 8]), st.sampled_from([32, 128, 256]))
 
 
 @given(SHAPES, st.integers(1, 3000), st.integers(1, 3000))
 def test_the_plan_reads_everything(shape: Shape, vectors: int, out_vectors: int) -> None:
-    plan = copy_floor.plan(16 * vectors, 8 * out_vectors, shape)
-    assert plan.tiles * shape.threads * shape.unroll >= out_vectors > (plan.tiles - 1) * shape.threads * shape.unroll
-    assert plan.tiles * plan.tile_vectors >= vectors
-    assert plan.tile_vectors <= plan.loads * shape.threads < plan.tile_vectors + shape.threads
-    assert plan.tile_vectors % 8 == 0
+    launch = copy_floor.launch_for(16 * vectors, 8 * out_vectors, shape)
+    assert (
+        launch.tiles * shape.threads * shape.unroll >= out_vectors > (launch.tiles - 1) * shape.threads * shape.unroll
+    )
+    assert launch.tiles * launch.tile_vectors >= vectors
+    assert launch.tile_vectors <= launch.loads * shape.threads < launch.tile_vectors + shape.threads
+    assert launch.tile_vectors % 8 == 0
 
 
 @given(SHAPES, st.integers(1, 300), st.integers(1, 300), st.data())
 def test_every_stored_byte_counts(shape: Shape, vectors: int, out_vectors: int, data: st.DataObject) -> None:
     stored = np.random.default_rng(vectors).integers(256, size=16 * vectors, dtype=np.uint8)
-    # Where little is written, a partial last tile has no threads for some folds.
+    # If little is written, a partial last tile has no threads for some folds.
     weights = -(-8 * out_vectors // (8 * shape.threads * shape.unroll)) * 8 * shape.threads * shape.unroll
     out = copy_floor.model(stored, weights, shape)
     assert out.shape == (weights,)
@@ -298,7 +301,7 @@ def test_every_stored_byte_counts(shape: Shape, vectors: int, out_vectors: int, 
 @pytest.mark.parametrize(("stored", "weights"), [(8, 8), (16, 4), (0, 8), (16, 0), (17, 8)])
 def test_sizes_that_are_no_whole_vectors(stored: int, weights: int) -> None:
     with pytest.raises(ValueError, match="multiple"):
-        copy_floor.plan(stored, weights, Shape())
+        copy_floor.launch_for(stored, weights, Shape())
 
 
 # Timing

@@ -1,4 +1,4 @@
-"""The CUDA source itself, on the processor, under ASan and UBSan, threads in random order: the reference decoder's bytes, and no others touched."""
+"""The CUDA source itself, on the CPU, under sanitizers, with threads in random order: the reference decoder's bytes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def test_constants_are_those_of_the_format() -> None:
 
 
 def test_a_stage_holds_what_can_be_read_from_it() -> None:
-    # The furthest window: of the last chunk, of a lane that starts at the end of the codes and has had codes of 12 bits all along.
+    # The furthest window: that of the last chunk of a lane that starts at the end of the codes, after codes of 12 bits
+    # only.
     furthest = constant("STAGE_FRONT") + constant("STAGE_TILE") + (constant("TILE_CHUNKS") - 1) * 4 * 12 // 8 + 12
     assert furthest <= constant("STAGE_BYTES")
     assert constant("STAGE_BYTES") % 16 == constant("STAGE_TILE") % 16 == constant("STAGE_FRONT") % 16 == 0
@@ -112,7 +113,7 @@ def test_golden_vectors(kernel: str) -> None:
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_generated_records(batch: int) -> None:
-    # Ten thousand in all: reference decoder, decoder for the processor, and the CUDA source give the same bytes.
+    # Ten thousand in total: the reference decoder, the CPU decoder, and the CUDA source give the same bytes.
     made = [records.generate(seed) for seed in range(batch * BATCH, (batch + 1) * BATCH)]
     launches: list[Case] = []
     for i, (weights, segment_elements, record) in enumerate(made):
@@ -144,7 +145,7 @@ def test_tiles_too_large_for_the_stage(kernel: str) -> None:
 
 @BOTH
 def test_several_tiles_a_warp(kernel: str) -> None:
-    # The stage is used again, and the table lives on; tiles that fit the stage beside some that do not.
+    # The stage is reused and the table kept; tiles that fit the stage beside some that do not.
     weights = strategies.make("gaussian", 41 * 8192 + 5, 2)
     weights[8192 * 9 : 8192 * 12] = strategies.make("random_bits", 3 * 8192, 1) & 0x87FF | 0x3000
     record = records.encode(weights)
@@ -170,7 +171,8 @@ def test_many_records_in_one_launch(kernel: str) -> None:
 
 @BOTH
 def test_ranges(kernel: str) -> None:
-    # Any weights of a record, to any address: the bytes before and after stay as they are (the sanitizers, and the front of the output).
+    # Any weights of a record, to any address: the bytes before and after must not change (the sanitizers check, and the
+    # front of the output).
     rng = np.random.default_rng(5)
     launches, expected = [], []
     for seed in range(300):
@@ -215,11 +217,11 @@ def test_a_row_that_does_not_exist_becomes_nan() -> None:
     assert outcome.status == 32
 
 
-# Damage: never a crash, a hang or a foreign byte touched.
+# Damage: never a crash, a hang, or an access to other bytes.
 
 
 def damaged(seed: int) -> tuple[Weights, int, Bytes]:
-    """A record some bytes of which are wrong, beyond the fixed part of its header, more often where sizes and tables are."""
+    """A record with some wrong bytes after the fixed part of its header, more often where sizes and tables are."""
     rng = np.random.default_rng(seed)
     weights, segment_elements, record = records.generate(seed, 3 * 8192)
     bad = record.copy()
@@ -243,7 +245,7 @@ def test_damaged_records(batch: int) -> None:
         same = np.array_equal(outcome.weights[0], weights)
         noticed += outcome.status != 0
         wrong += not same
-        if not same:  # The checksum of the decoded weights tells, also where the kernel could not.
+        if not same:  # The checksum of the decoded weights tells, even where the kernel could not.
             assert xxhash.xxh3_64_intdigest(outcome.weights[0]) != xxhash.xxh3_64_intdigest(weights)
     assert wrong > BATCH // 4
     assert noticed > BATCH // 4
@@ -259,7 +261,7 @@ def test_a_directory_that_is_not_there(kernel: str) -> None:
 
 @BOTH
 def test_code_tables_of_any_bytes(kernel: str) -> None:
-    # The largest alphabet there may be: its grid can claim 65,536 codes, of any length.
+    # The largest possible alphabet: its grid can claim 65,536 codes, of any length.
     [(_, original, weights, segment_elements)] = [
         found for found in golden_records() if found[0].startswith("largest_alphabet/")
     ]
@@ -298,7 +300,7 @@ def test_every_weight_is_written_whatever_the_bytes(monkeypatch: pytest.MonkeyPa
 
 
 def test_files_that_must_fail() -> None:
-    # Those that a GPU would see: the header of the file is in order, and a record is not.
+    # Those that a GPU would see: the header of the file is valid, and a record is not.
     launches = []
     for path in sorted(Path(FOLDER / "must_fail").glob("*.df11")):
         try:
@@ -375,4 +377,4 @@ def test_what_is_noticed(what: str, status: int, kernel: str) -> None:
     [outcome] = cases.run([cases.decode_case([whole(record, weights, 1 << 21)], kernel=kernel)])
     assert outcome.status & status
     with pytest.raises(kernels.DAMAGE[status][0]):
-        kernels.raise_damage(outcome.status & status)
+        kernels.check_errors(outcome.status & status)

@@ -1,4 +1,4 @@
-"""Containers into torch, compressed tensors, the operators: on the processor, and by the GPU's host code with the CUDA source in an emulator."""
+"""Containers into torch, compressed tensors, the operators: on the CPU, and on a GPU whose CUDA source is emulated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import df11
 from df11 import runtime
 from df11.formats import errors
 from df11.formats.container import Container
-from df11.runtime import load, operators, pieces
+from df11.runtime import batches, load, operators
 from tests.support import records, strategies
 from tests.support.cuda.device import STREAM, emulate
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=["cpu", "gpu"])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What decodes in a test: the processor's decoder, or a GPU's."""
+    """What decodes in a test: the CPU's decoder, or a GPU's."""
     return emulate(monkeypatch)[0] if request.param == "gpu" else operators.decoder_of(CPU)
 
 
@@ -59,7 +59,7 @@ def container(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPat
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """To the bit, NaNs too."""
+    """Equal to the bit, NaNs included."""
     if (found.dtype, found.shape) != (expected.dtype, expected.shape):
         return False
     return torch.equal(found.contiguous().view(-1).view(torch.uint8), expected.contiguous().view(-1).view(torch.uint8))
@@ -101,7 +101,7 @@ def test_tensors_are_those_of_safetensors(container: Path) -> None:
 
 @pytest.mark.parametrize("capacity", [1 << 12, 1 << 20, 1 << 24])
 def test_through_the_ring(capacity: int, container: Path, tensors: dict[str, torch.Tensor], decoder: Any) -> None:
-    # Slots that are smaller than a segment, than a tensor, and larger than the file.
+    # Slots smaller than a segment, than a tensor, and larger than the file.
     with Container(container) as opened:
         loaded = {name: torch.full_like(tensor, 1) for name, tensor in tensors.items()}
         load.load_through_ring(opened, loaded, CPU, decoder, capacity)
@@ -110,19 +110,19 @@ def test_through_the_ring(capacity: int, container: Path, tensors: dict[str, tor
 
 
 @pytest.mark.parametrize("capacity", [1 << 12, 1 << 20, 1 << 24])
-def test_pieces_hold_each_byte_once(capacity: int, container: Path) -> None:
+def test_batches_hold_each_byte_once(capacity: int, container: Path) -> None:
     with Container(container) as opened:
         fill, weights, verbatim = 0, dict.fromkeys(opened.keys(), 0), dict.fromkeys(opened.keys(), 0)
-        for piece in pieces.cut(opened, capacity):
-            assert piece.begin >= fill
-            fill = piece.end
-            assert piece.size <= capacity or len(piece.segments) == 1
-            assert len(piece.records) <= 64
-            assert all(part.start % 16 == 0 for part in piece.records)
-            for part in piece.records:
+        for batch in batches.cut(opened, capacity):
+            assert batch.begin >= fill
+            fill = batch.end
+            assert batch.size <= capacity or len(batch.segments) == 1
+            assert len(batch.records) <= 64
+            assert all(part.start % 16 == 0 for part in batch.records)
+            for part in batch.records:
                 assert part.first_element == weights[part.name]
                 weights[part.name] += part.elements
-            for raw in piece.verbatim:
+            for raw in batch.verbatim:
                 assert raw.offset == verbatim[raw.name]
                 verbatim[raw.name] += raw.size
         for name in opened.keys():
@@ -184,7 +184,7 @@ def test_decoding(decoder: Any, tensors: dict[str, torch.Tensor], container: Pat
                 out = torch.zeros_like(tensors[name])
                 assert tensor.decode(out) is out
                 assert same(out, tensors[name])
-    decoder.raise_damage()
+    decoder.check_errors()
 
 
 @pytest.mark.usefixtures("decoder")
@@ -234,8 +234,8 @@ def test_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch)
     assert tensor.gather(torch.tensor([0, 7]))[1].isnan().all()
     with pytest.raises(errors.UsageError, match="row index"):
-        runtime.raise_damage("cpu")
-    runtime.raise_damage("cpu")  # It has been told.
+        runtime.check_errors("cpu")
+    runtime.check_errors("cpu")  # It has been reported already.
 
 
 def test_damaged_memory(decoder: Any) -> None:
@@ -243,15 +243,15 @@ def test_damaged_memory(decoder: Any) -> None:
     tensor.record[48:56] = 255
     with pytest.raises(errors.FormatError):
         tensor.decode()
-        decoder.raise_damage()
+        decoder.check_errors()
 
 
 @pytest.mark.parametrize(
     ("record", "shape", "segment_elements", "what"),
     [
-        (torch.zeros(160, dtype=torch.int8), [8], 8192, "contiguous u8 tensor"),
-        (torch.zeros(2, 80, dtype=torch.uint8), [8], 8192, "contiguous u8 tensor"),
-        (torch.zeros(320, dtype=torch.uint8)[::2], [8], 8192, "contiguous u8 tensor"),
+        (torch.zeros(160, dtype=torch.int8), [8], 8192, "contiguous, one-dimensional u8 tensor"),
+        (torch.zeros(2, 80, dtype=torch.uint8), [8], 8192, "contiguous, one-dimensional u8 tensor"),
+        (torch.zeros(320, dtype=torch.uint8)[::2], [8], 8192, "contiguous, one-dimensional u8 tensor"),
         (torch.zeros(177, dtype=torch.uint8)[1:], [8], 8192, "aligned to 16"),
         (torch.zeros(160, dtype=torch.uint8), [8], 8191, "segment_elements"),
         (torch.zeros(160, dtype=torch.uint8), [8], 1 << 25, "segment_elements"),
@@ -280,11 +280,11 @@ def test_wrong_outputs() -> None:
 
 def test_another_record_than_its_shape_says() -> None:
     tensor = compressed(torch.randn(1000).to(torch.bfloat16))
-    with pytest.raises(errors.EntryError, match="other weights"):
+    with pytest.raises(errors.EntryError, match="does not match its shape"):
         runtime.CompressedTensor(tensor.record, [999]).decode()
 
 
-# As torch sees it.
+# As seen by torch.
 
 
 def test_operators_are_well_formed() -> None:
@@ -324,10 +324,11 @@ def test_threads_and_processes() -> None:
         thread.join()
     assert len(found) == 4
     assert all(same(one, expected) for one in found)
-    # A forked child has none of the parent's threads. It compares with NumPy: torch's own threads do not survive either.
+    # A forked child has none of the parent's threads. It compares with NumPy: torch's own threads do not survive
+    # either.
     process = multiprocessing.get_context("fork").Process(target=_decode_in_child, args=(tensor, weights))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, that forking beside threads is risky
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns that forking with threads is risky
         process.start()
     process.join(60)
     process.kill()

@@ -1,4 +1,4 @@
-"""Models whose weights stay compressed: the same outputs to the bit, whatever is done with the modules, or a clear error."""
+"""Models whose weights stay compressed: outputs equal to the bit, whatever is done to the modules, or a clear error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support import records
 
 
 class Block(nn.Module):
-    """Linear layers with and without bias, a norm, a weight that its owner uses itself."""
+    """Linear layers with and without bias, a norm, and a weight that its owner uses directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """An embedding that the output layer is tied to, blocks, a convolution, a buffer."""
+    """An embedding to which the output layer is tied, blocks, a convolution, a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ def test_materialize(model: Model, original: Model) -> None:
 
 
 def test_report(model: Model, original: Model) -> None:
-    report = runtime.report(model)
+    report = runtime.memory_report(model)
     unique = {id(value): value for value in [*original.parameters(), *original.buffers()]}
     assert report.bf16 == sum(value.numel() * value.element_size() for value in unique.values())
     assert 0.6 < (report.compressed + report.verbatim) / report.bf16 < 0.72
@@ -283,7 +283,7 @@ def test_mismatches_are_listed(path: Path) -> None:
     with torch.device("meta"):
         wide = Model()
     with pytest.raises(
-        MismatchError, match=r"other dtypes.*BF16 in the container, torch.float32 in the model.*bfloat16\) before"
+        MismatchError, match=r"dtypes differ.*BF16 in the container, torch.float32 in the model.*bfloat16\) first"
     ):
         runtime.load_model(wide, path, "cpu")
 
@@ -323,7 +323,7 @@ def test_folders(original: Model, tmp_path: Path) -> None:
     with pytest.raises(errors.FormatError, match="another folder"):
         files_of(tmp_path)
     (tmp_path / "model.df11.index.json").write_text("[]")
-    with pytest.raises(errors.FormatError, match="not an index"):
+    with pytest.raises(errors.FormatError, match="not a shard index"):
         files_of(tmp_path)
     with pytest.raises(errors.MissingError, match=r"no \.df11 file"):
         files_of(Path(__file__).parent)
@@ -337,11 +337,11 @@ def test_damage(path: Path, tmp_path: Path) -> None:
         runtime.load_model(empty(), tmp_path / "bad.df11", "cpu")
 
 
-# Decoding ahead, and records elsewhere.
+# Prefetching, and records elsewhere.
 
 
 class Immediate:
-    """Streams of a device that does everything at once, as the processor does."""
+    """Streams of a device that does everything immediately, like the CPU."""
 
     def usable(self) -> bool:
         return True
@@ -358,12 +358,15 @@ class Immediate:
 
 
 def test_decoding_ahead(model: Model, original: Model) -> None:
-    ahead = modules.decode_ahead(model, torch.device("cpu"), Immediate())
+    prefetcher = modules.enable_prefetch(model, torch.device("cpu"), Immediate())
     for _ in range(3):
         assert torch.equal(model(IDS), original(IDS))
-    assert (ahead.hits, ahead.misses) == (9, 6)  # Five layers; the step back to the first is learnt in the second pass.
-    assert runtime.report(model).scratch == ahead.scratch == 2 * 2 * 1024 * 256
-    # Out of order, skipped, with gradients, compiled: as without.
+    assert (prefetcher.hits, prefetcher.misses) == (
+        9,
+        6,
+    )  # Five layers; the step back to the first is learnt in the second pass.
+    assert runtime.memory_report(model).scratch == prefetcher.scratch == 2 * 2 * 1024 * 256
+    # Out of order, skipped, with gradients, compiled: decoded on demand.
     x = torch.randn(2, 256).to(torch.bfloat16)
     for block, expected in ((model.blocks[1], original.blocks[1]), (model.blocks[0], original.blocks[0])):
         assert torch.equal(block(x), expected(x))
@@ -376,19 +379,19 @@ def test_decoding_ahead(model: Model, original: Model) -> None:
     with torch.no_grad():
         assert torch.equal(compiled(x), original.blocks[0].up(x))
     assert torch.equal(pickle.loads(pickle.dumps(model))(IDS), original(IDS))
-    modules.decode_on_demand(model)
-    before = ahead.hits + ahead.misses
+    modules.disable_prefetch(model)
+    before = prefetcher.hits + prefetcher.misses
     assert torch.equal(model(IDS), original(IDS))
-    assert ahead.hits + ahead.misses == before
-    assert runtime.report(model).scratch == 2 * 1024 * 256
+    assert prefetcher.hits + prefetcher.misses == before
+    assert runtime.memory_report(model).scratch == 2 * 1024 * 256
 
 
 def test_decoding_ahead_sees_new_records(model: Model, original: Model) -> None:
-    modules.decode_ahead(model, torch.device("cpu"), Immediate())
+    modules.enable_prefetch(model, torch.device("cpu"), Immediate())
     changed = copy.deepcopy(original)
     for _ in range(2):
         assert torch.equal(model(IDS), original(IDS))
-    # The first layer, which has been decoded for the next pass already. Other signs: a record of the same size.
+    # The first layer, which is already decoded for the next pass. Other signs: a record of the same size.
     negative = changed.blocks[0].up.weight.data.neg_()
     model.blocks[0].up.payload().copy_(
         torch.from_numpy(records.encode(negative.reshape(-1).view(torch.int16).numpy().view(np.uint16)).copy())
@@ -404,7 +407,7 @@ def test_records_elsewhere(path: Path, original: Model) -> None:
     assert torch.equal(runtime.materialize(model)(IDS), original(IDS))
 
 
-# What was found by those who tried to break it.
+# Found by trying to break it.
 
 
 class WithBuffers(nn.Module):
@@ -442,10 +445,10 @@ def test_a_model_that_is_compressed_already(model: Model, path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "what"),
     [
-        ("[" * 200_000, "not an index"),
-        ("{}", "not an index"),
-        ('{"weight_map": {}}', "not an index"),
-        ('{"weight_map": {"a": null}}', "not an index"),
+        ("[" * 200_000, "not a shard index"),
+        ("{}", "not a shard index"),
+        ('{"weight_map": {}}', "not a shard index"),
+        ('{"weight_map": {"a": null}}', "not a shard index"),
         ('{"weight_map": {"a": "/x.df11"}}', "another folder"),
         (json.dumps({"weight_map": {"a": "x" * 300 + ".df11"}}), r"shards are missing|name too long"),
     ],

@@ -1,8 +1,7 @@
-"""OmniGen2 from df11 folders: what it makes is what the BF16 pipeline makes, to the bit, however its parts are used.
+"""OmniGen2 from df11 folders: it makes what the BF16 pipeline makes, to the bit, however its parts are used.
 
-With a small stand-in of its classes; with the real ones, too, where the variable OMNIGEN2_SRC names a checkout of OmniGen2's repository (which
-needs einops, torchvision and python-dotenv).
-"""
+Tested with a small stand-in of its classes, and also with the real ones if OMNIGEN2_SRC names a checkout of OmniGen2's
+repository (which needs einops, torchvision and python-dotenv)."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import df11
 from df11.formats import errors
-from df11.runtime import materialize, model, omnigen2
+from df11.runtime import materialize, model, omnigen2, omnigen2_classes
 from df11.runtime.modules import CompressedModule, FrozenWeightError, compressed_modules
 from tests.support import omnigen2_stand_in as stand_in
 from tests.support.omnigen2 import SOURCE, Family
@@ -61,7 +60,7 @@ def picture(seed: int, width: int = 32, height: int = 32) -> Any:
 
 
 def run(pipeline: Any, images: list[Any] | None = None, **options: Any) -> torch.Tensor:
-    torch.manual_seed(1)  # Of the vae's samples of the input images.
+    torch.manual_seed(1)  # Seeds the vae's samples of the input images.
     options = {"num_inference_steps": 2, "image_guidance_scale": 2.0, "num_images_per_prompt": 1} | options
     made = pipeline(
         prompt="A dog in a park",
@@ -210,7 +209,7 @@ def test_the_output_layer_is_tied(loaded: Any) -> None:
 def test_names_of_both_versions_of_transformers(family: Family, expected: Any, tmp_path: Path) -> None:
     names: set[str] = set()
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted((family.tree / "mllm").glob("*.safetensors")):
+    for file in sorted((family.plain / "mllm").glob("*.safetensors")):
         tensors |= load_file(file)
     for kind in ("stored", "runtime"):
         folder = tmp_path / kind
@@ -219,7 +218,7 @@ def test_names_of_both_versions_of_transformers(family: Family, expected: Any, t
         renamed = {(runtime if kind == "runtime" else {}).get(name, name): value for name, value in tensors.items()}
         names |= renamed.keys()
         save_file(renamed, folder / "model.safetensors")
-        (folder / "config.json").write_text((family.tree / "mllm" / "config.json").read_text())
+        (folder / "config.json").write_text((family.plain / "mllm" / "config.json").read_text())
         df11.convert(folder, tmp_path / f"{kind}-df11", cast="bf16")
         mllm = omnigen2._load_component(type(expected.mllm), tmp_path / f"{kind}-df11", torch.device("cpu"))
         assert torch.equal(mllm(IDS).logits, expected.mllm(IDS).logits)
@@ -289,7 +288,7 @@ def test_offloading(offload: Any, family: Family, expected: Any) -> None:
 
 
 def test_sequential_offloading(family: Family, expected: Any, tmp_path: Path) -> None:
-    # accelerate cannot offload from the processor's memory to the processor; from a disk it can, with the same hooks.
+    # accelerate cannot offload from CPU memory to the CPU; from a disk it can, with the same hooks.
     pipeline = family.load(offload="sequential")
     models = [getattr(pipeline, name) for name in omnigen2._MODELS]
     assert all(value.is_meta for part in models for value in part.parameters())
@@ -320,7 +319,7 @@ def test_copies(family: Family, expected: Any) -> None:
     loaded = family.load()
     pickled = pickle.dumps(
         [loaded.mllm, loaded.transformer]
-    )  # Before it runs: transformers then adds hooks that nobody can pickle.
+    )  # Before it runs: transformers then adds hooks that cannot be pickled.
     for mllm, transformer in (copy.deepcopy((loaded.mllm, loaded.transformer)), pickle.loads(pickled)):
         pipeline = type(loaded)(**{**loaded.components, "mllm": mllm, "transformer": transformer})
         pipeline.set_progress_bar_config(disable=True)
@@ -364,7 +363,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 def checkout_of_the_stand_in(folder: Path) -> Path:
-    homes = {**omnigen2._HOMES, "OmniGen2Processor": "omnigen2.processing"}
+    homes = {**omnigen2_classes.HOMES, "OmniGen2Processor": "omnigen2.processing"}
     for name, home in homes.items():
         file = folder.joinpath(*home.split(".")).with_suffix(".py")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -373,11 +372,11 @@ def checkout_of_the_stand_in(folder: Path) -> Path:
     return folder
 
 
-def with_processor(tree: Path, library: str) -> Path:
-    index = json.loads((tree / "model_index.json").read_text())
+def with_processor(folder: Path, library: str) -> Path:
+    index = json.loads((folder / "model_index.json").read_text())
     index["processor"] = [library, "OmniGen2Processor"]
-    (tree / "model_index.json").write_text(json.dumps(index))
-    return tree
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 @pytest.mark.usefixtures("no_omnigen2")
@@ -386,54 +385,55 @@ def test_without_classes(small: Family, tmp_path: Path) -> None:
         errors.MissingExtraError, match=r"OmniGen2Pipeline is not installed; git clone .* and pass classes=[^;]*$"
     ):
         omnigen2.load_pipeline(small.df11, "cpu")
-    with pytest.raises(errors.MissingError, match="no checkout of OmniGen2's repository"):
+    with pytest.raises(errors.MissingError, match="not a checkout of OmniGen2's repository"):
         omnigen2.load_pipeline(small.df11, "cpu", classes=tmp_path)
 
 
 @pytest.mark.usefixtures("no_omnigen2")
 def test_a_checkout(small: Family, tmp_path: Path) -> None:
-    tree = with_processor(Path(shutil.copytree(small.df11, tmp_path / "tree")), "omnigen2.processing")
+    folder = with_processor(Path(shutil.copytree(small.df11, tmp_path / "folder")), "omnigen2.processing")
     checkout = checkout_of_the_stand_in(tmp_path / "checkout")
-    for classes in (checkout, None):  # The second time it has been imported.
-        pipeline = omnigen2.load_pipeline(tree, "cpu", classes=classes)
+    for classes in (checkout, None):  # The second time, it has already been imported.
+        pipeline = omnigen2.load_pipeline(folder, "cpu", classes=classes)
         assert type(pipeline) is stand_in.OmniGen2Pipeline
         assert type(pipeline.processor) is stand_in.OmniGen2Processor
     other = checkout_of_the_stand_in(tmp_path / "other")
-    with pytest.raises(errors.UsageError, match="another omnigen2 has been imported"):
-        omnigen2.load_pipeline(tree, "cpu", classes=other)
+    with pytest.raises(errors.UsageError, match="another omnigen2 is already imported"):
+        omnigen2.load_pipeline(folder, "cpu", classes=other)
 
 
 @pytest.mark.usefixtures("no_omnigen2")
 def test_remote_code_runs_only_if_it_is_allowed_by_name(small: Family, tmp_path: Path) -> None:
-    tree = Path(shutil.copytree(small.df11, tmp_path / "tree"))
+    folder = Path(shutil.copytree(small.df11, tmp_path / "folder"))
     ran = tmp_path / "ran"
     note = f"open({str(ran)!r}, 'a').write(__name__.rpartition('.')[2] + ' ')\n"
     code = {
         "transformer/transformer_omnigen2.py": "from .blocks import OmniGen2Transformer2DModel\n",
         "transformer/blocks.py": "from tests.support.omnigen2_stand_in import OmniGen2Transformer2DModel\n",
-        "scheduler/scheduling_flow_match_euler_discrete.py": "from tests.support.omnigen2_stand_in import FlowMatchEulerDiscreteScheduler\n",
+        "scheduler/scheduling_flow_match_euler_discrete.py": "from tests.support.omnigen2_stand_in"
+        " import FlowMatchEulerDiscreteScheduler\n",
         "processor/processing_omnigen2.py": "from tests.support.omnigen2_stand_in import OmniGen2Processor\n",
         "pipeline.py": "from tests.support.omnigen2_stand_in import OmniGen2Pipeline\n",
     }
     for path, text in code.items():
-        (tree / path).write_text(note + text)
+        (folder / path).write_text(note + text)
     allowed = [Path(path).stem for path in code]
     with pytest.raises(
         errors.MissingExtraError,
         match=r"own code \(.*'transformer_omnigen2'.*\) is executed only if trust_remote_code names it",
     ):
-        omnigen2.load_pipeline(tree, "cpu")
+        omnigen2.load_pipeline(folder, "cpu")
     with pytest.raises(errors.UsageError, match="remote code is allowed by name"):
-        omnigen2.load_pipeline(tree, "cpu", trust_remote_code=True)
+        omnigen2.load_pipeline(folder, "cpu", trust_remote_code=True)
     with pytest.raises(errors.MissingExtraError, match="OmniGen2Pipeline is not installed"):
-        omnigen2.load_pipeline(tree, "cpu", trust_remote_code="transformer_omnigen2")
+        omnigen2.load_pipeline(folder, "cpu", trust_remote_code="transformer_omnigen2")
     assert not ran.exists()
     with pytest.raises(
         errors.NotAllowedError, match="imports code that is not allowed; add 'blocks' to trust_remote_code"
     ):
-        omnigen2.load_pipeline(tree, "cpu", trust_remote_code=[name for name in allowed if name != "blocks"])
+        omnigen2.load_pipeline(folder, "cpu", trust_remote_code=[name for name in allowed if name != "blocks"])
     assert "blocks" not in ran.read_text()
-    pipeline = omnigen2.load_pipeline(tree, "cpu", trust_remote_code=allowed)
+    pipeline = omnigen2.load_pipeline(folder, "cpu", trust_remote_code=allowed)
     assert type(pipeline.transformer) is stand_in.OmniGen2Transformer2DModel
     assert sorted(ran.read_text().split()) == sorted(allowed)
 
@@ -449,17 +449,17 @@ def test_folders_that_cannot_be_loaded(small: Family, tmp_path: Path) -> None:
     with pytest.raises(errors.MissingError, match=r"model_index\.json"):
         omnigen2.load_pipeline(tmp_path, "cpu", classes=stand_in)
     with pytest.raises(errors.MissingError, match=r"no \.df11 file in this folder; df11-convert --cast bf16"):
-        omnigen2.load_pipeline(small.tree, "cpu", classes=stand_in)
+        omnigen2.load_pipeline(small.plain, "cpu", classes=stand_in)
     (tmp_path / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
     with pytest.raises(
         errors.MissingError, match="not an OmniGen2 pipeline: no mllm, processor, scheduler, transformer"
     ):
         omnigen2.load_pipeline(tmp_path, "cpu", classes=stand_in)
-    tree = Path(shutil.copytree(small.df11, tmp_path / "tree"))
-    shutil.rmtree(tree / "vae")
-    df11.convert(small.tree / "vae", tree / "vae")
+    folder = Path(shutil.copytree(small.df11, tmp_path / "folder"))
+    shutil.rmtree(folder / "vae")
+    df11.convert(small.plain / "vae", folder / "vae")
     with pytest.raises(errors.UsageError, match=r"the weights are not BF16 .*found F32.*with --cast bf16"):
-        omnigen2.load_pipeline(tree, "cpu", classes=stand_in)
+        omnigen2.load_pipeline(folder, "cpu", classes=stand_in)
     with pytest.raises(errors.UsageError, match="offload"):
         omnigen2.load_pipeline(small.df11, "cpu", classes=stand_in, offload="disk")  # type: ignore[arg-type]
     if not torch.cuda.is_available():
@@ -503,9 +503,9 @@ def test_a_script_as_it_is(
     assert omnigen2.main([str(tmp_path / "nothing.py")]) == 4
     assert diffusers.DiffusionPipeline.__dict__["from_pretrained"] is before
     with omnigen2.loading_df11():
-        vae = diffusers.AutoencoderKL.from_pretrained(small.tree, subfolder="vae", torch_dtype=torch.bfloat16)
+        vae = diffusers.AutoencoderKL.from_pretrained(small.plain, subfolder="vae", torch_dtype=torch.bfloat16)
         assert not compressed_names(vae)
-        with pytest.raises(errors.UsageError, match="does not have"):
+        with pytest.raises(errors.UsageError, match="does not take these options"):
             diffusers.AutoencoderKL.from_pretrained(small.df11, subfolder="vae", device_map="auto")
 
 

@@ -1,4 +1,4 @@
-"""Models on the Hub, loaded by address and by name: bit for bit, with no more downloaded than is needed, and an error that helps where it fails."""
+"""Models on the Hub, loaded by address and by name: bit for bit, with the fewest downloads, and with helpful errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = [
 ]
 BF16 = torch.bfloat16
 JUNK = {"README.md": b"A model.", "picture.png": b"\x89PNG\0", "df11-manifest.parquet": b"PAR1\0"}
-"""What a repository has besides, and nothing loads."""
+"""Other files of a repository, which nothing loads."""
 
 
 def model(seed: int = 0) -> nn.Sequential:
@@ -58,7 +58,7 @@ def tree(folder: Path, *, under: str = "") -> dict[str, bytes | Path | None]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`one`: a container of all tensors of model(0); `other`: of model(1); `shards`: a folder of two and their index."""
+    """`one`: a container of all tensors of model(0); `other`: of model(1); `shards`: a folder of two and an index."""
     folder = tmp_path_factory.mktemp("files")
     for name, seed in (("one", 0), ("other", 1)):
         safetensors_torch.save_file(model(seed).state_dict(), folder / f"{name}.safetensors")
@@ -76,7 +76,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def switch_off(monkeypatch: pytest.MonkeyPatch, hub: HubServer) -> Iterator[Any]:
-    """As HF_HUB_OFFLINE=1 does; in the end no request may have come since then."""
+    """What HF_HUB_OFFLINE=1 does. At the end, no request may have arrived since."""
     counted: list[int] = []
 
     def switch() -> None:
@@ -99,7 +99,7 @@ def cached(tmp_path: Path, name: str = "me/model") -> set[str]:
 
 
 def fetched(hub: HubServer, since: int = 0) -> list[str]:
-    """The files whose contents were asked for."""
+    """The files whose contents were requested."""
     return [
         request.path
         for request in hub.requests[since:]
@@ -145,7 +145,7 @@ def test_a_file(hub: HubServer, files: dict[str, Path], tmp_path: Path, switch_o
 @pytest.mark.parametrize("address", ["hf://me/model", "hf://me/model/model.safetensors"])
 def test_an_address_of_no_df11_file(hub: HubServer, address: str) -> None:
     with pytest.raises(
-        errors.UsageError, match=r"this names no \.df11 file \(expected hf://me/model/model\.df11, for example\)"
+        errors.UsageError, match=r"this does not name a \.df11 file \(expected hf://me/model/model\.df11, for example\)"
     ):
         runtime.load_file(address, "cpu")
     assert not hub.requests
@@ -185,7 +185,7 @@ def test_offline_without_all_files(hub: HubServer, files: dict[str, Path], switc
     repository.commit(tree(files["shards"]))
     hub.create("me/other").commit({"config.json": b"{}", "model.df11": files["one"]})
     hub.inject("GET", "00002-of-00002", status(500), times=100)
-    with pytest.raises(errors.RetryLaterError, match=r"hf://me/model: the Hub has trouble \(500\)"):
+    with pytest.raises(errors.RetryLaterError, match=r"hf://me/model: the Hub has a problem \(500\)"):
         runtime.load_model(empty(), "hf://me/model", "cpu")
     huggingface_hub.hf_hub_download("me/other", "config.json")
     switch_off()
@@ -200,12 +200,12 @@ def test_offline_without_all_files(hub: HubServer, files: dict[str, Path], switc
 # What goes wrong.
 
 CASES: dict[str, tuple[str, type[errors.Df11Error], str]] = {
-    "gated": ("hf://you/gated{}", errors.NotAllowedError, "access to this repository must be asked for"),
-    "private": ("hf://you/private{}", errors.MissingError, "private and this token may not see it"),
+    "gated": ("hf://you/gated{}", errors.NotAllowedError, "access to this repository must be requested"),
+    "private": ("hf://you/private{}", errors.MissingError, "private and this token cannot see it"),
     "missing": ("hf://you/nothing{}", errors.MissingError, "the repository is missing"),
     "revision": ("hf://me/model@no{}", errors.MissingError, "no such branch, tag or commit"),
     "file": ("hf://me/model/no{}", errors.MissingError, "no such file|no .df11 file here|no model_index.json here"),
-    "address": ("hf://datasets/me/model{}", errors.UsageError, "datasets/ is no owner of models"),
+    "address": ("hf://datasets/me/model{}", errors.UsageError, "datasets/ cannot own models"),
 }
 
 
@@ -254,7 +254,7 @@ def test_incomplete_downloads_and_a_cache_that_is_none(hub: HubServer, files: di
         hub.inject("GET", "/cdn/", truncated(10))
         with pytest.raises(
             errors.RetryLaterError,
-            match=r"hf://me/model.*: the download has come incomplete; run the same command again$",
+            match=r"hf://me/model.*: the download is incomplete; run the same command again$",
         ):
             call()
     assert same(calls[0]())  # type: ignore[arg-type]
@@ -397,7 +397,7 @@ def test_an_omnigen2_pipeline(
     assert len(fetched(hub)) == count
     switch_off()
     assert first_weights(omnigen2.load_pipeline(f"hf://me/omni@{commit}", "cpu", **options)) == expected
-    shutil.copytree(family.df11, tmp_path / "me" / "omni")  # A folder of this name comes first.
+    shutil.copytree(family.df11, tmp_path / "me" / "omni")  # A folder with this name comes first.
     assert first_weights(omnigen2.load_pipeline("me/omni", "cpu", **options)) == expected
 
 
@@ -422,7 +422,7 @@ def test_pipelines_that_cannot_be_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     hub.create("me/omni").commit(tree(family.df11))
-    hub.create("me/plain").commit(tree(family.tree))
+    hub.create("me/plain").commit(tree(family.plain))
     with pytest.raises(errors.MissingExtraError, match="is not installed"):
         omnigen2.load_pipeline(
             "me/omni", "cpu", classes=nn
@@ -433,7 +433,7 @@ def test_pipelines_that_cannot_be_loaded(
     assert hub.count("GET", "/cdn/") == 0
     with pytest.raises(
         errors.MissingError,
-        match=r"hf://me/nothing: the repository is missing.*; there is no folder of this name either",
+        match=r"hf://me/nothing: the repository is missing.*; there is no folder with this name either",
     ):
         omnigen2.load_pipeline("me/nothing", "cpu", classes=family.classes)
 
@@ -450,7 +450,7 @@ def test_a_script_of_omnigen2(hub: HubServer, family: Any, tmp_path: Path, monke
         "transformer/transformer_omnigen2.py": b"raise SystemExit",
     }
     commit = hub.create("me/omni").commit(files)
-    hub.create("me/plain").commit(tree(family.tree))
+    hub.create("me/plain").commit(tree(family.plain))
     expected = first_weights(omnigen2.load_pipeline(family.df11, "cpu", classes=family.classes))
     with omnigen2.loading_df11():
         for path, options in (("me/omni", {"revision": commit}), ("hf://me/omni", {})):
@@ -476,7 +476,10 @@ def test_a_script_of_omnigen2(hub: HubServer, family: Any, tmp_path: Path, monke
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`one`, `many`: a language model as transformers writes it, in a file and in shards; `one-df11`, `many-df11`: converted."""
+    """`one`, `many`: a language model as transformers writes it, in one file and in shards.
+
+    `one-df11`, `many-df11`: the same, converted.
+    """
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 320,
@@ -545,7 +548,10 @@ def test_transformers_and_damage(hub: HubServer, llama: Path) -> None:
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`plain`: a pipeline as diffusers writes it, the transformer in shards, all else also as a variant x; `df11`: converted."""
+    """`plain`: a pipeline as diffusers writes it. The transformer is in shards; the rest also comes as a variant x.
+
+    `df11`: the same, converted.
+    """
     torch.manual_seed(0)
     sizes = {
         "num_layers": 1,

@@ -1,4 +1,4 @@
-"""transformers: one ``from_pretrained`` loads a converted folder, bit for bit the same model; what does not fit raises."""
+"""transformers: ``from_pretrained`` loads a converted folder, equal to the bit; what does not fit raises."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from df11.runtime import for_transformers, modules
 from df11.runtime.model import MismatchError
 from df11.runtime.modules import CompressedModule, FrozenWeightError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft requires it
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
 
@@ -139,7 +139,7 @@ def test_text_and_image(model: Any, original: Any) -> None:
         found, expected = (one.generate(**arguments, max_new_tokens=6, do_sample=False) for one in (model, original))
         assert torch.equal(found, expected)
     assert len([name for name, _ in modules.compressed_modules(model)]) == 25
-    assert 0.6 < runtime.report(model).compressed / runtime.report(model).bf16 < 0.7
+    assert 0.6 < runtime.memory_report(model).compressed / runtime.memory_report(model).bf16 < 0.7
     assert model.lm_head.payload() is model.model.language_model.embed_tokens.payload()
     assert {
         name: value for name, value in model.named_buffers() if value.dtype == torch.float32
@@ -157,10 +157,11 @@ def test_dtypes(folders: tuple[Path, Path], tmp_path: Path) -> None:
     for dtype in (torch.float16, "float32"):
         with pytest.raises(
             MismatchError,
-            match=r"model\.df11: 24 compressed tensors are BF16 and cannot be loaded as torch\.float\d\d; pass .*bfloat16",
+            match=r"model\.df11: 24 compressed tensors are BF16 and cannot be loaded as torch\.float\d\d"
+            r"; pass .*bfloat16",
         ):
             load(folders[1], dtype=dtype)
-    for path in folders[1].iterdir():  # A config that does not tell the dtype.
+    for path in folders[1].iterdir():  # A config that does not state the dtype.
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     for part in (config, config["text_config"], config["vision_config"]):
@@ -190,7 +191,7 @@ def test_shards_and_variants(options: dict[str, str], original: Any, tmp_path: P
 def test_a_repository(
     folders: tuple[Path, Path], original: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As the Hub's client leaves it in its cache.
+    # As the Hub's client stores it in its cache.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     revision = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--me--small"
@@ -232,7 +233,7 @@ def test_weights_that_transformers_merges(tmp_path: Path) -> None:
 
 
 def test_a_look_at_a_dtype_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # T5 asks for the dtype of wo.weight three times a layer.
+    # T5 asks for the dtype of wo.weight three times per layer.
     config = transformers.T5Config(vocab_size=300, d_model=256, d_kv=64, d_ff=512, num_layers=2, num_heads=4)
     plain, converted = pair(transformers.T5EncoderModel(config), tmp_path)
     original, model = (transformers.T5EncoderModel.from_pretrained(path, dtype=BF16) for path in (plain, converted))
@@ -257,7 +258,7 @@ def test_a_look_at_a_dtype_decodes_nothing(tmp_path: Path, monkeypatch: pytest.M
     [
         ({"num_hidden_layers": 3}, "not in the container: model.language_model.layers.2."),
         ({"num_hidden_layers": 1}, r"not in the model: .*layers\.1\."),
-        ({"intermediate_size": 384}, r"other shapes: .*\(512, 256\) in the container, \(384, 256\) in the model"),
+        ({"intermediate_size": 384}, r"shapes differ: .*\(512, 256\) in the container, \(384, 256\) in the model"),
     ],
 )
 def test_mismatches_are_errors(change: dict[str, int], message: str, folders: tuple[Path, Path]) -> None:
@@ -280,7 +281,7 @@ def test_damage_and_missing_shards(folders: tuple[Path, Path], original: Any, tm
     for options in (
         {},
         {"device_map": SPLIT, "offload_folder": str(tmp_path / "offload")},
-    ):  # Also where records stay in their file.
+    ):  # Even if records stay in their file.
         with pytest.raises(errors.ChecksumError, match=r"model\.df11, tensor "):
             load(tmp_path, **options)
     original.save_pretrained(tmp_path / "plain", max_shard_size="2MB")
@@ -299,8 +300,8 @@ def test_shards_that_do_not_belong_together(folders: tuple[Path, Path], original
         load(tmp_path / "shards")
     index = tmp_path / "shards" / "model.df11.index.json"
     for text, what in (
-        ("[", "not an index"),
-        ('{"weight_map": {}}', "not an index"),
+        ("[", "not a shard index"),
+        ('{"weight_map": {}}', "not a shard index"),
         ('{"weight_map": {"a": "../x.df11"}}', "another folder"),
     ):
         index.write_text(text)
@@ -393,7 +394,7 @@ def test_device_maps(name: str, folders: tuple[Path, Path], original: Any, tmp_p
     if on_disk:  # What is compressed stays in the container.
         written = sum(path.stat().st_size for path in (tmp_path / "offload").iterdir())
         assert written < 0.2 * (folders[1] / "model.df11").stat().st_size
-    if name == "split":  # What is not on disk has left the file for memory.
+    if name == "split":  # What is not on disk has been copied from the file to memory.
         held = [module.payload() for part, module in modules.compressed_modules(model) if "layers.0." in part]
         assert held and all(
             payload.data_ptr() % 64 == 0 and payload.untyped_storage().nbytes() == payload.numel() for payload in held

@@ -1,7 +1,6 @@
-"""The vLLM plugin against stand-ins with the interface of vLLM 0.32 and 0.33: what it keeps, what it computes, what it refuses.
+"""The vLLM plugin against stand-ins with the interface of vLLM 0.32 and 0.33: what it keeps, computes and refuses.
 
-That the real vLLM takes it is said, with versions, in examples/vllm/README.md; vLLM is too large for this environment.
-"""
+vLLM is too large for this environment. examples/vllm/README.md says which versions were tried."""
 
 from __future__ import annotations
 
@@ -73,7 +72,7 @@ class Plain(QuantizeMethodBase):
 
 
 class LinearBase(nn.Module):
-    """A linear layer whose parts lie below each other, cut for ``ranks`` processes."""
+    """A linear layer whose parts lie below each other, split for ``ranks`` processes."""
 
     def __init__(
         self,
@@ -159,7 +158,7 @@ def plugin() -> Iterator[ModuleType]:
         yield made
 
 
-# A model as vLLM writes them.
+# A model as written in vLLM.
 
 FUSED = {
     "q_proj": ("qkv", "q"),
@@ -255,7 +254,7 @@ def test_outputs_are_those_of_the_bf16_model(path: Path, expected: torch.Tensor)
         *(f"gate_up.weight_df11_{part}" for part in range(2)),
         "down.weight_df11_0",
     ]
-    assert kinds["small.weight"] == kinds["embed.weight"] == torch.bfloat16  # one small, one no linear layer
+    assert kinds["small.weight"] == kinds["embed.weight"] == torch.bfloat16  # one small, one not a linear layer
     assert not any(value.is_meta for value in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Run df11's command line for tests: in this process where that is enough, in a process of its own where signals, memory or imports matter."""
+"""Run df11's command line for tests: in this process or, where signals, memory or imports matter, in another."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import df11
 
 COMMAND = [sys.executable, "-m", "df11"]
 PATIENCE = 60.0
-"""Seconds to wait for a process to get somewhere: so long that it only passes if something hangs."""
+"""Seconds to wait for a process: so many that they only pass if something hangs."""
 
-# Runs its arguments as a child and prints the child's peak memory. It is small itself: Linux counts the memory of the process
-# that forked as the child's own.
+# Runs its arguments as a child and prints the child's peak memory. It is small, because Linux counts the memory of the
+# process that forked as the child's.
 _MEASURE = """
 import os, sys
 child = os.posix_spawn(sys.executable, [sys.executable, *sys.argv[1:]], os.environ)
@@ -46,7 +46,7 @@ class Result:
         return [json.loads(line) for line in self.out.splitlines()]
 
     def error(self, code: int, *words: object) -> str:
-        """Assert that this is an error as df11 promises: this exit code, no data, one line that holds ``words``. Returns the line."""
+        """Assert that this is a proper error: this exit code, no data, one line with ``words``. Returns the line."""
         assert self.code == code, self
         assert not self.out, self
         lines = self.err.splitlines()
@@ -57,13 +57,13 @@ class Result:
         return lines[0]
 
     def fine(self) -> Result:
-        """Assert that the command ended well. Returns itself."""
+        """Assert that the command succeeded. Returns self."""
         assert self.code == 0, self
         return self
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of a child that finds df11 where this process has found it, whatever its working directory."""
+    """The environment for a child that finds df11 where this process found it, whatever its working directory."""
     package = Path(df11.__file__).parent.parent
     path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "PYTHONPATH": path, **more}
@@ -101,7 +101,7 @@ def run_process(
 
 
 def run_without(packages: Sequence[str], folder: Path, *arguments: object, **variables: str) -> Result:
-    """Run ``df11`` where some packages are not installed, neither for it nor for its children. ``folder`` is for what hides them."""
+    """Run ``df11`` where some packages are not installed, even for its children; ``folder`` gets what hides them."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(f"import sys\n\nsys.modules.update(dict.fromkeys({list(packages)!r}))\n")
     env = environment(**variables)
@@ -109,13 +109,13 @@ def run_without(packages: Sequence[str], folder: Path, *arguments: object, **var
 
 
 def peak_memory(*arguments: object) -> int:
-    """Run ``df11`` to success in a process of its own and return the most memory that it has held, in bytes."""
+    """Run ``df11`` to success in another process; returns its peak memory in bytes."""
     result = run_process("-m", "df11", *arguments, command=[sys.executable, "-S", "-c", _MEASURE]).fine()
     return int(result.out.splitlines()[-1])
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start ``df11`` in a process of its own, which SIGINT reaches even if these tests run in the background of a shell, where it is ignored."""
+    """Start ``df11`` in another process. SIGINT reaches it even if the tests run in the background of a shell."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -127,13 +127,13 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> Result:
-    """Wait for a process that :func:`start` has started."""
+    """Wait for a process started by :func:`start`."""
     out, err = process.communicate(timeout=PATIENCE)
     return Result(process.returncode, out, err)
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait until ``condition`` holds; fails if ``process`` ends before."""
+    """Wait until ``condition`` holds; fails if ``process`` ends first."""
     end = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, finish(process)

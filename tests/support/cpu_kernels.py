@@ -1,4 +1,4 @@
-"""The CPU kernels as a program of their own (``cpu_kernels.c``): how it is built, what it is asked, and what it must answer."""
+"""The CPU kernels as a separate program (``cpu_kernels.c``): building it, questions, and the answers it must give."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 
 @dataclass(frozen=True)
 class Segment:
-    """A coded segment with sound geometry, and bytes that may be anything."""
+    """A coded segment with valid geometry and arbitrary bytes."""
 
     data: Bytes
     alphabet_size: int
@@ -48,7 +48,7 @@ class Segment:
 
 
 def tool(name: str, package: str) -> str:
-    """A program of Debian's, which CI must have."""
+    """A program from a Debian package, which CI must have."""
     path = shutil.which(name)
     if path is None and "CI" in os.environ:
         pytest.fail(f"{name} is missing: apt install {package}")
@@ -67,19 +67,19 @@ def build(compiler: Sequence[str], folder: Path, *options: str) -> Path:
 
 
 def run(command: Sequence[str | Path], questions: Sequence[bytes]) -> bytes:
-    """All answers of the program, one after another."""
+    """All answers of the program, in order."""
     done = subprocess.run([str(part) for part in command], input=b"".join(questions), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-4000:]
     return done.stdout
 
 
 def numbers(*values: int) -> bytes:
-    """As the program reads and writes them."""
+    """Arrays as the program reads and writes them."""
     return b"".join(struct.pack("<q" if value < 0 else "<Q", value) for value in values)
 
 
 def ask_to_encode(weights: Weights) -> tuple[bytes, bytes]:
-    """A question, and the answer that this process gives."""
+    """A question, and this process's answer."""
     encoder = Encoder()
     code = encoder.build_code(weights)
     answer = numbers(code.alphabet_size, code.bits, code.filler, len(code.section)) + code.section.tobytes()
@@ -96,7 +96,7 @@ def ask_to_encode(weights: Weights) -> tuple[bytes, bytes]:
 
 
 def ask_to_decode(segment: Segment) -> tuple[bytes, bytes]:
-    """A question, and the answer that this process gives."""
+    """A question, and this process's answer."""
     sections = segment.sections
     question = numbers(len(segment.data), segment.alphabet_size, segment.elements, segment.lane_bytes)
     question += numbers(*(sections[name] for name in SECTION_OFFSETS), segment.first, segment.last)
@@ -120,7 +120,7 @@ def ask_to_decode(segment: Segment) -> tuple[bytes, bytes]:
 
 
 def ask_to_cast(values: Bytes) -> tuple[bytes, bytes]:
-    """F32 values as bytes: a question, and the answer that this process gives."""
+    """F32 values as bytes: a question, and this process's answer."""
     source = values.view(np.uint32)
     out = np.empty(len(source), np.uint16)
     exact = cast_f32(source, out)
@@ -128,12 +128,12 @@ def ask_to_cast(values: Bytes) -> tuple[bytes, bytes]:
 
 
 def ask_to_count(weights: Weights) -> tuple[bytes, bytes]:
-    """A question, and the answer that this process gives."""
+    """A question, and this process's answer."""
     return b"N" + numbers(len(weights)) + weights.tobytes(), count_exponents(weights).tobytes()
 
 
 def ask_to_hash(before: Bytes, weights: Weights, after: Bytes) -> tuple[bytes, bytes]:
-    """Bytes around the weights of a segment: a question, and its answer by hashlib and by an encoder that counts for itself."""
+    """Bytes around the weights of a segment: a question, and the answers of hashlib and an independent encoder."""
     question = (
         b"H" + numbers(len(before), len(weights), len(after)) + before.tobytes() + weights.tobytes() + after.tobytes()
     )
@@ -143,7 +143,7 @@ def ask_to_hash(before: Bytes, weights: Weights, after: Bytes) -> tuple[bytes, b
 
 
 def sound_segment(seed: int) -> Segment | None:
-    """A segment as the encoder makes it, and some of its tiles; None if the weights were stored raw."""
+    """A segment as encoded, and some of its tiles; None if the weights were stored raw."""
     if seed % 6:
         _, _, record = records.generate(seed)
     else:  # Large enough that rare pairs are exceptions.
@@ -161,7 +161,7 @@ def sound_segment(seed: int) -> Segment | None:
 
 
 def damaged_segment(seed: int) -> Segment | None:
-    """The same with damage: some bits, or whole sections of other bytes, or a stream that is cut off."""
+    """The same with damage: some bits, whole sections of other bytes, or a truncated stream."""
     segment = sound_segment(seed)
     if segment is None:
         return None
@@ -170,7 +170,7 @@ def damaged_segment(seed: int) -> Segment | None:
     bounds = [layout.SEGMENT_HEADER.size, *(sections[name] for name in SECTION_OFFSETS), len(data)]
     descriptors = data[sections["tiles_offset"] :][: 8 * layout.tile_count(segment.elements)].view("<u4").reshape(-1, 2)
     listing = np.flatnonzero(descriptors[:, 1] >> 16)
-    if len(listing) and rng.random() < 0.5:  # A position that is beyond the tile, or out of order.
+    if len(listing) and rng.random() < 0.5:  # A position beyond the tile, or out of order.
         end = (
             sections["stream_offset"] + 16 * int(descriptors[listing[0] + 1, 0])
             if listing[0] + 1 < len(descriptors)
@@ -197,7 +197,7 @@ def damaged_segment(seed: int) -> Segment | None:
 
 
 def questions(seed: int, scale: int = 1) -> list[tuple[bytes, bytes]]:
-    """Questions of all kinds with their answers; ``scale`` times some three hundred."""
+    """Questions of all kinds with their answers; ``scale`` times about three hundred."""
     rng = np.random.default_rng(seed)
     asked = []
     for flavour in sorted(strategies.FLAVOURS):

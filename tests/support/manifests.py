@@ -1,4 +1,4 @@
-"""Manifests made by hand, for what is rendered from them."""
+"""Manifests made by hand, to render."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from df11.converter.manifest import COUNTED_WEIGHTS, ExponentCounts, FileRow, Manifest, Origin, TensorRow, entropy
+from df11.converter.exponents import COUNTED_WEIGHTS, ExponentCounts, entropy
+from df11.converter.manifest import FileRow, Manifest, Origin, TensorRow
 
 EVIL_NAMES = (
     "<script>alert(1)</script>",
@@ -28,11 +29,11 @@ EVIL_NAMES = (
     "---",
     "*bold* _it_ ~~s~~ # h @user :tag:",
 )
-"""Names of tensors that would break a page, a drawing, YAML or Markdown if they were not escaped."""
+"""Tensor names that break a page, a drawing, YAML or Markdown unless they are escaped."""
 
 
 def counts_around(center: int, elements: int, spread: int = 6) -> np.ndarray:
-    """Counts of exponents, i64 [256], that halve from ``center`` on downwards."""
+    """Counts of exponents, i64 [256], that halve from ``center`` downwards."""
     counts = np.zeros(256, np.int64)
     for step in range(spread):
         counts[center - step] = elements >> (step + 1)
@@ -50,7 +51,7 @@ def tensor(
     exact: bool | None = None,
     center: int = 121,
 ) -> TensorRow:
-    """A row; one of BF16 is coded to about ``bits`` a weight unless that is 16 or more."""
+    """A row. A BF16 tensor is coded to about ``bits`` per weight, unless that is 16 or more."""
     elements = math.prod(shape)
     coded = dtype == "BF16" and bits < 16
     if dtype != "BF16":
@@ -67,7 +68,7 @@ def tensor(
 
 
 def file(name: str, rows: Sequence[TensorRow], sha256: str | None = None) -> FileRow:
-    """The row of the file that holds these tensors: 1,000 bytes of header in the container, 500 in the source."""
+    """The row of the file with these tensors: 1,000 bytes of header in the container, 500 in the source."""
     source = sum(row.elements * 4 if row.exact is not None else row.decoded_bytes for row in rows)
     return FileRow(
         name,
@@ -80,14 +81,14 @@ def file(name: str, rows: Sequence[TensorRow], sha256: str | None = None) -> Fil
 
 
 def manifest(*tensors: TensorRow, origin: Origin | None = None, cast: bool = False) -> Manifest:
-    """A manifest of these tensors and of the files that they name."""
+    """A manifest of these tensors and their files."""
     names = list(dict.fromkeys(row.file for row in tensors))
     files = tuple(file(name, [row for row in tensors if row.file == name]) for name in names)
     return Manifest(origin or Origin(), "bf16" if cast else None, "df11 0.1.0", files, tuple(tensors))
 
 
 def model(layers: int = 12, *, origin: Origin | None = None) -> Manifest:
-    """A small model of two parts, with layers, an outlier, tensors that were cast, and some that are no BF16."""
+    """A small model of two parts, with layers, an outlier, tensors that were cast, and some that are not BF16."""
     text = "text/model.df11"
     rows = [
         tensor(text, "model.embed.weight", (1000, 512), center=122),
@@ -110,7 +111,7 @@ def model(layers: int = 12, *, origin: Origin | None = None) -> Manifest:
 
 
 def evil() -> Manifest:
-    """Names that nobody should give, each of a tensor and some of files."""
+    """Names that nobody should give, each to a tensor and some to files."""
     rows = [
         tensor(f"part {index % 3}/we|ird`<{index % 3}>.df11", name, (300, 300), bits=10.7 + (index == 1))
         for index, name in enumerate(EVIL_NAMES)

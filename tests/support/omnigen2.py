@@ -1,4 +1,4 @@
-"""A small OmniGen2 checkpoint, of the stand-in's classes or of the real ones, and its df11 folder."""
+"""A small OmniGen2 checkpoint, made of the stand-in's classes or the real ones, and its df11 folder."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ class Family:
         self.classes: Any = SOURCE if self.real else stand_in
         if self.real:
             omnigen2._use_checkout(Path(SOURCE))
-        self.tree, self.df11 = folder / "OmniGen2", folder / "OmniGen2-df11"
+        self.plain, self.df11 = folder / "OmniGen2", folder / "OmniGen2-df11"
         make_tree(self)
-        df11.convert(self.tree, self.df11, cast="bf16")
+        df11.convert(self.plain, self.df11, cast="bf16")
 
     def find(self, name: str) -> Any:
         return getattr(importlib.import_module(omnigen2._HOMES[name]) if self.real else stand_in, name)
@@ -111,14 +111,14 @@ class Family:
 
     def ordinary(self, *, chat: bool = False) -> Any:
         def load(cls: Any, folder: str) -> Any:
-            return cls.from_pretrained(self.tree / folder, torch_dtype=torch.bfloat16)
+            return cls.from_pretrained(self.plain / folder, torch_dtype=torch.bfloat16)
 
         pipeline = self.find("OmniGen2ChatPipeline" if chat else "OmniGen2Pipeline")(
             transformer=load(self.find("OmniGen2Transformer2DModel"), "transformer"),
             vae=load(diffusers.AutoencoderKL, "vae"),
-            scheduler=self.find("FlowMatchEulerDiscreteScheduler").from_pretrained(self.tree / "scheduler"),
+            scheduler=self.find("FlowMatchEulerDiscreteScheduler").from_pretrained(self.plain / "scheduler"),
             mllm=load(transformers.Qwen2_5_VLForConditionalGeneration, "mllm"),
-            processor=self.processor.from_pretrained(self.tree / "processor"),
+            processor=self.processor.from_pretrained(self.plain / "processor"),
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -126,14 +126,14 @@ class Family:
 
 def make_tree(family: Family) -> None:
     torch.manual_seed(0)
-    tree = family.tree
+    plain = family.plain
     transformer = randomized(family.find("OmniGen2Transformer2DModel")(**TRANSFORMER))
-    transformer.save_pretrained(tree / "transformer", max_shard_size="8MB")
+    transformer.save_pretrained(plain / "transformer", max_shard_size="8MB")
     mllm = randomized(transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**MLLM)))
-    mllm.save_pretrained(tree / "mllm", max_shard_size="4MB")
-    randomized(diffusers.AutoencoderKL(**VAE)).save_pretrained(tree / "vae")
-    family.find("FlowMatchEulerDiscreteScheduler")().save_pretrained(tree / "scheduler")
-    make_processor(family, tree / "processor")
+    mllm.save_pretrained(plain / "mllm", max_shard_size="4MB")
+    randomized(diffusers.AutoencoderKL(**VAE)).save_pretrained(plain / "vae")
+    family.find("FlowMatchEulerDiscreteScheduler")().save_pretrained(plain / "scheduler")
+    make_processor(family, plain / "processor")
     processor = ["transformers", "Qwen2_5_VLProcessor"] if family.real else ["processing_omnigen2", "OmniGen2Processor"]
     index = {
         "_class_name": "OmniGen2Pipeline",
@@ -143,7 +143,7 @@ def make_tree(family: Family) -> None:
         "transformer": ["transformer_omnigen2", "OmniGen2Transformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    (tree / "model_index.json").write_text(json.dumps(index))
+    (plain / "model_index.json").write_text(json.dumps(index))
 
 
 def randomized(module: Any) -> Any:

@@ -1,9 +1,10 @@
-"""A small OmniGen2 for tests: the structure and the parameter names of its transformer, and pipelines that are called in the same way.
+"""A small OmniGen2 for tests: its transformer's structure and parameter names, and pipelines with the same interface.
 
-Not its code: samples go one by one, without padding, and there is no fused kernel. What matters here is the same: a block's submodules and who
-calls them, the caches that reach past blocks (TeaCache) or skip them (TaylorSeer), three predictions a step, the mllm's last hidden states.
+This is not its code: samples are processed one by one, without padding, and no kernel is fused. What matters here is
+the same: the submodules of a block and their callers, caches that reach into blocks (TeaCache) or skip them
+(TaylorSeer), three predictions per step, the mllm's last hidden states.
 """
-# ruff: noqa: ARG002 - arguments that the real ones have
+# ruff: noqa: ARG002 - arguments of the real ones
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ class FeedForward(nn.Module):
 
 
 class ModulatedNorm(nn.Module):
-    """A norm and what the time gives for it: its scale, and gates and scale for the rest of the block."""
+    """A norm and what the time contributes: its scale, and gates and a scale for the rest of the block."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -134,9 +135,9 @@ class NormOut(nn.Module):
 
 
 class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """Text, reference images and noise are refined each for itself, joined to a sequence, and go through the layers.
+    """Text, reference images and noise are refined separately, joined into a sequence, and go through the layers.
 
-    ``cache``: what TeaCache or TaylorSeer keep of earlier steps of the same prediction, set by the pipeline.
+    ``cache``: what TeaCache or TaylorSeer keep from earlier steps of the same prediction, set by the pipeline.
     """
 
     @register_to_config
@@ -181,7 +182,7 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def forward(
         self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor, references: list[Any] | None = None
     ) -> Tensor:
-        """Latents [batch, channels, height, width], states of the text [batch, tokens, width] and their mask; a list of latents a sample."""
+        """Latents [batch, channels, height, width], text states [batch, tokens, width], mask -> latents by sample."""
         samples = [
             self._sample(
                 latents[i : i + 1],
@@ -235,7 +236,8 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return x
 
     def _teacache(self, x: Tensor, rotary: Tensor, time: Tensor) -> Tensor:
-        # The first layer's norm, called by itself, says whether the input has changed enough since the layers have run.
+        # The first layer's norm, called on its own, tells whether the input has changed enough since the layers last
+        # ran.
         modulated, cache = self.layers[0].norm1(x.clone(), time.clone())[0], self.cache
         if cache.edge:
             cache.distance, run = 0.0, True
@@ -252,7 +254,7 @@ class OmniGen2Transformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return x + cache.residual
 
     def _taylor(self, i: int, layer: nn.Module, x: Tensor, rotary: Tensor, time: Tensor) -> Tensor:
-        # Every second step is extrapolated from the two before.
+        # Every second step is extrapolated from the previous two.
         history = self.cache.__dict__.setdefault("history", {}).setdefault(i, [])
         if self.cache.step < 3 or self.cache.step % 2:
             history.append(layer(x, rotary, time))
@@ -297,7 +299,7 @@ class FlowMatchEulerDiscreteScheduler(SchedulerMixin, ConfigMixin):
 
 
 class OmniGen2Processor:
-    """A tokenizer, and an image processor that does without torchvision."""
+    """A tokenizer, and an image processor that does not need torchvision."""
 
     def __init__(self, tokenizer: Any, image_processor: Any) -> None:
         self.tokenizer, self.image_processor = tokenizer, image_processor
@@ -401,14 +403,17 @@ class OmniGen2Pipeline(DiffusionPipeline):
 
 
 class OmniGen2ChatPipeline(OmniGen2Pipeline):
-    """Answers in words. The real one goes on to an image where the answer begins with ``<|img|>``."""
+    """Answers in words. The real one continues with an image if the answer begins with ``<|img|>``."""
 
     @torch.no_grad()
     def __call__(self, prompt: str, input_images: list[Image.Image] | None = None, **_: Any) -> Any:
         seen = "".join(
             f"<img{i + 1}>: <|vision_start|>{IMAGE_TOKEN}<|vision_end|>" for i in range(len(input_images or []))
         )
-        text = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{seen}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        text = (
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+            f"<|im_start|>user\n{seen}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        )
         inputs = {name: value.to(self.mllm.device) for name, value in self.processor(text, input_images).items()}
         made = self.mllm.generate(**inputs, max_new_tokens=8, do_sample=False)
         return SimpleNamespace(

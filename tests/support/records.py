@@ -14,7 +14,7 @@ _ENCODER = SegmentEncoder()
 
 
 def encode(weights: Weights, segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS) -> Bytes:
-    """The record of some weights, u8. Unlike the converter's, its segments may be of any size, and it may be larger than the weights."""
+    """A record of some weights, u8. Unlike the converter's, its segments may have any size, and it may be large."""
     places: list[SegmentPlace] = []
     parts: list[bytes] = []
     for first in range(0, len(weights), segment_elements):
@@ -30,7 +30,7 @@ def encode(weights: Weights, segment_elements: int = layout.DEFAULT_SEGMENT_WEIG
 
 
 def generate(seed: int, largest: int = 2 * 8192 + 1) -> tuple[Weights, int, Bytes]:
-    """Weights of a random flavour and size, boundaries often; the weights of a segment, often few; their record."""
+    """Weights of a random flavour and size, often at boundaries; the segment size, often small; their record."""
     rng = np.random.default_rng(seed)
     size = int(
         rng.choice(strategies.BOUNDARY_SIZES)

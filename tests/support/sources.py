@@ -1,7 +1,6 @@
-"""Write safetensors sources of every kind by hand, byte by byte, without the safetensors library and without df11.
+"""Write safetensors sources of every kind byte by byte, with neither the safetensors library nor df11.
 
-``write(path, tensors, ...)`` writes one file; ``kinds()`` gives one file of every kind that a converter may meet.
-"""
+``write(path, tensors, ...)`` writes one file; ``kinds()`` returns one file of every kind that a converter may meet."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 SEGMENT = 1 << 21
-"""Weights in a segment."""
+"""Weights per segment."""
 TILE = 8192
 
-# dtype -> bits of an element: every dtype of safetensors 0.8.
+# dtype -> bits per element: every dtype of safetensors 0.8.
 DTYPES: Mapping[str, int] = {
     "BOOL": 8,
     "F4": 4,
@@ -67,18 +66,18 @@ def random_tensor(name: str, dtype: str, shape: tuple[int, ...], seed: int = 0) 
 
 
 def gaussian(count: int, seed: int = 0, scale: float = 0.02) -> np.ndarray:
-    """BF16 bits (u16) of weights such as models have."""
+    """BF16 bits (u16) of weights like a model's."""
     values = np.random.default_rng(seed).standard_normal(count, np.float32) * np.float32(scale)
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def bf16(name: str, shape: tuple[int, ...], seed: int = 0, scale: float = 0.02) -> Tensor:
-    """A BF16 tensor that compresses as a model's does."""
+    """A BF16 tensor that compresses like a model's."""
     return Tensor(name, "BF16", shape, gaussian(math.prod(shape), seed, scale).tobytes())
 
 
 def f32(name: str, shape: tuple[int, ...], seed: int = 0, *, exact: bool = False) -> Tensor:
-    """An F32 tensor; with ``exact``, of values that BF16 has."""
+    """An F32 tensor; with ``exact``, of values that BF16 can represent."""
     count = math.prod(shape)
     if exact:
         bits = gaussian(count, seed).astype(np.uint32) << 16
@@ -88,7 +87,7 @@ def f32(name: str, shape: tuple[int, ...], seed: int = 0, *, exact: bool = False
 
 
 def round_to_bf16(data: bytes) -> bytes:
-    """F32 bytes rounded to the nearest BF16, ties to even, NaN to 0xFFFF: written apart from df11's formula."""
+    """F32 bytes rounded to the nearest BF16, ties to even, NaN to 0xFFFF: independent of df11's formula."""
     bits = np.frombuffer(data, "<u4").astype(np.int64)
     upper, lower = bits >> 16, bits & 0xFFFF
     up = (lower > 0x8000) | ((lower == 0x8000) & (upper % 2 == 1))
@@ -105,7 +104,7 @@ def header(
     indent: int | None = None,
     ascii_only: bool = False,
 ) -> bytes:
-    """The JSON of a header. ``tensors`` in the order of their data; ``order``: the order in which the JSON names them."""
+    """The JSON of a header. ``tensors``: in the order of their data; ``order``: of their names in the JSON."""
     entries = {}
     position = 0
     for tensor in tensors:
@@ -127,7 +126,7 @@ def header(
 
 
 def framed(json_header: bytes, data: bytes, *, padding: int | None = None) -> bytes:
-    """A whole file. ``padding``: spaces after the JSON; None pads to a multiple of 8, as the safetensors library does."""
+    """A whole file. ``padding``: spaces after the JSON; None pads to a multiple of 8, like the safetensors library."""
     spaces = -len(json_header) % 8 if padding is None else padding
     json_header += b" " * spaces
     return len(json_header).to_bytes(8, "little") + json_header + data
@@ -152,7 +151,7 @@ def write(path: Path, tensors: Sequence[Tensor], **options) -> Path:
 def write_large(
     path: Path, dtype: str, size: int, *, name: str = "weight", uniform: bool = False, sparse: bool = False
 ) -> Path:
-    """A file of one tensor of ``size`` bytes, quickly: one block of random values again and again, or, if ``sparse``, a hole."""
+    """A file of one tensor of ``size`` bytes, made quickly: repeated random values or, if ``sparse``, a hole."""
     elements = size * 8 // DTYPES[dtype]
     text = json.dumps({name: {"dtype": dtype, "shape": [elements], "data_offsets": [0, size]}}).encode()
     block = 24 << 20
@@ -178,7 +177,7 @@ def sha256(path: Path) -> str:
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:
-    """All files below a folder, hidden ones too: relative path -> content."""
+    """All files in a folder, hidden ones too: relative path -> content."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -217,7 +216,7 @@ def _shapes() -> bytes:
 
 
 def _unaligned() -> bytes:
-    # Every tensor after the first starts at an odd byte, and so do F32 and F64.
+    # Every tensor after the first starts at an odd byte, F32 and F64 included.
     tensors = [
         random_tensor("a", "U8", (3,)),
         bf16("b", (20_000,), 1),
@@ -290,7 +289,7 @@ def _many_segments() -> bytes:
 
 
 def _half_coded() -> bytes:
-    # A segment of weights, a segment of random bits, and the other way round: records with raw and coded segments.
+    # A segment of weights and one of random bits, and the reverse: records with raw and coded segments.
     random = random_tensor("", "BF16", (SEGMENT,), 9).data
     weights = gaussian(SEGMENT, 10).tobytes()
     return file_bytes(
@@ -345,4 +344,4 @@ KINDS: Mapping[str, Callable[[], bytes]] = {
     "nothing to code": lambda: file_bytes([random_tensor("a", "F16", (77, 13)), random_tensor("b", "U8", (5,), 1)]),
     "metadata of a container": lambda: file_bytes(_TWO, metadata={"df11.version": "9", "df11.tensors": "{}"}),
 }
-"""Name of a kind -> its bytes, when called."""
+"""Name of a kind -> a function that returns its bytes."""

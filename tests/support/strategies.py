@@ -1,4 +1,4 @@
-"""Hypothesis strategies for weights, codes and safetensors files, and the profile that the tests run under."""
+"""Hypothesis strategies for weights, codes and safetensors files, and the profile for the tests."""
 
 from __future__ import annotations
 
@@ -92,19 +92,25 @@ def special(rng: np.random.Generator, n: int) -> Weights:
 
 
 def unequal_lanes(rng: np.random.Generator, n: int) -> Weights:
-    """Lanes of a tile alternate between constant and rich exponents, so that their lengths differ by more than 255 bits from some 3000 weights on."""
+    """Lanes of a tile alternate between constant and rich exponents.
+
+    From some 3000 weights on, their lengths differ by more than 255 bits.
+    """
     rich = bf16(2.0 ** rng.integers(-8, 8, size=n) * rng.choice([-1, 1], n))
     return np.where(np.arange(n) // 8 % 2 == 0, np.uint16(0x3F80), rich).astype(np.uint16)
 
 
 def skewed(rng: np.random.Generator, n: int) -> Weights:
-    """Exponents with probabilities 1/2, 1/4 and so on: the code wants lengths beyond the limit."""
+    """Exponents with probabilities 1/2, 1/4 and so on: an optimal code would exceed the length limit."""
     e = np.minimum(rng.geometric(0.5, n) + int(rng.integers(200)), 255)
     return (e << 7 | rng.integers(128, size=n)).astype(np.uint16)
 
 
 def rare(rng: np.random.Generator, n: int) -> Weights:
-    """Gaussian, with exponents so rare that, from some 40,000 weights on, their pairs are exceptions: on the first, the second or both weights."""
+    """Gaussian, with exponents so rare that their pairs are exceptions from some 40,000 weights on.
+
+    On the first, the second or both weights.
+    """
     weights = gaussian(rng, n) & 0xBFFF
     for at in rng.integers(0, n, size=12 if n >= 100 else 1):
         weights[at] = int(rng.integers(200, 256)) << 7 | 3
@@ -114,16 +120,26 @@ def rare(rng: np.random.Generator, n: int) -> Weights:
 
 
 def stepped(rng: np.random.Generator, n: int) -> Weights:
-    """Another scale every few thousand weights, so that tiles differ."""
+    """A new scale every few thousand weights, so that tiles differ."""
     return bf16(rng.standard_normal(n) * 2.0 ** (np.arange(n) // 3000 * 5 % 60))
 
 
 FLAVOURS: dict[str, Flavour] = {
     flavour.__name__: flavour
     for flavour in (
-        gaussian, constant, one_exponent, two_exponents, all_values, random_bits, special, unequal_lanes, skewed, rare, stepped,
+        gaussian,
+        constant,
+        one_exponent,
+        two_exponents,
+        all_values,
+        random_bits,
+        special,
+        unequal_lanes,
+        skewed,
+        rare,
+        stepped,
     )
-}  # fmt: skip
+}
 
 
 def make(flavour: str, size: int, seed: int) -> Weights:
@@ -132,7 +148,7 @@ def make(flavour: str, size: int, seed: int) -> Weights:
 
 
 def sizes(largest: int = 2 * 8192 + 1) -> st.SearchStrategy[int]:
-    """Numbers of weights, boundaries as often as all others together."""
+    """Numbers of weights; half of them at boundaries."""
     return st.sampled_from([size for size in BOUNDARY_SIZES if size <= largest]) | st.integers(1, largest)
 
 
@@ -143,7 +159,7 @@ def weights(largest: int = 2 * 8192 + 1) -> st.SearchStrategy[Weights]:
 
 @st.composite
 def codes(draw: st.DrawFn) -> dict[int, int]:
-    """Code lengths by symbol: any complete code with lengths of at most 12, of any symbols."""
+    """Code lengths by symbol: any complete code with lengths of at most 12, for any symbols."""
     lengths = [0]
     for _ in range(draw(st.integers(0, 40))):
         splittable = [place for place, length in enumerate(lengths) if length < 12]
@@ -197,14 +213,14 @@ def names() -> st.SearchStrategy[str]:
 
 @st.composite
 def shapes(draw: st.DrawFn, dtype: str) -> tuple[int, ...]:
-    """Small shapes, 0-d and empty ones among them, that are whole bytes."""
+    """Small shapes, including 0-d and empty ones, that take whole bytes."""
     shape = draw(st.lists(st.integers(0, 6), max_size=4))
     return (*shape, 4) if framing.DTYPE_BITS[dtype] < 8 else tuple(shape)
 
 
 @st.composite
 def tensors(draw: st.DrawFn, largest: int) -> tuple[str, tuple[int, ...], bytes]:
-    """(dtype, shape, bytes) of a tensor; half of them are BF16, up to ``largest`` weights."""
+    """(dtype, shape, bytes) of a tensor; half of them are BF16, of up to ``largest`` weights."""
     if draw(st.booleans()):
         values = draw(weights(largest))
         columns = draw(st.sampled_from([1, 2, 8]))

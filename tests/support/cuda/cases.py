@@ -21,7 +21,7 @@ UNWRITTEN = 0x5A5A
 
 @dataclass(frozen=True)
 class Part:
-    """Weights ``first`` to ``last`` of a record that claims ``elements``; ``misalign``: weights by which the output misses 16 bytes."""
+    """Weights ``first`` to ``last`` of a record that claims ``elements``; ``misalign``: output offset in weights."""
 
     record: Bytes
     elements: int
@@ -33,7 +33,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a launch wrote, for each part; and its status word."""
+    """What a launch wrote for each part, and its status word."""
 
     weights: list[Weights]
     status: int

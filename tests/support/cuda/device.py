@@ -1,4 +1,4 @@
-"""A GPU that is the processor: all of the runtime's host code, and in CuPy's place a stand-in that runs the real decode.cu in the emulator."""
+"""A GPU emulated on the CPU: all of the runtime's host code, and a stand-in for CuPy that runs the real decode.cu."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STREAM = 0x5EED
 
 
 class StandInForCupy:
-    """What df11 uses of CuPy. Each launch runs at once, with another order of threads; ``launches``: kernel, blocks, stream."""
+    """What df11 uses of CuPy. Launches run at once, in random order. ``launches``: kernel, blocks, stream."""
 
     def __init__(self, seed: int) -> None:
         self.launches: list[tuple[str, int, int]] = []
@@ -62,7 +62,7 @@ class StandInForCupy:
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[gpu.Gpu, StandInForCupy]:
-    """Make tensors of the processor decode on a GPU with two multiprocessors that is not there."""
+    """Make CPU tensors decode on an emulated GPU with two multiprocessors."""
     cupy = StandInForCupy(seed)
     monkeypatch.setattr(gpu, "check_device", lambda _device: None)
     monkeypatch.setattr(gpu, "_import_cupy", lambda: cupy)

@@ -1,5 +1,5 @@
-// Kernels of one .cu file, to be launched by name: as a shared library for ctypes, or with CUDA_ON_CPU_MAIN as a program that runs a file of cases,
-// which is the form for the sanitizers. emulator.py builds both and writes the file.
+// The kernels of one .cu file, launched by name: as a shared library for ctypes or, with CUDA_ON_CPU_MAIN, as a program
+// that runs a file of cases, for the sanitizers. emulator.py builds both and writes the file.
 #include "cuda_on_cpu.h"
 
 #include <cstdlib>
@@ -9,8 +9,8 @@
 
 #include <sanitizer/asan_interface.h>
 
-// In a namespace without a name the shared variables of templates are plain local symbols; others may not share a section with those of functions.
-// The file can include nothing but what is included above.
+// In an unnamed namespace, the shared variables of templates are plain local symbols; others may not share a section
+// with those of functions. The file can include nothing but what is included above.
 namespace {
 #define alignas(bytes) __attribute__((aligned(bytes)))  // g++ does not take the standard's form after __shared__
 #include CUDA_ON_CPU_SOURCE
@@ -26,7 +26,7 @@ T load(const void* argument) {
     return value;
 }
 
-// Calls a kernel with arguments that are given as cuLaunchKernel wants them: by address, one for each parameter.
+// Calls a kernel with arguments as cuLaunchKernel takes them: by address, one per parameter.
 template <auto kernel>
 struct Signature;
 template <class... Parameters, void (*kernel)(Parameters...)>
@@ -62,10 +62,10 @@ static const Kernel* find(const char* name) {
 
 #define CUDA_ON_CPU_EXPORT extern "C" __attribute__((visibility("default")))
 
-// What was wrong with the last launch, in one line.
+// What went wrong in the last launch, in one line.
 CUDA_ON_CPU_EXPORT const char* cuda_on_cpu_error() { return cuda_on_cpu::machine.message; }
 
-// The number of parameters of a kernel and the bytes of each; -1 if there is no such kernel.
+// The number of parameters of a kernel, and the size of each; -1 if there is no such kernel.
 CUDA_ON_CPU_EXPORT int cuda_on_cpu_parameters(const char* kernel, const unsigned long long** sizes) {
     const cuda_on_cpu::Kernel* found = cuda_on_cpu::find(kernel);
     if (!found) return -1;
@@ -74,7 +74,8 @@ CUDA_ON_CPU_EXPORT int cuda_on_cpu_parameters(const char* kernel, const unsigned
 }
 
 // 0, or 1: see cuda_on_cpu_error(). arguments[i] is the address of the i-th argument.
-CUDA_ON_CPU_EXPORT int cuda_on_cpu_launch(const char* kernel, unsigned grid, unsigned block, const void* const* arguments, unsigned long long seed) {
+CUDA_ON_CPU_EXPORT int cuda_on_cpu_launch(const char* kernel, unsigned grid, unsigned block,
+                                          const void* const* arguments, unsigned long long seed) {
     const cuda_on_cpu::Kernel* found = cuda_on_cpu::find(kernel);
     if (!found) {
         snprintf(cuda_on_cpu::machine.message, sizeof cuda_on_cpu::machine.message, "there is no kernel %s", kernel);
@@ -92,12 +93,14 @@ namespace {
     exit(2);
 }
 
-// The file of cases: 64-bit numbers of this machine, and blobs, a number of bytes and the bytes. All is read at once.
+// The file of cases: 64-bit numbers in this machine's byte order, and blobs, which are a size and bytes. It is read at
+// once.
 //
 //     number of cases, then for each:
 //         blob: kernel's name;  grid, block, seed
 //         number of buffers, then for each:    alignment;  1 if its content is an output, else 0;  blob: content
-//         number of arguments, then for each:  blob: value;  number of addresses in it, then for each:  offset in value, buffer, offset in buffer
+//         number of arguments, then for each:  blob: value
+//             number of addresses in it, then for each:  offset in value, buffer, offset in buffer
 //
 // The file of outputs is the content of the buffers that are outputs, one after another.
 class Reader {
@@ -130,18 +133,23 @@ private:
     size_t place = 0;
 };
 
-// Memory that ASan guards on both sides: to the byte behind it, and in front of it, too, if the alignment is 8 at least. The address is an odd
-// multiple of the alignment, so that a kernel cannot count on more than was asked for; the part of the block before it is made inaccessible.
+// Memory that ASan guards on both sides: after it to the byte, and before it if the alignment is at least 8. The
+// address is an odd multiple of the alignment, so that a kernel cannot rely on more than it asked for; what precedes it
+// in its block is made inaccessible.
 class Buffer {
 public:
-    Buffer(const std::vector<char>& content, size_t alignment, bool is_output) : size(content.size()), is_output(is_output) {
+    Buffer(const std::vector<char>& content, size_t alignment, bool is_output)
+        : size(content.size()), is_output(is_output) {
         if (posix_memalign(&block, alignment < 8 ? 16 : 2 * alignment, alignment + size)) die("no memory for a buffer");
         address = static_cast<char*>(block) + alignment;
         if (size) memcpy(address, content.data(), size);
         ASAN_POISON_MEMORY_REGION(block, alignment);
     }
     Buffer(Buffer&& other) noexcept
-        : address(other.address), size(other.size), is_output(other.is_output), block(std::exchange(other.block, nullptr)) {}
+        : address(other.address),
+          size(other.size),
+          is_output(other.is_output),
+          block(std::exchange(other.block, nullptr)) {}
     ~Buffer() { free(block); }
 
     char* address;
@@ -183,7 +191,8 @@ void run_case(Reader& reader, FILE* outputs) {
         if (arguments[i].size() != sizes[i]) die("an argument has another size than the kernel's parameter");
     if (cuda_on_cpu_launch(name.data(), grid, block, pointers.data(), seed)) die(cuda_on_cpu_error());
     for (const Buffer& buffer : buffers)
-        if (buffer.is_output && fwrite(buffer.address, 1, buffer.size, outputs) != buffer.size) die("the file of outputs cannot be written");
+        if (buffer.is_output && fwrite(buffer.address, 1, buffer.size, outputs) != buffer.size)
+            die("the file of outputs cannot be written");
 }
 
 }  // namespace
@@ -195,7 +204,7 @@ int main(int argc, char** argv) {
     if (!outputs) die("the file of outputs does not open");
     const unsigned long long count = reader.number();
     for (unsigned long long i = 0; i < count; i++) {
-        fprintf(stderr, "case %llu\n", i);  // tells the one that is to blame if the sanitizers end the program
+        fprintf(stderr, "case %llu\n", i);  // names the culprit if the sanitizers end the program
         run_case(reader, outputs);
     }
     return fclose(outputs) ? 2 : 0;

@@ -1,12 +1,12 @@
-"""Run kernels of a CUDA source on the processor: quickly in this process (``Library``), or guarded by sanitizers in one of its own (``run_batch``).
+"""Run the kernels of a CUDA source on the CPU: fast in this process (``Library``), or in another under sanitizers.
 
-A ``Case`` is one launch together with its memory, and runs in both. What is undefined behaviour on a GPU and seen raises ``LaunchError``.
+The latter is ``run_batch``. A ``Case`` is a launch together with its memory, and runs in both. Behaviour that is
+undefined on a GPU raises ``LaunchError`` if it is noticed.
 
     status = Buffer(np.zeros(1, np.uint32))
     case = Case("kernel", grid=2, block=256, arguments=[np.uint32(7), Address(status)], outputs=[status], seed=1)
     [result] = Library(source, kernels).run(case)            # an array like the one that `status` was made of
-    [[result]] = run_batch(source, kernels, [case])
-"""
+    [[result]] = run_batch(source, kernels, [case])"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GNU_CXX = "g++"
 
 Array = npt.NDArray[np.generic]
 
-# Kernels look at the same bytes through different types, and nvcc does not mind.
+# Kernels access the same bytes through different types, which nvcc allows.
 FLAGS = (
     "-std=c++17",
     "-g",
@@ -45,7 +45,7 @@ FLAGS = (
     "-fvisibility=hidden",
 )
 LIBRARY_FLAGS = (*FLAGS, "-O2", "-fPIC", "-shared")
-# The section is the one of __shared__ variables: without being told so, ASan puts nothing between variables in a section of their own.
+# The section of __shared__ variables: without this, ASan puts nothing between variables in a section of their own.
 GUARDED_FLAGS = (
     *(*FLAGS, "-O1", "-fno-omit-frame-pointer", "-DCUDA_ON_CPU_MAIN"),
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=cuda_shared"),
@@ -53,7 +53,7 @@ GUARDED_FLAGS = (
 
 
 class LaunchError(Exception):
-    """A launch that went wrong: one line of the emulator, or the report of a sanitizer. ``case`` is the index in the batch, if there was one."""
+    """A launch that went wrong: a line from the emulator or a sanitizer's report. ``case``: its index in the batch."""
 
     def __init__(self, message: str, case: int | None = None) -> None:
         super().__init__(message)
@@ -62,7 +62,7 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Buffer:
-    """Memory that a kernel gets, with the bytes of ``content``; its address is an odd multiple of ``alignment``, a power of two."""
+    """Memory for a kernel with the bytes of ``content``, at an odd multiple of ``alignment``, a power of two."""
 
     content: Array
     alignment: int = 16
@@ -82,7 +82,7 @@ class Address:
 
 @dataclass(frozen=True, eq=False)
 class Struct:
-    """A structure passed by value: a scalar or 0-d array of NumPy and, by the offset in bytes, the addresses that are to be put into it."""
+    """A structure passed by value: a NumPy scalar or 0-d array, and addresses to put into it, by offset in bytes."""
 
     value: np.generic | Array
     addresses: Mapping[int, Address] = field(default_factory=dict)
@@ -93,7 +93,7 @@ Argument = Address | Struct | np.generic | Array
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One launch. Buffers are those that the arguments point to; ``outputs`` says which come back, and in which order."""
+    """One launch. Its buffers are those that the arguments refer to; ``outputs``: those to return, in this order."""
 
     kernel: str
     grid: int
@@ -104,15 +104,18 @@ class Case:
 
 
 class Library:
-    """The kernels of a source, callable in this process. Without guards: an access out of bounds is one here, and a loop without end has none."""
+    """The kernels of a source, callable in this process, unguarded: accesses out of bounds and endless loops happen."""
 
     def __init__(self, source: Path, kernels: Path) -> None:
         self._library = ctypes.CDLL(str(_build(source, kernels, LIBRARY_FLAGS)))
         self._library.cuda_on_cpu_error.restype = ctypes.c_char_p
-        self._lock = threading.Lock()  # there is one set of threads, warps and shared memory
+        self._lock = threading.Lock()  # there is only one set of threads, warps and shared memory
 
     def launch(self, kernel: str, grid: int, block: int, *arguments: np.generic | Array, seed: int = 0) -> None:
-        """Launch with arguments of exactly the parameters' sizes: ``np.uint32(1)``, ``np.uint64(address)``, a structured scalar or 0-d array."""
+        """Launch with arguments of exactly the parameters' sizes.
+
+        ``np.uint32(1)``, ``np.uint64(address)``, a structured scalar or 0-d array.
+        """
         values = [np.array(argument) for argument in arguments]
         sizes = ctypes.POINTER(ctypes.c_uint64)()
         count = self._library.cuda_on_cpu_parameters(kernel.encode(), ctypes.byref(sizes))
@@ -145,7 +148,7 @@ class Library:
 
 
 def run_batch(source: Path, kernels: Path, cases: Sequence[Case], timeout: float = 60) -> list[list[Array]]:
-    """The outputs of each case, run under ASan and UBSan with every buffer in a heap block of its own; ``timeout`` in seconds is for all of them."""
+    """The outputs of each case, run under ASan and UBSan with a heap block per buffer. ``timeout``: seconds for all."""
     program = _build(source, kernels, GUARDED_FLAGS)
     with tempfile.TemporaryDirectory() as folder:
         batch, outputs, report = (Path(folder) / name for name in ("cases", "outputs", "report"))
@@ -184,11 +187,11 @@ def run_batch(source: Path, kernels: Path, cases: Sequence[Case], timeout: float
 
 
 def _build(source: Path, kernels: Path, flags: Sequence[str]) -> Path:
-    """The library or program for a source, compiled unless that has been done; ``kernels`` is the file that lists what can be launched."""
+    """The library or program for a source, compiled if necessary. ``kernels``: the file that lists the kernels."""
     source, kernels = source.resolve(), kernels.resolve()
     flags = [*flags, f'-DCUDA_ON_CPU_SOURCE="{source}"', f'-DCUDA_ON_CPU_KERNELS="{kernels}"']
     parts = [_compiler().encode(), repr(flags).encode()]
-    # The source's neighbours count, too: it may include them.
+    # Files next to the source count too: it may include them.
     for path in [
         HERE / "driver.cpp",
         HERE / "cuda_on_cpu.h",
@@ -200,7 +203,7 @@ def _build(source: Path, kernels: Path, flags: Sequence[str]) -> Path:
     result = CACHE / f"{source.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{result.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # Of the workers that want the same, one compiles.
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Of several workers that want the same, one compiles.
         if result.exists():
             return result
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
@@ -216,15 +219,15 @@ def _build(source: Path, kernels: Path, flags: Sequence[str]) -> Path:
 
 @functools.cache
 def _compiler() -> str:
-    """What the compiler says it is."""
+    """The compiler's own description."""
     try:
         return subprocess.run([GNU_CXX, "--version"], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
-        raise RuntimeError("g++ is needed to run the CUDA sources on the processor: apt-get install g++") from None
+        raise RuntimeError("g++ is needed to run the CUDA sources on the CPU: apt-get install g++") from None
 
 
 def _value(argument: Argument) -> tuple[bytes, Mapping[int, Address]]:
-    """The bytes of an argument and the addresses that belong into them, by offset."""
+    """The bytes of an argument, and the addresses to put into it, by offset."""
     if isinstance(argument, Address):
         return bytes(8), {0: argument}
     if isinstance(argument, Struct):
@@ -239,7 +242,7 @@ def _buffers(case: Case) -> list[Buffer]:
 
 
 def _serialize(case: Case) -> bytes:
-    """A case as driver.cpp reads it."""
+    """A case as read by driver.cpp."""
     buffers = _buffers(case)
     parts: list[bytes] = []
 
@@ -276,7 +279,7 @@ def _place(buffer: Buffer) -> npt.NDArray[np.uint8]:
 
 
 def _like(buffer: Buffer, memory: npt.NDArray[np.uint8]) -> Array:
-    """Bytes in the type and shape that the buffer was made of."""
+    """Bytes in the type and shape of the buffer's content."""
     return (
         memory.view(buffer.content.dtype).reshape(buffer.content.shape)
         if memory.size

@@ -1,9 +1,9 @@
-// Kernels that test the emulator; tests/support/cuda/test_emulator.py says what each has to do, and some are wrong on purpose. Valid CUDA, so that nvcc can be
-// asked for a second opinion.
+// Kernels that test the emulator; tests/support/cuda/test_emulator.py says what each has to do, and some are wrong on
+// purpose. Valid CUDA, so that nvcc can be asked for a second opinion.
 
 constexpr unsigned all_lanes = 0xffffffff;
 
-// Each warp primitive: 16 results for each thread, of `values`, one for each thread.
+// Each warp primitive: 16 results per thread, from `values`, one per thread.
 extern "C" __global__ void warp_primitives(const unsigned* values, unsigned long long* results) {
     const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x, lane = threadIdx.x % 32, value = values[thread];
     const unsigned long long wide = (unsigned long long)value << 32 | ~value;
@@ -14,12 +14,13 @@ extern "C" __global__ void warp_primitives(const unsigned* values, unsigned long
     result[3] = __shfl_xor_sync(all_lanes, value, 17);
     result[4] = __shfl_sync(all_lanes, wide, int(lane * 7 + 3));
     result[5] = __ballot_sync(all_lanes, int(value & 1));
-    result[6] = (unsigned long long)(__any_sync(all_lanes, value % 64 == 0)) << 1 | (unsigned long long)__all_sync(all_lanes, value % 64 != 0);
+    result[6] = (unsigned long long)(__any_sync(all_lanes, value % 64 == 0)) << 1 |
+                (unsigned long long)__all_sync(all_lanes, value % 64 != 0);
     result[7] = __reduce_add_sync(all_lanes, value);
     result[8] = __reduce_max_sync(all_lanes, value);
     result[9] = __reduce_or_sync(all_lanes, value & 0x11111111);
     result[10] = (unsigned long long)(long long)__shfl_up_sync(all_lanes, int(value), 1);
-    // Two groups, each on its own way.
+    // Two groups that have diverged.
     const unsigned group = lane < 11 ? 0x7ff : ~0x7ffu;
     if (lane < 11) {
         result[11] = __reduce_add_sync(group, value);
@@ -54,11 +55,13 @@ extern "C" __global__ void __launch_bounds__(256) scan(const unsigned* values, u
     const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
     unsigned value = values[thread];
 #pragma unroll 1
-    for (unsigned round = 0; round < rounds; round++) value = blockDim.x == 256 ? scan_block<256>(value) : scan_block<64>(value);
+    for (unsigned round = 0; round < rounds; round++)
+        value = blockDim.x == 256 ? scan_block<256>(value) : scan_block<64>(value);
     sums[thread] = value;
 }
 
-// Reads what another thread has written: block-wide with a barrier (1) or without (0), within the warp with __syncwarp (3) or without (2).
+// Reads what another thread has written: in the block, with a barrier (1) or without (0); in the warp, with __syncwarp
+// (3) or without (2).
 extern "C" __global__ void exchange(unsigned* results, unsigned mode) {
     __shared__ unsigned values[1024];
     values[threadIdx.x] = threadIdx.x;
@@ -76,7 +79,7 @@ extern "C" __global__ void order(unsigned* results, unsigned* count, unsigned ro
     if (threadIdx.x % 32 == 0) results[atomicAdd(count, 1u)] = 2 * warp + 1;
 }
 
-// What shared memory holds at first, written afterwards or never.
+// What shared memory contains at first, whether it is written afterwards or never.
 extern "C" __global__ void read_unwritten(unsigned* results) {
     __shared__ unsigned before[32], never[32];
     __shared__ alignas(16) unsigned char bytes[128];
@@ -123,7 +126,7 @@ extern "C" __global__ void diverge(unsigned mistake) {
         case 7:  // not in its own mask
             __reduce_add_sync(0xfffffffe, lane);
             break;
-        case 8:  // one warp waits for the block, one lane of the other for nobody who comes
+        case 8:  // one warp waits for the block, one lane of the other for lanes that never come
             if (thread < 32) __syncthreads();
             else if (lane == 0) __syncwarp(3);
             else if (lane == 1) __syncwarp(6);
@@ -132,20 +135,22 @@ extern "C" __global__ void diverge(unsigned mistake) {
             break;
         case 9:  // one warp waits for the block, the other leaves long afterwards
             if (thread < 32) __syncthreads();
-            else for (unsigned i = 0; i < 200; i++) __syncwarp();
+            else
+                for (unsigned i = 0; i < 200; i++) __syncwarp();
             break;
         case 10:  // the other way round
-            if (thread < 32) for (unsigned i = 0; i < 200; i++) __syncwarp();
+            if (thread < 32)
+                for (unsigned i = 0; i < 200; i++) __syncwarp();
             if (thread < 32) __syncthreads();
             break;
     }
 }
 
-// Behind a call, where UBSan's check of an object's size does not see them and ASan has to.
+// Behind a call, where UBSan's check of object sizes does not see them and ASan must.
 __device__ __noinline__ unsigned read(const unsigned* address) { return *address; }
 __device__ __noinline__ void write(unsigned char* address) { *address = 5; }
 
-// Accesses that only the sanitised form is to catch, by number.
+// Accesses that only the form with sanitizers must catch, by number.
 struct Place {
     unsigned long long bytes, size;
 };
@@ -199,7 +204,7 @@ extern "C" __global__ void atomics(unsigned* totals, unsigned long long* wide) {
     __threadfence();
 }
 
-// As much synchronisation as a large kernel: 20 barriers and 100 warp primitives for each thread.
+// As much synchronization as in a large kernel: 20 barriers and 100 warp primitives per thread.
 extern "C" __global__ void busy(unsigned* result) {
     unsigned value = threadIdx.x;
     for (unsigned i = 0; i < 20; i++) {

@@ -1,4 +1,4 @@
-"""The emulator of CUDA on the processor: it computes what a GPU would, and notices what it is there to notice."""
+"""The emulator of CUDA on the CPU: it computes what a GPU would, and notices mistakes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def empty(*shape, dtype=np.uint32):
 
 
 def run_both(library, cases):
-    """The outputs of the cases, which are the same in both forms."""
+    """The outputs of the cases, which both forms must agree on."""
     fast = [library.run(case) for case in cases]
     guarded = run_batch(SOURCE, KERNELS, cases)
     for left, right in zip(fast, guarded, strict=True):
@@ -99,7 +99,7 @@ def test_scan_over_a_block(library, block):
 
 @pytest.mark.parametrize(("mode", "mask"), [(0, 255), (2, 31)])
 def test_missing_barrier_shows(library, mode, mask):
-    """Without the barrier about half of the threads read too early, whatever the seed; with it, none."""
+    """Without the barrier, about half of the threads read too early, whatever the seed; with it, none."""
     results = empty(256)
     expected = np.arange(256) ^ mask
     for seed in SEEDS:
@@ -110,7 +110,7 @@ def test_missing_barrier_shows(library, mode, mask):
 
 
 def test_order_follows_the_seed(library):
-    """The same seed gives the same order, in both forms; over the seeds each warp and each block is first and last, and warps run ahead."""
+    """A seed always gives the same order, in both forms. Over the seeds, each warp and each block is first and last."""
     order = empty(3 * 8 * 2)
     count = Buffer(np.zeros(1, np.uint32))
     cases = [
@@ -139,10 +139,12 @@ def test_shared_memory_is_poisoned_for_each_block(library):
     )
 
 
-DIVERGENCE = {  # by the number of the mistake: what the first thread to notice says, which depends on the seed
+DIVERGENCE = {  # by number of the mistake: the message of the first thread to notice, which depends on the seed
     1: r"\d+: (__syncthreads, but \d+ threads of the block have exited|exits while \d+ threads wait at __syncthreads)",
-    2: r"(7: __syncthreads while lane \d+ waits for it at|\d+: __syncwarp with mask 0xffffffff, but lanes 0x00000080 wait at __syncthreads)",
-    3: r"\d+: (__syncwarp with mask 0xffffffff, but lanes 0x00000008 have exited|exits while lane \d+ waits for it at __syncwarp)",
+    2: r"(7: __syncthreads while lane \d+ waits for it at"
+    r"|\d+: __syncwarp with mask 0xffffffff, but lanes 0x00000080 wait at __syncthreads)",
+    3: r"\d+: (__syncwarp with mask 0xffffffff, but lanes 0x00000008 have exited"
+    r"|exits while lane \d+ waits for it at __syncwarp)",
     4: r"(16|48): exits while lane \d+ waits for it at __ballot_sync with mask 0x0001ffff",
     5: r"\d+: __(any|all)_sync with mask 0xffffffff, but lane \d+ waits at __(any|all)_sync with mask 0xffffffff",
     6: r"\d+: __shfl_sync with mask 0x0000ffff: lane 0 reads lane 16, which is not in it",
@@ -155,7 +157,7 @@ DIVERGENCE = {  # by the number of the mistake: what the first thread to notice 
 
 @pytest.mark.parametrize("mistake", DIVERGENCE)
 def test_divergence_ends_the_launch(library, mistake):
-    """In one line, and the next launch starts afresh."""
+    """In one line; the next launch starts afresh."""
     for seed in range(8):
         with pytest.raises(
             LaunchError, match=rf"^diverge <<<1, 64>>>, seed {seed}, block 0, thread {DIVERGENCE[mistake]}[^\n]*\Z"
@@ -201,7 +203,7 @@ ASAN = "ERROR: AddressSanitizer: "
     ],
 )
 def test_stray_access_is_caught(good, bad, report):
-    """The last access that is right passes, the first that is wrong ends the batch and is named."""
+    """The last valid access passes; the first invalid one ends the batch and is named."""
     run_batch(SOURCE, KERNELS, [stray(*good)])
     with pytest.raises(LaunchError, match=r"case 2 \(stray, seed 0\) ended with status") as caught:
         run_batch(SOURCE, KERNELS, [stray(*good), stray(*good), stray(*bad), stray(*good)])
@@ -301,7 +303,7 @@ def test_wrong_launches_are_refused(library):
 
 
 def test_source_that_does_not_compile(tmp_path):
-    """What nvcc does not take either is refused, and so is a warning."""
+    """What nvcc refuses is refused, and so is a warning."""
     (tmp_path / "kernels.h").write_text("CUDA_ON_CPU_KERNEL(kernel)\n")
     for body, complaint in [
         ("*result = min(*result, 1);", "call of overloaded .*min.* is ambiguous"),
@@ -316,10 +318,11 @@ def test_source_that_does_not_compile(tmp_path):
 
 
 def test_missing_compiler():
-    code = "from tests.support.cuda import emulator as e; from pathlib import Path; e.GNU_CXX = 'no-such-g++'; e.Library(Path('a.cu'), Path('a.h'))"
+    code = (
+        "from tests.support.cuda import emulator as e; from pathlib import Path;"
+        " e.GNU_CXX = 'no-such-g++'; e.Library(Path('a.cu'), Path('a.h'))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=SOURCE.parents[3], capture_output=True, text=True, check=False
     )
-    assert run.stderr.endswith(
-        "RuntimeError: g++ is needed to run the CUDA sources on the processor: apt-get install g++\n"
-    )
+    assert run.stderr.endswith("RuntimeError: g++ is needed to run the CUDA sources on the CPU: apt-get install g++\n")

@@ -1,4 +1,4 @@
-"""A request as the loopback Hub's endpoints see it, and what they answer."""
+"""A request as the endpoints of the Hub for tests see it, and their answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Slice:
-    """Bytes of a file, to be sent without being held in memory."""
+    """Bytes of a file, sent without being held in memory."""
 
     path: Path
     start: int
@@ -69,12 +69,12 @@ class Readable(Protocol):
     """The body of a request."""
 
     def read(self, size: int = ..., /) -> bytes:
-        """At most so many bytes, all without a size; none at the end."""
+        """At most this many bytes, or all; none at the end."""
 
 
 @dataclass
 class Call:
-    """A request as an endpoint sees it. `path` is not decoded, as a revision may have an encoded slash in it."""
+    """A request as an endpoint sees it. `path` is not decoded, as a revision may contain an encoded slash."""
 
     hub: HubServer
     method: str
@@ -93,7 +93,7 @@ class Call:
 
     @property
     def user(self) -> str | None:
-        """Whose token it is; None without a token. Refusal (401) for a token that nobody has."""
+        """The user of the token; None without a token. Refusal (401) for an unknown token."""
         kind, _, token = self.headers.get("Authorization", "").partition(" ")
         if not kind:
             return None
@@ -111,7 +111,7 @@ class Call:
         user = self.user
         repository = self.hub.repositories.get(self.arguments[0])
         if repository is None or (repository.private and user != repository.owner and user not in repository.readers):
-            # Who has no token is not told whether it exists.
+            # Without a token, nobody is told whether it exists.
             raise Refusal(
                 404 if user else 401,
                 "Repository not found" if user else "Invalid username or password.",

@@ -1,4 +1,4 @@
-"""What the loopback Hub answers: one function for each endpoint, and the table of them."""
+"""What the Hub for tests answers: one function per endpoint, and the table of them."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def download(call: Call) -> Answer:
 
 
 def _content(call: Call, content: bytes | Path, blob: Blob, headers: dict[str, str]) -> Answer:
-    """A file, or the range of it that is asked for. Ranges that are malformed or more than one give the whole file."""
+    """A file, or the requested range of it. Malformed or multiple ranges give the whole file."""
     headers |= {"ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
     start, end, status = 0, blob.size, 200
     found = re.fullmatch(r"bytes=(\d*)-(\d*)", call.headers.get("Range", "")) if call.keep_range else None
@@ -281,7 +281,7 @@ def lfs_batch(call: Call) -> Answer:
         sha256, size = wanted["oid"], wanted["size"]
         known = {"oid": sha256, "size": size}
         if sha256 not in repository.objects:
-            # Who has an address may upload, as the real ones are signed.
+            # Whoever has an address may upload, as the real ones are signed.
             key = uuid.uuid4().hex
             place = f"/{repository.name}/{sha256}"
             upload: dict[str, Any] = {"href": f"{hub.cdn}/upload{place}?Expires=3600&Signature={key}"}
@@ -303,7 +303,7 @@ def lfs_batch(call: Call) -> Answer:
 
 
 def _receive(hub: HubServer, stream: Readable, name: str, sha256: str | None) -> None:
-    """Write a stream to a file of the storage, which appears when it is complete, if it has that SHA-256."""
+    """Write a stream to a file of the storage. It appears once complete, if it has this SHA-256."""
     digest = hashlib.sha256()
     partial = hub.storage.path(f"incoming-{uuid.uuid4().hex}")
     try:
@@ -401,7 +401,8 @@ def _change(
             if sha256 not in repository.objects:
                 raise Refusal(
                     400,
-                    f"Your push was rejected because an LFS pointer pointed to a file that does not exist: {path} ({sha256})",
+                    "Your push was rejected because an LFS pointer pointed to a file that does not exist: "
+                    f"{path} ({sha256})",
                 )
             return {path: Blob(call.hub.storage.path(sha256).stat().st_size, sha256, None)}
         case "deletedFile" | "deletedFolder":

@@ -1,4 +1,4 @@
-"""A job in a process of its own, started from one that has imported everything."""
+"""A job in its own process, started from one that has already imported everything."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.support.hub import models
 
 
 def work_on(source: str, target: str, work: Path, environment: Mapping[str, str]) -> None:
-    """Run a job of one model to success.
+    """Run a job with one model to success.
 
-    Plots are not drawn: it would be most of the job's time, in which nothing is written.
+    Plots are not drawn: they would take most of the job's time, and nothing is written meanwhile.
     """
     run.draw_plots = lambda _manifest: {plots.path(name): name.encode() for name in plots.NAMES}
     os.environ.clear()

@@ -1,10 +1,13 @@
-"""Small models for jobs: shards, an index, configurations, a card."""
+"""Small models for jobs: shards, an index, configs, a model card."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+from df11.converter import parquet
+from df11.converter.manifest import FILE_NAME
 from df11.pipelines.card import CardFields
 from df11.pipelines.job import Job, Limits, Model
 from tests.support import sources
@@ -36,7 +39,7 @@ def shard(number: int, dtype: str = "BF16", rows: int = 300) -> bytes:
 
 
 def model(shards: int = 3, dtype: str = "BF16", rows: int = 300) -> dict[str, bytes]:
-    """The files of a model of so many shards."""
+    """The files of a model with this many shards."""
     files = {
         f"model-{number:05}-of-{shards:05}.safetensors": shard(number, dtype, rows) for number in range(1, shards + 1)
     }
@@ -60,15 +63,25 @@ def a_job(
     work: Path,
     *,
     cast: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
     shards_per_commit: int = 1,
     disk: int | None = None,
     exclude: tuple[str, ...] = (),
 ) -> Job:
-    """A job of one model."""
+    """A job with one model."""
     assert cast in (None, "bf16")
-    one = Model(source, target, cast, private, exclude, CardFields())  # type: ignore[arg-type]
+    one = Model(source, target, cast, private, (), exclude, False, CardFields())  # type: ignore[arg-type]
     return Job((one,), Limits(300 << 20, disk, 2, work), shards_per_commit)
+
+
+def comparable(repository: Repository) -> dict[str, object]:
+    """What two targets of the same model have in common: all but the model card, which names its repository."""
+    found: dict[str, object] = {**repository.hashes()}
+    card = str(found.pop("README.md"))
+    manifest = parquet.from_bytes(repository.read(FILE_NAME), FILE_NAME)
+    others = dict(manifest.others)
+    assert others.pop("README.md") == card
+    return found | {FILE_NAME: dataclasses.replace(manifest, others=tuple(others.items()))}
 
 
 def source_files(repository: Repository) -> dict[str, bytes]:

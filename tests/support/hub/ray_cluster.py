@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes with a processor each, on this machine, until standard input ends. Prints its address."""
+"""A Ray cluster of two nodes with one CPU each, on this machine, until standard input ends. Prints its address."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the loopback Hub keeps: repositories, their commits and files."""
+"""What the Hub for tests keeps: repositories, their commits and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 LFS_SUFFIXES = (".safetensors", ".df11", ".parquet", ".bin", ".png")
 REGULAR_BYTES = 10_000_000
-"""A larger file goes to LFS, whatever its name."""
+"""Larger files go to LFS, whatever their names."""
 ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 """`.gitattributes`, which the Hub puts into every new repository."""
 
@@ -35,7 +35,7 @@ class Refusal(Exception):  # noqa: N818
 
 
 def is_lfs(path: str, size: int, sample: bytes) -> bool:
-    """Whether the Hub stores a file in LFS: by its name, or as it is large or binary (`sample` is its beginning)."""
+    """Whether the Hub stores a file in LFS: because of its name, its size, or binary content in `sample`, its start."""
     if not size:
         return False
     return path.endswith(LFS_SUFFIXES) or size > REGULAR_BYTES or not _is_text(sample)
@@ -59,7 +59,7 @@ class Blob:
 
     @property
     def pointer(self) -> bytes:
-        """What git holds in the place of an LFS file."""
+        """What git holds in place of an LFS file."""
         return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
 
     @property
@@ -75,7 +75,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit with all files of its tree; `paths` are those that it changed."""
+    """A commit with all its files; `paths` are the ones that it changed."""
 
     oid: str
     parent: str | None
@@ -85,12 +85,12 @@ class Commit:
     paths: tuple[str, ...]
     date: str
     time: float
-    """When it came: `time.monotonic()`."""
+    """The time of its arrival: `time.monotonic()`."""
     tree: Mapping[str, Blob] = field(repr=False)
 
 
 class Storage:
-    """LFS objects, as files in a folder that are named by their SHA-256."""
+    """LFS objects, as files named by their SHA-256 in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -100,7 +100,7 @@ class Storage:
         return self.folder / sha256
 
     def add(self, content: bytes | Path) -> str:
-        """Take a file in (linked, where the file system can), give its SHA-256."""
+        """Take in a file (as a link, if the file system can) and return its SHA-256."""
         if isinstance(content, bytes):
             sha256 = hashlib.sha256(content).hexdigest()
             if not self.path(sha256).exists():
@@ -119,9 +119,9 @@ class Storage:
 class Repository:
     """A model repository.
 
-    `branches` (with "main" and "refs/pr/N") and `tags` map names to commits and may be changed by tests. `objects` are the
-    SHA-256 of the LFS files that were uploaded to this repository: others cannot be committed. `readers` are the users, besides
-    the owner, who may read it if it is private or gated.
+    `branches` (with "main" and "refs/pr/N") and `tags` map names to commits, and tests may change them. `objects` are
+    the SHA-256 of the LFS files that were uploaded to this repository: others cannot be committed. `readers` are the
+    users besides the owner who may read it if it is private or gated.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Repository:
 
     @property
     def commits(self) -> list[Commit]:
-        """Those of main, oldest first; the first is the Hub's own and adds .gitattributes."""
+        """The commits of main, oldest first; the first is the Hub's own and adds .gitattributes."""
         with self._lock:
             return list(self.history("main"))[::-1]
 
@@ -166,7 +166,7 @@ class Repository:
             commit = self._commits[commit.parent] if commit.parent else None
 
     def find(self, revision: str) -> Commit:
-        """The commit of a branch, a tag, or an id of which at least seven digits are given. Refusal (404) if there is none."""
+        """The commit of a branch, a tag, or an id of at least seven digits. Refusal (404) if there is none."""
         oid = (
             self.branches.get(revision)
             or self.branches.get(revision.removeprefix("refs/heads/"))
@@ -210,7 +210,10 @@ class Repository:
     def commit(
         self, files: Mapping[str, bytes | Path | None], *, summary: str = "Change files", revision: str = "main"
     ) -> str:
-        """Commit to a branch, as if somebody else had done it, and give the commit's id. Do not change a file's content in place afterwards."""
+        """Commit to a branch, as if somebody else did it, and return the commit's id.
+
+        Do not change a file's content in place afterwards.
+        """
         changes: dict[str, Blob | None] = {}
         for path, content in files.items():
             if content is None:
@@ -232,12 +235,12 @@ class Repository:
         return self.apply(revision, changes, summary).oid
 
     def read(self, path: str, revision: str = "main") -> bytes:
-        """A file's content; KeyError if it is not there."""
+        """A file's content; KeyError if it does not exist."""
         blob = self.find(revision).tree[path]
         return self._storage.path(blob.sha256).read_bytes() if blob.data is None else blob.data
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """All files, .gitattributes among them."""
+        """All files, .gitattributes included."""
         return {path: self.read(path, revision) for path in self.find(revision).tree}
 
     def checkout(self, folder: Path, revision: str = "main") -> Path:
@@ -248,11 +251,11 @@ class Repository:
         return folder
 
     def hashes(self, revision: str = "main") -> dict[str, str]:
-        """The SHA-256 of every file's content; large ones are not read."""
+        """The SHA-256 of every file's content; large files are not read."""
         return {path: blob.sha256 for path, blob in self.find(revision).tree.items()}
 
     def last_change(self, path: str, revision: str) -> Commit:
-        """The commit that changed a file, or a file in a folder, last."""
+        """The commit that last changed a file, or a file in a folder."""
         return next(
             commit for commit in self.history(revision) if any(_within(changed, path) for changed in commit.paths)
         )
@@ -263,5 +266,5 @@ def _within(path: str, folder: str) -> bool:
 
 
 def within(paths: Iterable[str], folder: str) -> list[str]:
-    """The paths in a folder, sorted; all of them for ""."""
+    """The paths in a folder, sorted; all paths for ""."""
     return sorted(path for path in paths if not folder or path.startswith(f"{folder}/"))

@@ -5,9 +5,10 @@
         hub.inject("GET", "/cdn/.*model.safetensors", cut(after=1000))
         subprocess.run(command, env=hub.environment(home))
 
-The API is at 127.0.0.1. LFS contents come from another origin (localhost, another port), as the real ones do: from
-`/cdn/OWNER/NAME/SHA256?filename=PATH&…`, and go to `/upload/OWNER/NAME/SHA256[/UPLOAD/PART]?…`. A request for `/OWNER/NAME/resolve/REVISION/PATH`
-answers with such an address (302), so faults in LFS data are for `/cdn/`. Model repositories only.
+The API is at 127.0.0.1. As with the real Hub, LFS contents have another origin (localhost, another port): they come
+from `/cdn/OWNER/NAME/SHA256?filename=PATH&…`, and go to `/upload/OWNER/NAME/SHA256[/UPLOAD/PART]?…`. A request for
+`/OWNER/NAME/resolve/REVISION/PATH` is redirected (302) to such an address, so faults in LFS data are for `/cdn/`.
+Model repositories only.
 """
 
 from __future__ import annotations
@@ -83,22 +84,25 @@ def status(
 
 
 def landed(code: int | None = 500) -> Action:
-    """Do what is asked, then answer with an error; with None, close the connection without an answer."""
+    """Do what is asked, then answer with an error, or with None, close the connection without an answer."""
     return Action(cut=-1) if code is None else Action(status=code)
 
 
 def cut(after: int) -> Action:
-    """Close the connection after so many bytes of the body: of the request's body, if it has one (and do nothing), else of the answer's."""
+    """Close the connection after this many bytes of a body.
+
+    That is the request's body, if it has one (nothing is done then), else the answer's.
+    """
     return Action(cut=after)
 
 
 def truncated(by: int) -> Action:
-    """Leave out the end of the answer's body; Content-Length is that of what is sent."""
+    """Leave out the end of the answer's body; Content-Length is that of the rest."""
     return Action(shorten=by)
 
 
 def corrupt(offset: int) -> Action:
-    """Flip a bit of the byte at this offset of the answer's body (its last byte, if it is shorter)."""
+    """Flip a bit of the byte at this offset of the answer's body, or of its last byte if it is shorter."""
     return Action(corrupt=offset)
 
 
@@ -115,12 +119,12 @@ def drip(bytes_per_second: float) -> Action:
 hang = Action(hang=True)
 """Read nothing and answer nothing until the server closes."""
 ignore_range = Action(ignore_range=True)
-"""Answer 200 with the whole file where a range is asked for."""
+"""Answer 200 with the whole file if a range is requested."""
 
 
 @dataclass
 class Request:
-    """A request that came. Sizes are of bodies as far as they went; `status` is 0 as long as, or if, no answer was begun."""
+    """A request that arrived. Sizes are of bodies, as far as they got; `status` is 0 until an answer is begun."""
 
     method: str
     path: str
@@ -129,14 +133,14 @@ class Request:
     """The names are in lower case."""
     cdn: bool
     time: float
-    """When it came: `time.monotonic()`."""
+    """The time of its arrival: `time.monotonic()`."""
     received: int = 0
     sent: int = 0
     status: int = 0
 
 
 class _Closed(Exception):  # noqa: N818
-    """The connection is to end without (more of) an answer."""
+    """The connection should end without (more of) an answer."""
 
 
 class _Body:
@@ -151,7 +155,7 @@ class _Body:
         self.exists = self._chunked or self._left > 0
 
     def read(self, size: int = -1) -> bytes:
-        """So many bytes, or all; fewer only at the end. _Closed if the client went away."""
+        """This many bytes, or all; fewer only at the end. _Closed if the client went away."""
         parts, wanted = [], size if size >= 0 else 1 << 62
         while wanted and (self._left or not self._ended):
             if not self._left:
@@ -241,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
             return endpoints.answer(call, endpoints.CDN)
         except (_Closed, ConnectionError):
             raise
-        except Exception:  # a defect of this server, or a request that no client should send
+        except Exception:  # a defect in this server, or a request that no client should send
             hub.errors.append(traceback.format_exc())
             return Answer(500, body=traceback.format_exc().encode())
 
@@ -277,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     daemon_threads = False
     block_on_close = True
-    """Threads are waited for: nothing goes on after the end of a test."""
+    """Threads are waited for: nothing continues after the end of a test."""
     request_queue_size = 128
 
     def __init__(self, hub: HubServer):
@@ -312,11 +316,11 @@ class _Rule:
 
 
 class HubServer:
-    """The Hub, from `with` to its end. LFS objects are files in `folder`, named by their SHA-256; all else is in memory.
+    """The Hub, while in `with`. LFS objects are files in `folder`, named by their SHA-256; all else is in memory.
 
-    `tokens` maps tokens to users. `requests` has every request so far, `errors` the tracebacks of this server's own defects, `leaks`
-    the requests with a token that came to the other origin. `page_size` is that of listings, `multipart_bytes` the size above which
-    an LFS file goes in parts of `chunk_bytes`.
+    `tokens` maps tokens to users. `requests` has every request so far, `errors` the tracebacks of this server's own
+    defects, and `leaks` the requests to the other origin that carried a token. Listings have `page_size` entries per
+    page. LFS files above `multipart_bytes` go in parts of `chunk_bytes`.
     """
 
     def __init__(self, folder: Path):
@@ -378,9 +382,9 @@ class HubServer:
             self.renamed[old] = new
 
     def inject(self, method: str, pattern: str, action: Action, *, times: int = 1, after: int = 0) -> None:
-        """Let something happen to the next `times` requests whose method matches and in whose path and query the pattern is found.
+        """Apply an action to the next `times` requests with this method whose path and query match the pattern.
 
-        So many of them as `after` says pass first. The oldest rule that applies to a request is the one that is used.
+        The first `after` such requests pass. If several rules apply to a request, the oldest is used.
         """
         with self.lock:
             self._rules.append(_Rule(method, re.compile(pattern), action, times, after))
@@ -394,7 +398,7 @@ class HubServer:
         )
 
     def begin(self, request: Request) -> Action:
-        """Note a request; what is to happen to it."""
+        """Record a request; returns what should happen to it."""
         with self.lock:
             self.requests.append(request)
             for rule in self._rules:
@@ -406,7 +410,7 @@ class HubServer:
         return Action()
 
     def environment(self, home: Path, token: str | None = "hf_test") -> dict[str, str]:
-        """A whole environment for a process whose client talks to this Hub: this process's own, less what would interfere."""
+        """A complete environment for a process whose client uses this Hub: this process's own, less what interferes."""
         kept = {
             name: value
             for name, value in os.environ.items()

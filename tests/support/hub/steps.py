@@ -1,4 +1,4 @@
-"""What tests of the loopback Hub share."""
+"""What tests of this Hub share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 WEIGHTS = np.random.default_rng(0).bytes(100_000)
-CARD = b"---\nlicense: apache-2.0\nbase_model: you/model\nbase_model_relation: quantized\npipeline_tag: text-to-image\ntags: [df11]\n---\n# Title\n"
+CARD = (
+    b"---\nlicense: apache-2.0\nbase_model: you/model\nbase_model_relation: quantized\npipeline_tag: text-to-image\n"
+    b"tags: [df11]\n---\n# Title\n"
+)
 
 
 def add(path: str, content: bytes | Path) -> CommitOperationAdd:
@@ -26,7 +29,7 @@ def add(path: str, content: bytes | Path) -> CommitOperationAdd:
 
 
 def fails(code: int, action: Callable[[], object]) -> HfHubHTTPError:
-    """The error that the client raises, which must have that status."""
+    """The client's error, which must have this status."""
     from huggingface_hub.errors import HfHubHTTPError
 
     with pytest.raises(HfHubHTTPError) as caught:

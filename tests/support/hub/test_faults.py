@@ -1,4 +1,4 @@
-"""The loopback Hub's checks of cards, its faults on demand, and its end."""
+"""The Hub for tests: its checks of model cards, its faults on demand, and its end."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_cards(
         return
     with pytest.raises(ValueError, match=f'"{message}"'):
         client.create_commit("me/model", [add("README.md", card)], commit_message="Add a card")
-    # Nor is it taken unasked.
+    # Nor is it accepted if the client does not ask first.
     hub.inject("POST", "validate-yaml", status(200, body=b'{"errors": [], "warnings": []}'))
     with pytest.raises(BadRequestError, match="Invalid metadata"):
         client.create_commit("me/model", [add("README.md", card)], commit_message="Add a card")
@@ -141,7 +141,7 @@ def test_cut_answer(hub: HubServer, client: HfApi) -> None:
         fetch(headers["location"])
     assert caught.value.partial == WEIGHTS[:1000]
     assert caught.value.expected == len(WEIGHTS) - 1000
-    # The client tries again.
+    # The client retries.
     hub.inject("GET", "/cdn/", cut(5000))
     assert Path(client.hf_hub_download("me/model", "model.safetensors")).read_bytes() == WEIGHTS
     assert [request.sent for request in hub.requests if request.cdn] == [1000, 5000, len(WEIGHTS)]
@@ -292,7 +292,7 @@ def test_large_files_are_not_copied(hub: HubServer, tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_defect_goes_unseen() -> Iterator[None]:
-    """The fixtures of `hub` check what the server noted; threads of it must be gone as well."""
+    """The fixtures of `hub` check what the server recorded; its threads must be gone, too."""
     before = set(threading.enumerate())
     yield
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("hub-")]

@@ -1,4 +1,4 @@
-"""The real client against the loopback Hub: repositories, uploads, reading."""
+"""The real client with the Hub for tests: repositories, uploads, reading."""
 
 from __future__ import annotations
 
@@ -124,10 +124,8 @@ def test_upload_folder_and_read_back(hub: HubServer, client: HfApi, tmp_path: Pa
     last = repository.commits[-1]
     assert (last.title, last.message, last.author, set(last.paths)) == ("All", "of it", "me", set(contents))
     assert hub.count("PUT", r"/upload/.*/\d\?") == 3 + 4
-    assert (
-        hub.count("PUT", "/upload/") == 3 + 4 + 3
-    )  # besides: two basic ones, and the binary file with an unknown name
-    # Nothing is left of parts.
+    assert hub.count("PUT", "/upload/") == 3 + 4 + 3  # plus two basic ones, and the binary file with an unknown name
+    # No parts are left.
     lfs = {
         hashlib.sha256(contents[name]).hexdigest()
         for name in contents
@@ -159,7 +157,7 @@ def test_what_is_there_is_not_uploaded_again(hub: HubServer, client: HfApi, repo
     assert repository.read("copy.safetensors") == WEIGHTS
     assert hub.count("PUT", "/upload/") == 0
 
-    # Another repository knows nothing of it.
+    # Another repository does not know it.
     client.create_repo("me/other")
     client.upload_file(path_or_fileobj=WEIGHTS, path_in_repo="model.safetensors", repo_id="me/other")
     assert hub.count("PUT", "/upload/") == 1
@@ -360,7 +358,7 @@ def test_who_may_read(hub: HubServer, client: HfApi) -> None:
         for token in ("hf_test", "hf_friend"):
             read("me/private", token)
             read("me/gated", token)
-    # What a gated repository has is told to everybody.
+    # The contents of a gated repository are listed for everybody.
     for read in reads[:-1]:
         read("me/gated", False)
     assert isinstance(fails(401, lambda: reads[-1]("me/gated", False)), GatedRepoError)
@@ -421,7 +419,7 @@ def test_ranges(hub: HubServer, client: HfApi, repository: Repository, name: str
     for asked in ("bytes=0-1,3-4", "pages=1-2", "bytes=-", "bytes=1-0"):
         response = huggingface_hub.utils.get_session().get(url, headers={"Range": asked})
         assert (response.status_code, response.content) == (200, content)
-    # The token goes to the Hub, and not to where its redirect leads.
+    # The token goes to the Hub, and not to the target of its redirect.
     assert {request.cdn for request in hub.requests if "authorization" in request.headers} == {False}
     assert bool(hub.count("GET", "/cdn/")) == lfs
 

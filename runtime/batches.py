@@ -1,4 +1,4 @@
-"""A container cut into pieces: runs of its data that are read at once, checked, copied to a device and decoded there."""
+"""A container split into batches: runs of its data that are read, checked, copied to a device and decoded in one go."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from df11.runtime.kernels import MOST_RANGES
 
 @dataclass(frozen=True, slots=True)
 class RecordPart:
-    """A record in a piece, whole, or some of its segments behind a front of their own."""
+    """A record in a batch: a whole one, or some of its segments behind a front of their own."""
 
     name: str
     start: int
-    """Byte of the piece."""
+    """First byte, within the batch."""
     size: int
     elements: int
     segment_elements: int
     first_element: int
-    """Of the tensor, the first weight that is here."""
+    """The first weight that is here, within the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerbatimPart:
-    """Bytes of a verbatim tensor in a piece."""
+    """Bytes of a verbatim tensor in a batch."""
 
     name: str
     start: int
     size: int
     offset: int
-    """Of the tensor, the first byte that is here."""
+    """The first byte that is here, within the tensor."""
     last: bool
 
 
 @dataclass(slots=True)
-class Piece:
+class Batch:
     """``front``, then the bytes ``begin`` to ``end`` of the container's data."""
 
     begin: int
@@ -49,7 +49,7 @@ class Piece:
     records: list[RecordPart] = field(default_factory=list)
     verbatim: list[VerbatimPart] = field(default_factory=list)
     segments: list[tuple[int, SegmentPlace, Place]] = field(default_factory=list)
-    """Byte of the piece, segment, its record's place in the file: what is checked when it has been read."""
+    """First byte within the batch, segment, and the record's place in the file: what is checked after reading."""
 
     @property
     def size(self) -> int:
@@ -64,42 +64,45 @@ class Piece:
             segment.check_stored(out[start : start + segment.size], place)
 
 
-def cut(container: Container, capacity: int) -> Iterator[Piece]:
-    """All tensors of a container that are not empty, in the order of its data. Only a single segment may make a piece larger than ``capacity``."""
-    piece = Piece(0, 0)
+def cut(container: Container, capacity: int) -> Iterator[Batch]:
+    """All tensors of a container that are not empty, in the order of its data.
+
+    Only a single segment may make a batch larger than ``capacity``.
+    """
+    batch = Batch(0, 0)
     for name in container.keys():
         begin, end = container.span(name)
         coded = container.info(name).encoding == "df11"
-        if piece.size and (piece.size + end - begin > capacity or len(piece.records) == MOST_RANGES):
-            yield piece
-            piece = Piece(begin, begin)
+        if batch.size and (batch.size + end - begin > capacity or len(batch.records) == MOST_RANGES):
+            yield batch
+            batch = Batch(begin, begin)
         if end - begin > capacity:
             yield from (
-                _record_pieces(container.record(name), name, begin, capacity)
+                _record_batches(container.record(name), name, begin, capacity)
                 if coded
-                else _verbatim_pieces(name, begin, end, capacity)
+                else _verbatim_batches(name, begin, end, capacity)
             )
-            piece = Piece(end, end)
+            batch = Batch(end, end)
             continue
-        start = piece.size
-        piece.end = end
+        start = batch.size
+        batch.end = end
         if not coded:
-            piece.verbatim.append(VerbatimPart(name, start, end - begin, 0, True))
+            batch.verbatim.append(VerbatimPart(name, start, end - begin, 0, True))
             continue
         record = container.record(name)
-        piece.records.append(RecordPart(name, start, record.size, record.element_count, record.segment_elements, 0))
-        piece.segments += [(start + segment.offset, segment, record.place) for segment in record.segments]
-    if piece.size:
-        yield piece
+        batch.records.append(RecordPart(name, start, record.size, record.element_count, record.segment_elements, 0))
+        batch.segments += [(start + segment.offset, segment, record.place) for segment in record.segments]
+    if batch.size:
+        yield batch
 
 
-def _verbatim_pieces(name: str, begin: int, end: int, capacity: int) -> Iterator[Piece]:
+def _verbatim_batches(name: str, begin: int, end: int, capacity: int) -> Iterator[Batch]:
     for start in range(begin, end, capacity):
         stop = min(start + capacity, end)
-        yield Piece(start, stop, verbatim=[VerbatimPart(name, 0, stop - start, start - begin, stop == end)])
+        yield Batch(start, stop, verbatim=[VerbatimPart(name, 0, stop - start, start - begin, stop == end)])
 
 
-def _record_pieces(record: Record, name: str, begin: int, capacity: int) -> Iterator[Piece]:
+def _record_batches(record: Record, name: str, begin: int, capacity: int) -> Iterator[Batch]:
     first = 0
     while first < len(record.segments):
         last = first + 1
@@ -113,7 +116,7 @@ def _record_pieces(record: Record, name: str, begin: int, capacity: int) -> Iter
         front = pack_front(segments, record.segment_elements)
         elements = sum(segment.elements for segment in segments)
         shift = len(front) - segments[0].offset
-        yield Piece(
+        yield Batch(
             begin + segments[0].offset,
             begin + segments[-1].offset + segments[-1].size,
             front,

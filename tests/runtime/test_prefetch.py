@@ -1,4 +1,4 @@
-"""Decoding ahead: whatever legal order two streams' work is done in, each product sees its own weight."""
+"""Prefetching: whatever legal order the work on two streams is done in, each product sees its own weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from df11.runtime.ahead import Ahead
+from df11.runtime.prefetch import Prefetcher
 
 CPU = torch.device("cpu")
 SIZE = 4
@@ -28,7 +28,7 @@ class Stream:
 
 
 class Event:
-    """As CUDA's: waiting is for the last recording before the call to wait."""
+    """As in CUDA: waits for the last recording before the call to wait."""
 
     def __init__(self, works: bool) -> None:
         self.recorded = self.done = 0
@@ -49,7 +49,7 @@ class Event:
 
 
 class Streams:
-    """Two streams for products and one aside, that do nothing until ``run``, which takes work from them at random.
+    """Two streams for products and one side stream, which do nothing until ``run`` takes work from them at random.
 
     ``broken``: the number of an event that nobody waits for.
     """
@@ -87,36 +87,37 @@ class Streams:
 
 
 class Weight:
-    """A weight whose record is a number, which a stream's work may change."""
+    """A weight whose record is a number, which work on a stream may change."""
 
     def __init__(self, number: int, streams: Streams) -> None:
-        self.number = self.planned = number
+        self.number = self.state = number
         self.streams = streams
 
-    def elements_ahead(self) -> int:
+    def prefetch_elements(self) -> int:
         return SIZE
 
-    def state_ahead(self) -> object:
-        return self.planned
+    def prefetch_state(self) -> object:
+        return self.state
 
-    def decode_ahead(self, out: torch.Tensor) -> None:
+    def prefetch_into(self, out: torch.Tensor) -> None:
         # In two steps: a product between them would see it.
         self.streams.now.put(lambda: out.fill_(0))
         self.streams.now.put(lambda: out.fill_(self.number))
 
     def change(self, number: int) -> None:
-        self.planned = number
+        self.state = number
         self.streams.now.put(lambda: setattr(self, "number", number))
 
 
 def drive(streams: Streams, seed: int, *, switching: bool) -> list[str]:
-    """Six passes through six weights, now and then one skipped, twice or out of order, or with a new record; returns what went wrong.
+    """Six passes through six weights, some skipped, repeated, out of order or changed. Returns what went wrong.
 
-    ``switching``: products go to two streams, each pass to one, which waits for the pass before as users would have to make it wait.
+    ``switching``: products go to two streams, one per pass; it waits for the pass before, as users would have to make
+    it.
     """
     rng, wrong = random.Random(seed), []
     weights = [Weight(number, streams) for number in range(1, 7)]
-    ahead = Ahead(SIZE, CPU, streams)
+    prefetcher = Prefetcher(SIZE, CPU, streams)
     for turn in range(6):
         order = list(weights)
         if rng.random() < 0.5:
@@ -127,10 +128,10 @@ def drive(streams: Streams, seed: int, *, switching: bool) -> list[str]:
         for weight in order:
             if not switching and rng.random() < 0.2:
                 rng.choice(weights).change(rng.randrange(10, 200))
-            with ahead.weight(weight) as decoded:
+            with prefetcher.weight(weight) as decoded:
                 assert decoded is not None
 
-                def product(decoded: torch.Tensor = decoded, expected: int = weight.planned) -> None:
+                def product(decoded: torch.Tensor = decoded, expected: int = weight.state) -> None:
                     if not (decoded == expected).all():
                         wrong.append(f"{expected} sees {decoded.tolist()}")
 
@@ -148,7 +149,7 @@ def test_every_product_sees_its_weight(seed: int, switching: bool) -> None:
 
 @pytest.mark.parametrize("broken", range(5))
 def test_each_event_is_needed(broken: int) -> None:
-    # Two of each buffer, and one more; without any of them something goes wrong in some order.
+    # Two of each buffer, and one more; without any of them, something goes wrong in some order.
     assert any(
         drive(Streams(seed, broken), seed, switching=switching) for seed in range(200) for switching in (False, True)
     )
@@ -156,22 +157,22 @@ def test_each_event_is_needed(broken: int) -> None:
 
 def test_an_order_that_is_kept_is_learnt() -> None:
     streams = Streams(0)
-    weights, ahead = [Weight(number, streams) for number in range(6)], Ahead(SIZE, CPU, streams)
+    weights, prefetcher = [Weight(number, streams) for number in range(6)], Prefetcher(SIZE, CPU, streams)
     for weight in weights * 5:
-        with ahead.weight(weight):
+        with prefetcher.weight(weight):
             pass
-    assert ahead.misses == 7  # The first pass, and the step back to its start.
-    assert ahead.hits == 23
+    assert prefetcher.misses == 7  # The first pass, and the step back to its start.
+    assert prefetcher.hits == 23
 
 
 def test_a_weight_that_is_gone_is_not_decoded() -> None:
     streams = Streams(0)
-    weights, ahead = [Weight(number, streams) for number in range(3)], Ahead(SIZE, CPU, streams)
+    weights, prefetcher = [Weight(number, streams) for number in range(3)], Prefetcher(SIZE, CPU, streams)
     for weight in weights * 2:
-        with ahead.weight(weight):
+        with prefetcher.weight(weight):
             pass
     del weights[1], weight
-    with ahead.weight(weights[0]):
+    with prefetcher.weight(weights[0]):
         pass
     streams.run()
 
@@ -179,36 +180,36 @@ def test_a_weight_that_is_gone_is_not_decoded() -> None:
 def test_who_is_served_otherwise() -> None:
     streams = Streams(0)
     one, other = Weight(1, streams), Weight(2, streams)
-    with Ahead(SIZE - 1, CPU, streams).weight(one) as weight:
+    with Prefetcher(SIZE - 1, CPU, streams).weight(one) as weight:
         assert weight is None  # Too large.
-    ahead = Ahead(SIZE, CPU, streams)
+    prefetcher = Prefetcher(SIZE, CPU, streams)
     streams.is_usable = False
-    with ahead.weight(one) as weight:
+    with prefetcher.weight(one) as weight:
         assert weight is None
     streams.is_usable = True
     found: list[object] = []
 
     def run() -> None:
-        with ahead.weight(other) as weight:
+        with prefetcher.weight(other) as weight:
             found.append(weight)
 
-    with ahead.weight(one) as weight:
+    with prefetcher.weight(one) as weight:
         assert weight is not None
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()
-        with ahead.weight(other) as inner:
-            assert inner is None  # Within another's product.
+        with prefetcher.weight(other) as inner:
+            assert inner is None  # Within the product of another one.
     assert found == [None]
 
 
 def test_an_error_in_a_product_leaves_it_in_order() -> None:
     streams = Streams(0)
-    ahead = Ahead(SIZE, CPU, streams)
+    prefetcher = Prefetcher(SIZE, CPU, streams)
     weights = [Weight(1, streams), Weight(2, streams)]
-    with pytest.raises(ZeroDivisionError), ahead.weight(weights[0]):
+    with pytest.raises(ZeroDivisionError), prefetcher.weight(weights[0]):
         raise ZeroDivisionError
-    with ahead.weight(weights[1]) as weight:
+    with prefetcher.weight(weights[1]) as weight:
         assert weight is not None
     streams.run()
-    assert ahead.scratch == 2 * 2 * SIZE
+    assert prefetcher.scratch == 2 * 2 * SIZE

@@ -1,7 +1,8 @@
-"""Decode the next weight while the product with this one runs: on a side stream, into two buffers in turn, in the order learnt as the model runs.
+"""Decode the next weight while the product with this one runs.
 
-A buffer is decoded into when its last product has been launched and the stream waits for that; a product waits for its buffer. Whoever comes out
-of order, in another thread, with gradients, within a graph or a compilation, is served as without all this.
+Decoding takes a side stream and two buffers in turn. The order of the weights is learnt as the model runs. A buffer is
+decoded into only after the product that last read it; a product waits until its buffer is ready. Anything out of order
+is decoded on demand: calls from another thread, with gradients, or within a graph capture or a compilation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ BUFFERS: Final = 2
 
 
 class Streams(Protocol):
-    """What is needed of a device; ``CudaStreams`` is the real one."""
+    """What prefetching needs of a device; ``CudaStreams`` is the real one."""
 
     def usable(self) -> bool:
         """Whether work may be put on a side stream now."""
@@ -30,22 +31,22 @@ class Streams(Protocol):
         """For ``with``: make the side stream the current one, and give it."""
 
     def event(self) -> Any:
-        """An event with ``record(stream)`` and ``wait(stream)``: the stream waits for the last recording, if there was one."""
+        """An event with ``record(stream)`` and ``wait(stream)``: the stream waits for the latest recording, if any."""
 
 
 class CudaStreams:
-    """A CUDA device's streams, one of its own among them."""
+    """The streams of a CUDA device, and a side stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)
 
     def usable(self) -> bool:
-        """A captured graph must not leave work on another stream behind."""
+        """Not while a graph is captured: a capture must not leave work on another stream."""
         return not torch.cuda.is_current_stream_capturing()
 
     def current(self) -> torch.cuda.Stream:
-        """torch's current stream of the device."""  # noqa: D403
+        """torch's current stream on the device."""  # noqa: D403
         return torch.cuda.current_stream(self._device)
 
     @contextmanager
@@ -59,29 +60,29 @@ class CudaStreams:
         return torch.cuda.Event()
 
 
-class Source(Protocol):
+class PrefetchSource(Protocol):
     """A weight that can be decoded: a compressed module."""
 
-    def elements_ahead(self) -> int:
+    def prefetch_elements(self) -> int:
         """Its weights."""
 
-    def state_ahead(self) -> object:
-        """Something that differs after its record has been replaced, moved or changed."""
+    def prefetch_state(self) -> object:
+        """Something that changes when its record is replaced, moved or written to."""
 
-    def decode_ahead(self, out: torch.Tensor) -> None:
-        """Start to decode it on the current stream, into BF16 [elements]."""
+    def prefetch_into(self, out: torch.Tensor) -> None:
+        """Launch its decoding on the current stream, into BF16 [elements]."""
 
 
 class _Buffer:
     def __init__(self, memory: torch.Tensor, streams: Streams) -> None:
         self.memory = memory
-        self.ready = streams.event()  # It has been decoded into.
-        self.free = streams.event()  # Its product has been launched.
+        self.ready = streams.event()  # Recorded when it has been decoded into.
+        self.free = streams.event()  # Recorded when its product has been launched.
         self.holds: tuple[int, object] | None = None
 
 
-class Ahead:
-    """Two buffers of ``weights`` BF16 weights each on a device, and which source comes after which."""
+class Prefetcher:
+    """Two buffers of ``weights`` BF16 weights each on a device, and the learnt order of the sources."""
 
     def __init__(self, weights: int, device: torch.device, streams: Streams) -> None:
         self._streams = streams
@@ -91,15 +92,15 @@ class Ahead:
         ]
         self._began = streams.event()
         self._turn = 0
-        self._next: weakref.WeakKeyDictionary[Source, weakref.ref[Source]] = weakref.WeakKeyDictionary()
-        self._last: weakref.ref[Source] | None = None
+        self._next: weakref.WeakKeyDictionary[PrefetchSource, weakref.ref[PrefetchSource]] = weakref.WeakKeyDictionary()
+        self._last: weakref.ref[PrefetchSource] | None = None
         self._lock = threading.Lock()
         self.hits = 0
         self.misses = 0
         current = streams.current()
         with streams.side() as side:
             for buffer in self._buffers:
-                buffer.free.record(current)  # Whoever had this memory before may still work with it.
+                buffer.free.record(current)  # Work on this memory by its previous owner may still be running.
                 if buffer.memory.is_cuda:
                     buffer.memory.record_stream(side)
 
@@ -109,12 +110,12 @@ class Ahead:
         return 2 * self._weights * BUFFERS
 
     @contextmanager
-    def weight(self, source: Source) -> Iterator[torch.Tensor | None]:
-        """The decoded weight of a source, BF16 [elements], for work that is launched within ``with`` on the current stream.
+    def weight(self, source: PrefetchSource) -> Iterator[torch.Tensor | None]:
+        """The decoded weight of a source, BF16 [elements]. Launch its use within ``with``, on the current stream.
 
-        Afterwards its buffer is used again. None if it must be decoded otherwise.
+        The buffer is reused afterwards. Gives None if the caller must decode the weight itself.
         """
-        elements = source.elements_ahead()
+        elements = source.prefetch_elements()
         if elements > self._weights or not self._streams.usable() or not self._lock.acquire(blocking=False):
             yield None
             return
@@ -128,7 +129,7 @@ class Ahead:
         finally:
             self._lock.release()
 
-    def _take(self, source: Source, elements: int) -> _Buffer:
+    def _take(self, source: PrefetchSource, elements: int) -> _Buffer:
         current = self._streams.current()
         last = self._last() if self._last is not None else None
         if last is not None:
@@ -136,27 +137,27 @@ class Ahead:
         self._last = weakref.ref(source)
         buffer = self._buffers[self._turn]
         self._turn = (self._turn + 1) % BUFFERS
-        buffer.ready.wait(current)  # Also where it holds another: that must be finished before it is overwritten.
-        if buffer.holds == (id(source), source.state_ahead()):
+        buffer.ready.wait(current)  # Even if it holds another weight: that decoding must end before we overwrite it.
+        if buffer.holds == (id(source), source.prefetch_state()):
             self.hits += 1
         else:
             self.misses += 1
             buffer.free.wait(current)
-            source.decode_ahead(buffer.memory[:elements])
-        buffer.holds = None  # For one product: a weight that is used again is decoded again.
+            source.prefetch_into(buffer.memory[:elements])
+        buffer.holds = None  # Good for one product: a weight that is used again is decoded again.
         self._began.record(current)
         return buffer
 
-    def _start_next(self, source: Source) -> None:
+    def _start_next(self, source: PrefetchSource) -> None:
         reference = self._next.get(source)
         following = reference() if reference is not None else None
         if following is None:
             return
-        elements = following.elements_ahead()
+        elements = following.prefetch_elements()
         buffer = self._buffers[self._turn]
         with self._streams.side() as side:
-            self._began.wait(side)  # All that came before this product: records that were moved, for example.
+            self._began.wait(side)  # Everything launched before this product, such as copies of records.
             buffer.free.wait(side)
-            following.decode_ahead(buffer.memory[:elements])
+            following.prefetch_into(buffer.memory[:elements])
             buffer.ready.record(side)
-        buffer.holds = (id(following), following.state_ahead())
+        buffer.holds = (id(following), following.prefetch_state())

@@ -1,0 +1,293 @@
+"""Compare a source file with what the target has: keep it, replace it, or report that it is in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import posixpath
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
+
+from df11.converter.batches import list_tensors
+from df11.converter.files import DF11, Action, Assignment, container_name, index_names, shard_name, with_attributes
+from df11.converter.index import rewrite_index
+from df11.converter.manifest import FILE_NAME, Cast, FileRow, Manifest, TensorRow
+from df11.converter.pipeline import least_memory
+from df11.converter.plan import Options, Step
+from df11.converter.restore_file import restored_layout
+from df11.converter.scan import up_to_date
+from df11.converter.source import Progress, Source
+from df11.formats import errors, layout
+from df11.formats.container import Container
+from df11.storage.entry import Entry
+from df11.storage.store import Store, has_content, same_content
+
+log: Final = logging.getLogger("df11")
+
+EXPECTED_RATIO: Final = 0.67
+"""Size of a container relative to BF16, for estimates only."""
+_HEADERS: Final = 1 << 16
+
+
+class Comparison:
+    """Makes the steps of one plan."""
+
+    def __init__(
+        self,
+        source: Store,
+        target: Store,
+        action: Action,
+        options: Options,
+        manifest: Manifest | None,
+        progress: Progress,
+        indexes: Mapping[str, bytes],
+        originals: Mapping[str, str],
+    ) -> None:
+        self._source, self._target, self._action, self._options = source, target, action, options
+        self._progress = progress
+        self._indexes, self._originals = indexes, originals
+        self._files = {} if manifest is None else {row.file: row for row in manifest.files}
+        self._rows = {} if manifest is None else manifest.by_file()
+        self._others = {} if manifest is None else dict(manifest.others)
+        self._is_one_file = source.is_file
+        self.held: Mapping[str, Entry] = {}
+
+    def hold(self, assignments: Sequence[Assignment]) -> None:
+        """Look up what the target has."""
+        names = {one.name for one in assignments} | self._files.keys() | self._others.keys() | {*self._options.also}
+        self.held = self._target.find(names)
+
+    def steps(self, assignments: Sequence[Assignment]) -> list[Step]:
+        """A step per assignment; those that write from memory come last. Raises if a file is in the way."""
+        make = {
+            "convert": self._convert,
+            "restore": self._restore,
+            "copy": self._copy,
+            "attributes": self._attributes,
+            "index": self._index,
+        }
+        named = [one for one in assignments if self._check_name(one)]
+        steps = [step for one in named if (step := make[one.kind](one)) is not None]
+        return sorted(steps, key=lambda step: step.kind == "write")
+
+    def _check_name(self, one: Assignment) -> bool:
+        # One invalid name does not block the other files, unless the model is incomplete without it.
+        if self._target.check_name(one.name):
+            return True
+        name = errors.shortened(one.name)
+        if one.kind != "copy" or one.name.endswith(DF11):
+            hint = "rename it, or leave it out: --exclude"
+            raise errors.UsageError("no file on the Hub can have this name", file=name, hint=hint)
+        log.warning("%s: left out, as no file on the Hub can have this name", name)
+        return False
+
+    def check_also(self, listed: Mapping[str, Entry]) -> None:
+        """Raise if one of the caller's own files would replace somebody's file, unless that is the source's."""
+        for name in self._options.also:
+            there = self.held.get(name)
+            if there is None or (name in listed and same_content(self._source, listed[name], self._target, there)):
+                continue
+            self.check_free(name)
+
+    def removable(self, manifest: Manifest) -> list[str]:
+        """Containers that exist and are in the manifest, and their index files unless somebody has edited them.
+
+        Nothing else, whatever a manifest names: a forged one must not remove other files.
+        """
+        containers = [row.file for row in manifest.files if row.file.endswith(DF11)]
+        names = [*containers, *(name for name in index_names(self._others) if DF11 in name)]
+        return [name for name in names if name in self.held and self._is_ours(name, self.held[name])]
+
+    def _is_ours(self, name: str, there: Entry) -> bool:
+        # By its content, not by its name: somebody may have put another file, or another container, in its place.
+        if not self._target.is_direct(name):
+            return False
+        row = self._files.get(name)
+        if row is None:
+            known = self._others.get(name)
+            return known is not None and has_content(self._target, there, Entry(name, there.size, known))
+        if self._target.versioned:
+            return has_content(self._target, there, _entry_of(row))
+        try:
+            with Container(self._target.locate(name)) as container:
+                return (container.size, container.source.sha256) == (row.bytes, row.source_sha256)
+        except errors.Df11Error:
+            return False
+
+    def _step(self, kind: Literal["convert", "restore", "prove", "copy"], one: Assignment) -> Step:
+        size = one.entry.size
+        return Step(kind, one.entry, one.name, there=one.name in self.held, least=size, most=size, expected=size)
+
+    # Whether an existing file may be replaced.
+
+    def check_free(self, name: str) -> None:
+        """Raise UsageError if the target has a file of this name now that must not be replaced."""
+        if self._options.force or self._target.versioned or name == FILE_NAME:
+            return
+        there = self._target.find([name]).get(name)
+        if there is None or self._is_ours(name, there):
+            return
+        # Of a pull the Hub's own history knows best what was copied from it.
+        if self._action != "copy" or not self._source.had(name, self._target.hashed(there)):
+            raise already_there(self._target.locate(name), may_force=self._options.may_force)
+
+    # Shards and containers
+
+    def _convert(self, one: Assignment) -> Step:
+        step = self._step("convert", one)
+        there = self.held.get(one.name)
+        if there is not None and self._options.resume:
+            if self._target.versioned:
+                step = self._compare_by_manifest(step, there)
+            else:
+                step = self._compare_by_container(step, there)
+            if step.kept or step.kind == "prove":
+                return step
+        self.check_free(one.name)
+        with Source(self._source.open(one.entry), max_memory=self._options.max_memory) as source:
+            tensors = list_tensors(source.header, self._options.cast)
+            most = sum(tensor.target_size + layout.RECORD_ALIGNMENT for tensor in tensors)  # If nothing is compressed.
+            coded = sum(tensor.target_size for tensor in tensors if tensor.target_dtype == "BF16")
+            return dataclasses.replace(
+                step,
+                tensors=len(tensors),
+                least=most
+                - coded // 2
+                - layout.RECORD_ALIGNMENT * len(tensors),  # Signs and mantissas are not compressed.
+                memory=least_memory(source, tensors),
+                most=most + _HEADERS + 8 * len(source.header.raw),
+                expected=int(most - coded * (1 - EXPECTED_RATIO)),
+            )
+
+    def _compare_by_manifest(self, step: Step, there: Entry) -> Step:
+        # In a repository, the manifest says what a container was made from, and the listing that it is unchanged.
+        row = self._files.get(step.name)
+        if row is None or row.source_bytes != step.entry.size:
+            return step
+        if not _has_cast(self._rows.get(step.name, ()), self._options.cast):
+            return step
+        if not has_content(self._target, there, _entry_of(row)):
+            return step
+        sha256, step = self._source_sha256(step)
+        return dataclasses.replace(step, kept=True) if sha256 == row.source_sha256 else step
+
+    def _compare_by_container(self, step: Step, there: Entry) -> Step:
+        # In a folder, a container itself says what it was made from. It has its name only because it is complete.
+        path = self._target.locate(step.name)
+        try:
+            with Container(path) as container:
+                stored, cast = container.source, self._options.cast
+                row = self._files.get(step.name)
+                is_known = row is not None and _describes(row, step, there, container)
+                is_known = is_known and up_to_date(self._rows.get(step.name, ()), container)
+                if not any(entry.dtype == "F32" for entry in container.source_header.entries):
+                    cast = None  # As written: there was nothing to cast.
+        except (errors.FormatError, errors.SafetensorsError):
+            return step
+        if stored.bytes != step.entry.size or stored.cast != cast:
+            return step
+        sha256, step = self._source_sha256(step)
+        if sha256 != stored.sha256:
+            return step
+        if self._options.prove and row is not None and row.sha256 is not None:
+            is_known = is_known and self._target.hashed(there).sha256 == row.sha256
+        if is_known or self._is_one_file:
+            return dataclasses.replace(step, kept=True, source_sha256=sha256)
+        return dataclasses.replace(step, kind="prove", source_sha256=sha256, least=0, expected=0, most=0)
+
+    def _source_sha256(self, step: Step) -> tuple[str, Step]:
+        if step.entry.sha256 is not None:
+            return step.entry.sha256, step
+        with Source(self._source.open(step.entry), max_memory=self._options.max_memory) as source:
+            sha256 = source.sha256(self._progress)
+        return sha256, dataclasses.replace(step, counted=True, source_sha256=sha256)
+
+    def _restore(self, one: Assignment) -> Step:
+        step = self._step("restore", one)
+        there = self.held.get(one.name)
+        with Container(self._source.locate(one.entry.name)) as container:
+            wanted = restored_layout(container, bf16=self._options.bf16)
+            size = wanted.size
+            step = dataclasses.replace(step, least=size, most=size, expected=size, tensors=len(container))
+        if there is None:
+            return step
+        if there.size == wanted.size:
+            if wanted.sha256 is None:
+                return dataclasses.replace(step, there=False)  # Only the result tells whether this is the same.
+            if self._target.hashed(there).sha256 == wanted.sha256:
+                return dataclasses.replace(step, kept=True, source_sha256=wanted.sha256)
+        self.check_free(one.name)
+        return step
+
+    # Other files
+
+    def _copy(self, one: Assignment) -> Step:
+        is_container = self._action == "copy" and one.name.endswith(DF11)
+        step = self._step("prove" if is_container and self._source.address is None else "copy", one)
+        there = self.held.get(one.name)
+        if there is not None and there.size == one.entry.size:
+            entry = self._source.hashed(one.entry)
+            if same_content(self._source, entry, self._target, there):
+                step = dataclasses.replace(step, source_sha256=entry.sha256)
+                is_kept = step.kind == "copy" or self._is_in_manifest(one.name, there)
+                return dataclasses.replace(step, kept=True) if is_kept else step
+        self.check_free(one.name)
+        return step
+
+    def _is_in_manifest(self, name: str, there: Entry) -> bool:
+        row = self._files.get(name)
+        return row is not None and has_content(self._target, there, _entry_of(row))
+
+    def _index(self, one: Assignment) -> Step:
+        folder = one.entry.name[: one.entry.name.rfind("/") + 1]
+
+        def rename(shard: str) -> str:
+            if self._action == "convert":
+                if shard.endswith(DF11):
+                    where = self._source.locate(one.entry.name)
+                    raise errors.SafetensorsError(f"the index already names {DF11} files", file=where)
+                return container_name(shard)
+            known = shard_name(posixpath.normpath(folder + shard), self._originals)
+            return shard.removesuffix(DF11) + known[known.rindex(".") :] if shard.endswith(DF11) else shard
+
+        data = rewrite_index(self._indexes[one.entry.name], rename, self._source.locate(one.entry.name))
+        return self._write(one, data)
+
+    def _attributes(self, one: Assignment) -> Step | None:
+        # It belongs to its repository: an existing one stays, unless it is a copy.
+        there = self.held.get(one.name)
+        if self._target.versioned or (there is not None and not self._is_ours(one.name, there)):
+            return None
+        return self._write(one, with_attributes(self._source.read(one.entry), self._action))
+
+    def _write(self, one: Assignment, data: bytes) -> Step:
+        there = self.held.get(one.name)
+        kept = there is not None and has_content(self._target, there, Entry.of(one.name, data))
+        if not kept:
+            self.check_free(one.name)
+        size = len(data)
+        return Step("write", one.entry, one.name, kept, there is not None, data, most=size, expected=size)
+
+
+def _has_cast(rows: Sequence[TensorRow], cast: Cast) -> bool:
+    # Whether a container was made with this cast, by its tensors: one without F32 is the same with any.
+    if cast is None:
+        return all(row.exact is None for row in rows)
+    return all(row.dtype != "F32" for row in rows)
+
+
+def _describes(row: FileRow, step: Step, there: Entry, container: Container) -> bool:
+    # Whether a row agrees with what the container itself says: files with the same tensors can have different headers.
+    source = container.source
+    found = (row.bytes, row.source_file, row.source_bytes, row.source_sha256)
+    return found == (there.size, step.entry.name, source.bytes, source.sha256)
+
+
+def _entry_of(row: FileRow) -> Entry:
+    return Entry(row.file, row.bytes, row.sha256)
+
+
+def already_there(where: str, *, may_force: bool = True) -> errors.UsageError:
+    """The error for a file in the target that must not be replaced."""
+    hint = "remove it, or pass --force to replace it" if may_force else "remove it, or choose another target"
+    return errors.UsageError("this file already exists and was not written by df11", file=where, hint=hint)

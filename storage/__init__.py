@@ -1,0 +1,1 @@
+"""Files, on a disk or on the Hub: addresses, the Hub's client, range reads, atomic writes, digests, stores."""

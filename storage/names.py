@@ -1,0 +1,63 @@
+"""Which files of a folder or repository belong to a model, by their names: all but what programs leave behind."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+LEFT_OUT_FOLDERS: Final = frozenset(
+    {
+        *(".git", ".svn", ".hg"),
+        *(".cache", ".huggingface", ".locks", ".no_exist"),  # The Hub's client, in a folder and in its cache.
+        *("__MACOSX", ".Spotlight-V100", ".Trashes", ".fseventsd", ".TemporaryItems"),
+        *("$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found"),
+        *("__pycache__", ".ipynb_checkpoints", ".idea", ".vscode"),
+    }
+)
+"""Bookkeeping of version control, the Hub's client, operating systems and editors."""
+
+_LEFT_OUT: Final = re.compile(
+    r"""
+    \._.*                                  # AppleDouble: what a Mac keeps beside a file on other file systems
+    | \.DS_Store | Thumbs\.db | ehthumbs\.db | desktop\.ini | \.directory
+    | \.nfs[0-9a-f]+ | \.fuse_hidden.* | \.Trash-\d+
+    | .*~ | \.~lock\..*\# | \#.*\# | \.\#.* | \..*\.sw[a-p]
+    | \..*\.(partial|download)(\.lock(\.\d+)?)?  # Ours, from a run that was killed.
+    | .*\.(aria2|incomplete|crdownload|part|!qB) # Unfinished downloads.
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_COMMANDS: Final = frozenset({".git", "git~1"})
+"""Names, in any letter case, under which a file or folder makes git run commands."""
+_UNFINISHED: Final = re.compile(r".*\.(aria2|incomplete|crdownload|part|!qB)", re.DOTALL)
+
+
+def is_left_out(name: str) -> bool:
+    """Whether the file ``name``, a path with ``/``, is none of a model's."""
+    *folders, last = parts = name.split("/")
+    if any(folder in LEFT_OUT_FOLDERS for folder in folders) or _LEFT_OUT.fullmatch(last):
+        return True
+    return any(part.casefold() in _COMMANDS for part in parts)
+
+
+def remarks_on(names: Iterable[str]) -> list[str]:
+    """A line for each file that a program leaves beside an unfinished download."""
+    found = [name for name in names if _UNFINISHED.fullmatch(name.rpartition("/")[2])]
+    return [f"{name}: an unfinished download; the model may be incomplete" for name in found]
+
+
+def is_wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns select a file, as in the Hub's client.
+
+    It must match one of ``include``, if there are any, and none of ``exclude``. ``*`` matches ``/``, too. A pattern
+    that ends with ``/`` stands for everything in that folder.
+    """
+
+    def matches(patterns: Sequence[str]) -> bool:
+        slashed = [one.replace("\\", "/") for one in patterns]  # Windows users often write backslashes.
+        return any(fnmatch.fnmatchcase(path, f"{one}*" if one.endswith("/") else one) for one in slashed)
+
+    path = name.replace("\\", "/")
+    return (not include or matches(include)) and not matches(exclude)

@@ -1,0 +1,155 @@
+"""Jobs, push and pull: nobody's files are replaced or removed, and nothing damaged is sent or kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import df11
+from df11.converter import parquet, work
+from df11.converter.manifest import FILE_NAME, FileRow
+from df11.storage import client as hub_client
+from tests.support import commands
+from tests.support.hub import models
+from tests.support.hub.repository import Repository
+from tests.support.hub.server import HubServer
+from tests.support.sources import tree_bytes
+
+pytestmark = pytest.mark.usefixtures("client")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_client, "WAITS", (0.0,))
+
+
+@pytest.fixture
+def source(hub: HubServer) -> Repository:
+    repository = hub.create("lab/model")
+    repository.commit(models.model(2))
+    return repository
+
+
+@pytest.fixture
+def folder(source: Repository, tmp_path: Path) -> Path:
+    df11.convert(source.checkout(tmp_path / "original"), tmp_path / "converted")
+    return tmp_path / "converted"
+
+
+def job(tmp_path: Path, more: str = "", source: str = "hf://lab/model", target: str = "hf://me/model-df11") -> Path:
+    path = tmp_path / "job.toml"
+    path.write_text(f'[[model]]\nsource = "{source}"\ntarget = "{target}"\n{more}\n[limits]\nwork = "work"\n')
+    return path
+
+
+def test_a_forged_manifest_removes_nothing_of_the_users(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    commands.run("hub", "push", "--quiet", folder, "me/m").fine()
+    target = hub.repository("me/m")
+    manifest = parquet.from_bytes(target.read(FILE_NAME), "")
+    forged = [FileRow(name, 10, None, "x.safetensors", 10, "0" * 64) for name in ("mine.df11", "link/deep.df11")]
+    target.commit({FILE_NAME: parquet.to_bytes(dataclasses.replace(manifest, files=(*manifest.files, *forged)))})
+    pulled, elsewhere = tmp_path / "pulled", tmp_path / "elsewhere"
+    commands.run("hub", "pull", "--quiet", "me/m", pulled).fine()
+    elsewhere.mkdir()
+    (pulled / "link").symlink_to(elsewhere)
+    mine = (folder / "model-00001-of-00002.df11").read_bytes()
+    for path in (pulled / "mine.df11", elsewhere / "deep.df11"):
+        path.write_bytes(mine)
+    commands.run("hub", "pull", "--quiet", "me/m", pulled).fine()
+    assert (pulled / "mine.df11").read_bytes() == (elsewhere / "deep.df11").read_bytes() == mine
+
+
+def test_a_damaged_container_never_gets_its_name(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    commands.run("hub", "push", "--quiet", folder, "me/m").fine()
+    name = "model-00002-of-00002.df11"
+    damaged = bytearray((folder / name).read_bytes())
+    damaged[-1000] ^= 1
+    hub.repository("me/m").commit({name: bytes(damaged)})  # Its hash is the one that the Hub lists.
+    for _ in range(2):
+        result = commands.run("hub", "pull", "--quiet", "me/m", tmp_path / "pulled")
+        assert result.code in (1, 2)
+        assert name in result.err
+        assert not (tmp_path / "pulled" / name).exists()
+
+
+def test_what_changes_between_proof_and_upload_is_not_sent(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = work.deliver
+
+    def swapped(task: work.Task, done: work.Done) -> work.Done:
+        data = bytearray(done.path.read_bytes())
+        data[-1000] ^= 1
+        done.path.write_bytes(data)
+        return honest(task, done)
+
+    monkeypatch.setattr("df11.converter.engine.deliver", swapped)
+    commands.run("hub", "push", "--quiet", folder, "me/m").error(7, "changed")
+    assert not [name for name in hub.repository("me/m").files() if name.endswith(".df11")]
+
+
+def test_links_that_lead_out_are_not_uploaded(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "id_ed25519").write_text("secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "id_ed25519")
+    commands.run("hub", "push", "--quiet", folder, "me/m").error(2, "notes.txt", "leads out")
+    assert "me/m" not in hub.repositories
+
+
+def test_another_model_is_not_taken_for_an_update(hub: HubServer, source: Repository, tmp_path: Path) -> None:
+    hub.create("lab/other").commit(models.model(1))
+    df11.convert("hf://lab/model", tmp_path / "out")
+    before = tree_bytes(tmp_path / "out")
+    commands.run("convert", "hf://lab/other", tmp_path / "out").error(2, "another model", "hf://lab/model")
+    commands.run("job", "run", "--quiet", job(tmp_path)).fine()
+    commands.run("job", "run", "--quiet", job(tmp_path, source="hf://lab/other")).error(2, "another model")
+    assert tree_bytes(tmp_path / "out") == before
+    commands.run("convert", "hf://lab/other", tmp_path / "out", "--force").fine()
+    assert source.head
+
+
+def test_a_pull_follows_what_is_edited_on_the_hub(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    commands.run("hub", "push", "--quiet", folder, "me/m").fine()
+    pulled = tmp_path / "pulled"
+    for text in (None, b"# one\n", b"# two\n", b"# three\n"):
+        if text is not None:
+            hub.repository("me/m").commit({"README.md": text})
+        commands.run("hub", "pull", "--quiet", "me/m", pulled).fine()
+    assert (pulled / "README.md").read_bytes() == b"# three\n"
+    (pulled / "README.md").write_text("# mine\n")
+    hub.repository("me/m").commit({"README.md": b"# four\n"})
+    commands.run("hub", "pull", "--quiet", "me/m", pulled).error(2, "README.md", "--force")
+
+
+@pytest.mark.parametrize("command", ["pull", "job"])
+def test_a_file_is_no_folder_to_fill(command: str, hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    commands.run("hub", "push", "--quiet", folder, "me/m").fine()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "file").write_text("mine")
+    if command == "pull":
+        commands.run("hub", "pull", "--quiet", "me/m", tmp_path / "home" / "file").error(2, "file")
+    else:
+        commands.run("job", "run", "--quiet", job(tmp_path, target="home/file")).error(2, "file")
+    assert tree_bytes(tmp_path / "home") == {"file": b"mine"}
+    assert hub.repositories
+
+
+def test_a_job_into_a_folder_leaves_its_pictures_alone(source: Repository, tmp_path: Path) -> None:
+    (tmp_path / "out" / "df11-plots").mkdir(parents=True)
+    (tmp_path / "out" / "df11-plots" / "sizes.png").write_bytes(b"mine")
+    commands.run("job", "run", "--quiet", job(tmp_path, target="out")).error(2, "sizes.png")
+    assert tree_bytes(tmp_path / "out") == {"df11-plots/sizes.png": b"mine"}
+    assert source.head
+
+
+def test_a_job_with_another_cast_keeps_nothing_of_the_one_before(hub: HubServer, tmp_path: Path) -> None:
+    hub.create("lab/f32").commit(models.model(2, "F32"))
+    run = {"source": "hf://lab/f32", "target": "hf://me/f32-df11"}
+    commands.run("job", "run", "--quiet", job(tmp_path, **run)).fine()
+    commands.run("job", "run", "--quiet", job(tmp_path, 'cast = "bf16"\nexclude = ["*00001*"]', **run)).error(
+        2, "another conversion"
+    )
+    commands.run("job", "run", "--quiet", job(tmp_path, 'cast = "bf16"', **run)).fine()
+    manifest = parquet.from_bytes(hub.repository("me/f32-df11").read(FILE_NAME), "")
+    assert {row.dtype for row in manifest.tensors} == {"BF16", "I64"}

@@ -1,0 +1,159 @@
+"""What a neighbour has put where df11 writes: it is refused or left alone, and what it leads to is not touched."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from df11.formats import errors
+from df11.storage.atomic import AtomicWriter, temporary_path, write_bytes
+from df11.storage.local import LocalStore
+from tests.support import commands, sources
+from tests.support.sources import bf16
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    path = tmp_path / "home" / "precious"
+    path.parent.mkdir()
+    path.write_bytes(b"precious")
+    return path
+
+
+def link(path: Path, to: Path) -> None:
+    path.symlink_to(to)
+
+
+def hard_link(path: Path, to: Path) -> None:
+    path.hardlink_to(to)
+
+
+def dangling(path: Path, to: Path) -> None:
+    path.symlink_to(to.with_name("gone"))
+
+
+def fifo(path: Path, to: Path) -> None:
+    del to
+    os.mkfifo(path)
+
+
+def folder(path: Path, to: Path) -> None:
+    del to
+    path.mkdir()
+
+
+@pytest.mark.parametrize("plant", [link, hard_link, dangling, fifo, folder])
+@pytest.mark.parametrize("command", ["convert", "restore"])
+def test_under_a_temporary_name(
+    plant: Callable[[Path, Path], None], command: str, precious: Path, tmp_path: Path
+) -> None:
+    source = sources.write(tmp_path / "x.safetensors", [bf16("w", (64, 64))])
+    commands.run("convert", source, tmp_path / "x.df11").fine()
+    target = tmp_path / "t" / "y"
+    target.parent.mkdir()
+    plant(temporary_path(target, "partial"), precious)
+    origin = source if command == "convert" else tmp_path / "x.df11"
+    commands.run(command, origin, target).error(2, ".y.partial", "remove it")
+    assert precious.read_bytes() == b"precious"
+    assert [path.name for path in precious.parent.iterdir()] == ["precious"]
+    assert not target.exists()
+
+
+def test_the_file_that_is_held_open_is_the_one_that_gets_the_name(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    with pytest.raises(errors.ConflictError, match="taken the name"), AtomicWriter(target) as first:
+        first.write(b"mine")
+        temporary_path(target, "partial").unlink()
+        with AtomicWriter(target) as second:  # Nobody holds this one's lock.
+            second.write(b"half of another")
+            first.commit()
+    assert not target.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_writers_file_is_not_removed(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    given_up = AtomicWriter(target)
+    temporary_path(target, "partial").unlink()
+    with AtomicWriter(target) as other:
+        other.write(b"other")
+        given_up.__exit__(None, None, None)
+        other.commit()
+    assert target.read_bytes() == b"other"
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_device_is_not_replaced(force: list[str], tmp_path: Path) -> None:
+    source = sources.write(tmp_path / "x.safetensors", [bf16("w", (64, 64))])
+    for name, make in (("fifo", os.mkfifo), ("folder", os.mkdir)):
+        target = tmp_path / name
+        make(target)
+        before = target.stat()
+        result = commands.run("convert", source, target, *force)
+        assert result.code == 2
+        assert name in result.err
+        assert target.stat().st_ino == before.st_ino
+
+
+def test_a_link_at_the_targets_name_is_replaced_and_not_followed(precious: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to(precious)
+    write_bytes(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert precious.read_bytes() == b"precious"
+
+
+def test_links_on_the_way_are_not_followed(precious: Path, tmp_path: Path) -> None:
+    root = tmp_path / "t"
+    root.mkdir()
+    (root / "sub").symlink_to(precious.parent)
+    store = LocalStore(root)
+    with pytest.raises(errors.UsageError, match="link") as caught:
+        write_bytes(root / "sub" / "x", b"new", root=root)
+    assert caught.value.file == str(root / "sub")
+    with pytest.raises(errors.UsageError, match="link"):
+        store.commit([store.put("sub/deep/x", b"new")], [], "")
+    with pytest.raises(errors.UsageError, match="link"):
+        store.commit([], ["sub/precious"], "")
+    model = tmp_path / "model"
+    sources.write(model / "sub" / "m.safetensors", [bf16("w", (64, 64))])
+    commands.run("convert", model, root).error(2, root / "sub", "link")
+    assert [path.name for path in precious.parent.iterdir()] == ["precious"]
+    # The way to the target itself is the user's.
+    (tmp_path / "link").symlink_to(model)
+    commands.run("convert", model, tmp_path / "link" / ".." / "out").fine()
+
+
+def test_a_folder_that_can_be_written_but_not_listed(tmp_path: Path) -> None:
+    root = tmp_path / "drop"
+    root.mkdir()
+    root.chmod(0o300)
+    write_bytes(root / "x", b"new", root=root)
+    root.chmod(0o700)
+    assert (root / "x").read_bytes() == b"new"
+
+
+def test_a_clean_up_that_fails_does_not_hide_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(RuntimeError, match="first") as caught, AtomicWriter(tmp_path / "x") as writer:
+        writer.write(b"1")
+        monkeypatch.setattr(os, "unlink", refuse)
+        raise RuntimeError("first")
+    monkeypatch.undo()
+    assert ".x.partial" in caught.value.__notes__[0]
+    # Its lock is not held any more.
+    write_bytes(tmp_path / "x", b"new")
+
+
+def test_nothing_more_open_than_it_was_is_made(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        write_bytes(tmp_path / "x", b"secret", mode=0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
