@@ -221,7 +221,7 @@ def _line(value: object) -> str | None:
         return "no"  # YAML reads Norwegian as False.
     if not isinstance(value, str) or len(value) > 500:
         return None
-    return wording.visible(" ".join(value.split())) or None
+    return errors.printable(" ".join(value.split()), None) or None
 
 
 def _lines(value: object) -> list[str]:
