@@ -272,10 +272,7 @@ class HubStore(Store):
         The client gets open files, not paths: for open files it shows no progress bars and does not use Xet, whose
         memory has no bound.
         """
-        try:
-            from huggingface_hub import CommitOperationAdd
-        except ModuleNotFoundError:
-            raise errors.missing_extra("huggingface_hub", "hub") from None
+        CommitOperationAdd = client.library().CommitOperationAdd  # noqa: N806
         if isinstance(content, bytes):
             put = Put(Entry.of(name, content), CommitOperationAdd(name, io.BytesIO(content)))
             if b"\0" in content[:GIT_SNIFFS]:  # Probably LFS. One by one: for several, the client draws a bar.
