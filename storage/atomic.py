@@ -54,12 +54,12 @@ def open_folder(folder: Path, root: Path | None) -> int:
     try:
         if root is None:
             return _open_folder(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_folder(root)
+        descriptor = _open_made(root)
         for number, part in enumerate(parts := folder.relative_to(root).parts, 1):
             try:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(part, dir_fd=descriptor)
+                sync_folder(descriptor)  # What is written into it must not be lost with it.
                 inner = _open_folder(part, _NO_LINK, dir_fd=descriptor)
             except OSError as error:
                 where = root.joinpath(*parts[:number])
@@ -75,6 +75,23 @@ def open_folder(folder: Path, root: Path | None) -> int:
         raise errors.from_os_error(error, file=folder) from None
     except ValueError:  # A null character, for example.
         raise errors.UsageError("this cannot be the name of a file", file=repr(str(folder))) from None
+
+
+def _open_made(root: Path) -> int:
+    # The folder of the caller, and those above it that are missing.
+    try:
+        return _open_folder(root)
+    except FileNotFoundError:
+        if root == root.parent:
+            raise
+    above = _open_made(root.parent)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(root.name, dir_fd=above)
+            sync_folder(above)
+    finally:
+        os.close(above)
+    return _open_folder(root)
 
 
 def _open_folder(folder: str | Path, flags: int = 0, *, dir_fd: int | None = None) -> int:
@@ -122,6 +139,7 @@ def remove(path: Path, root: Path | None) -> None:
     folder = open_folder(path.parent, root)
     try:
         os.unlink(path.name, dir_fd=folder)
+        sync_folder(folder)  # Before a manifest no longer names it: a file that comes back would be nobody's.
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -352,7 +370,7 @@ class AtomicWriter:
                 raise errors.ConflictError(what, file=self.partial, hint="run the same command again")
             os.replace(self.partial.name, self.path.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             self._committed = True
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
         except OSError as error:
             raise errors.from_os_error(error, file=self.path) from None
 
@@ -381,8 +399,8 @@ class AtomicWriter:
             raise errors.from_os_error(left, file=self.partial) from None
 
 
-def _sync_folder(folder: int) -> None:
-    # So that the name is durable, too. Some file systems cannot do this for a folder.
+def sync_folder(folder: int) -> None:
+    """Make the names in a folder durable, too. Some file systems cannot do this."""
     try:
         os.fsync(folder)
     except OSError as error:

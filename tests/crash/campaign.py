@@ -75,7 +75,9 @@ class Campaign:
         self.calls = ended.calls
         self.result = self.world.state()
         self.results = [self.result]
-        left = [name for name in self.result.files if oracle.UNFINISHED.fullmatch(name) and name not in self.before.files]
+        left = [
+            name for name in self.result.files if oracle.UNFINISHED.fullmatch(name) and name not in self.before.files
+        ]
         self._note("undisturbed", [f"{name} was left behind" for name in left])
         assert self._run().code == 0
         self._seen: set[str] = set()
@@ -152,7 +154,9 @@ class Campaign:
             self._settle(name, cut)
 
     def _final(self, files: Mapping[str, bytes | None]) -> dict[str, bytes | None]:
-        return {name: data for name, data in files.items() if not oracle.UNFINISHED.fullmatch(name) or data is None}
+        # Without what only a run that was killed leaves: that it is gone need not be safe.
+        mine = [name for name in files if oracle.UNFINISHED.fullmatch(name) and name not in self.before.files]
+        return {name: data for name, data in files.items() if name not in mine}
 
     def fail(self, call: Call, fault: Fault) -> None:
         """A call fails, or does half of what it should; or all of a kind from there on."""
@@ -175,7 +179,7 @@ class Campaign:
         second = self._run()
         self._look(f"{what}, one of which waits", self.world.state())
         if ended is None:
-            ended = first.finish()
+            ended = first.go_on()
         self.tally.writers += 1
         for name, one in (("first", ended), ("second", second)):
             self._note(f"{what}, the {name}", oracle.bad_end(one, killed=False), one)
@@ -193,7 +197,7 @@ class Campaign:
         ended = run.wait()
         self.scenario.change(self.world)
         if ended is None:
-            ended = run.finish()
+            ended = run.go_on()
         self.tally.changes += 1
         self._note(what, oracle.bad_end(ended, killed=False), ended)
         self._look(what, self.world.state())

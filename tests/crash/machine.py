@@ -146,7 +146,9 @@ class Machine:
 
     def run(self, arguments: Sequence[str], fault: Fault = Fault(), *, broken: str = "") -> Ended:
         """Run a command to its end."""
-        return self.start(arguments, fault, broken=broken).finish()
+        ended = self.start(arguments, fault, broken=broken).wait()
+        assert ended is not None
+        return ended
 
     def ask(self, do: str, process: int) -> dict[str, Any]:
         """What has become of a process."""
@@ -169,12 +171,11 @@ class Run:
         text = Path(f"{self.name}.txt").read_text(errors="replace")
         return Ended(answer.get("code"), text, read_log(Path(f"{self.name}.log")))
 
-    def finish(self) -> Ended:
-        """How it ended; if it has stopped, it goes on."""
+    def go_on(self) -> Ended:
+        """How it ended, after it had stopped."""
+        self.machine.ask("continue", self.process)
         ended = self.wait()
-        while ended is None:
-            self.machine.ask("continue", self.process)
-            ended = self.wait()
+        assert ended is not None
         return ended
 
 

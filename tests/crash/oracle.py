@@ -80,11 +80,7 @@ def _repository(world: World, name: str, head: str, before: State, results: Coll
     # Every commit since is one that anybody may read.
     wrong = []
     known = set(before.repositories[name].commits) if name in before.repositories else set()
-    may_be = {
-        (path, sha256)
-        for one in (before, *results)
-        for path, sha256 in one.heads.get(name, {}).items()
-    }
+    may_be = {(path, sha256) for one in (before, *results) for path, sha256 in one.heads.get(name, {}).items()}
     repository = world.hub.repository(name)
     for commit in repository.history(head):
         if commit.oid in known or commit.parent is None:

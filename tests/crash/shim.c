@@ -284,6 +284,9 @@ ssize_t send(int file, const void *data, size_t size, int flags) {
     Call call = {0};
     for (size_t i = 0; is_request && i < size && i < sizeof call.path - 1 && !strchr("?\r\n", text[i]); i++)
         call.path[i] = text[i];
-    if (before(&call, "send")) return refuse(&call);
+    if (before(&call, "send")) {
+        if (code != EINTR) shutdown(file, SHUT_RDWR);  // The connection is gone, for whoever waits for an answer, too.
+        return refuse(&call);
+    }
     return after(&call, next(file, data, size, flags));
 }

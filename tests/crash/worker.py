@@ -51,7 +51,9 @@ def be_the_command(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     kinds = " ".join(request["kinds"]).encode()
     number, error = request["at"], request["error"]
-    ctypes.CDLL(None).arm(request["root"].encode(), log, MODES.index(request["mode"]), ctypes.c_long(number), error, kinds)
+    ctypes.CDLL(None).arm(
+        request["root"].encode(), log, MODES.index(request["mode"]), ctypes.c_long(number), error, kinds
+    )
     with contextlib.suppress(BaseException):
         if request["broken"]:
             from tests.crash.broken import break_it

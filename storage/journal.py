@@ -1,0 +1,144 @@
+"""The journal of a run that fills a folder: one run at a time, and the next one knows what a killed one has written.
+
+It is a hidden file of the folder, locked while the run lasts. Before a file takes its name, a line says which, and how
+to know it again; the journal goes when the run has ended well. So a file that no manifest names yet is still known to
+be df11's, even if the machine has lost its power since.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final, Literal
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from df11.formats import errors
+from df11.storage.atomic import Lock, check_platform, has_name, held_elsewhere, open_folder, open_own, sync_folder
+from df11.storage.paths import read_file
+
+FILE_NAME: Final = ".df11-run"
+MAX_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A file that was about to take its name."""
+
+    name: str
+    size: int
+    sha256: str
+    of: Literal["content", "source"]
+    """What the SHA-256 is of: the file, or what it was made from, as the file itself says."""
+
+
+def append(path: Path, marks: Iterable[Mark]) -> None:
+    """Add lines to the journal of a run under way, from any process. They are on the disk when this returns."""
+    lines = [f"{one.of} {one.size} {one.sha256} {quote_from_bytes(os.fsencode(one.name))}\n" for one in marks]
+    text = memoryview("".join(lines).encode())
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            while text:
+                text = text[os.write(descriptor, text) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise errors.from_os_error(error, file=path) from None
+
+
+def read(path: Path) -> Mapping[str, tuple[Mark, ...]]:
+    """What a journal says, by name; empty if there is none. What is torn is skipped."""
+    if not path.is_file() or path.is_symlink():
+        return {}
+    found: dict[str, tuple[Mark, ...]] = {}
+    for line in read_file(path, MAX_BYTES).split(b"\n")[:-1]:
+        match line.split(b" "):
+            case [(b"content" | b"source") as of, size, sha256, quoted] if size.isdigit() and len(size) < 20:
+                name = os.fsdecode(unquote_to_bytes(quoted))
+                if {"", ".", ".."} & {*name.split("/")}:  # Whoever has written that, it was not df11.
+                    continue
+                what: Literal["content", "source"] = "content" if of == b"content" else "source"
+                mark = Mark(name, int(size), sha256.decode("ascii", "replace"), what)
+                found[name] = (*found.get(name, ()), mark)
+    return found
+
+
+class Journal:
+    """The journal of this run. Nothing is there until :meth:`open`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+        self._file: IO[bytes] | None = None
+        self._lock: Lock | None = None
+        self._folder = -1
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this run is the one that writes to the folder."""
+        return self._file is not None
+
+    def left(self) -> Mapping[str, tuple[Mark, ...]]:
+        """What a run that did not end has left, by name."""
+        return read(self.path)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a run is under way, or did not end."""
+        return os.path.lexists(self.path)
+
+    def open(self) -> None:
+        """Make the folder, if need be, and keep others from writing to it. Raises ConflictError if somebody does."""
+        check_platform()
+        root = self.path.parent
+        self._folder = open_folder(root, root)
+        try:
+            while self._file is None:
+                self._file = self._locked()
+            sync_folder(self._folder)
+        except OSError as error:
+            self._give_up()
+            raise errors.from_os_error(error, file=self.path) from None
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _locked(self) -> IO[bytes] | None:
+        file = open_own(self.path, self._folder, 0o600)
+        try:
+            self._lock = Lock(file, self.path)
+        except BlockingIOError as error:
+            file.close()
+            raise held_elsewhere("another df11 is writing to this folder", self.path.parent, error) from None
+        except BaseException:
+            file.close()
+            raise
+        if has_name(file, self.path.name, self._folder):
+            return file
+        self._lock.close()
+        file.close()  # The run that had it has ended between our open and our lock.
+        return None
+
+    def close(self, *, is_done: bool) -> None:
+        """End the run. The file goes if all is done, or if it has no lines."""
+        if self._file is None:
+            return
+        try:
+            if (is_done or not os.fstat(self._file.fileno()).st_size) and has_name(
+                self._file, self.path.name, self._folder
+            ):
+                os.unlink(self.path.name, dir_fd=self._folder)
+        except OSError as error:
+            raise errors.from_os_error(error, file=self.path) from None
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        if self._file is not None:
+            self._file.close()
+        os.close(self._folder)
+        self._file = self._lock = None
