@@ -21,10 +21,11 @@ from df11.converter.settings import Settings
 from df11.converter.source import Progress, ignore
 from df11.converter.work import Done, Task
 from df11.formats import errors
+from df11.formats.container import Container
 from df11.storage.atomic import ANY_MODE
 from df11.storage.entry import Entry
 from df11.storage.journal import Mark, append
-from df11.storage.store import Put, has_content
+from df11.storage.store import Put, Store, has_content
 
 SMALL: Final = 1 << 20
 """Files up to this size are read into memory and go to a repository with the last commit. Each larger one is a task."""
@@ -176,6 +177,8 @@ class _Applied:
         if plan.target.stamp(plan.stamp) != plan.stamp:
             what = "somebody else has changed this folder in the meantime"
             raise errors.ConflictError(what, file=plan.target.label, hint="run the same command again")
+        if plan.stale:  # The next run has to know them, even if the manifest that names them has been replaced.
+            append(self.journal.path, [_mark_there(plan.target, name) for name in plan.stale])
 
     @property
     def journal_path(self) -> Path | None:
@@ -305,6 +308,13 @@ def _kept_entry(step: Step, there: Entry) -> Entry:
 def _mark_of(entry: Entry) -> Mark:
     assert entry.sha256 is not None
     return Mark(entry.name, entry.size, entry.sha256, "content")
+
+
+def _mark_there(target: Store, name: str) -> Mark:
+    if not name.endswith(DF11):
+        return _mark_of(target.hashed(target.find([name])[name]))
+    with Container(target.locate(name)) as container:
+        return Mark(name, container.size, container.source.sha256, "source")
 
 
 def _manifest_bytes(manifest: Manifest) -> bytes:

@@ -73,7 +73,8 @@ class Comparison:
         }
         named = [one for one in assignments if self._check_name(one)]
         steps = [step for one in named if (step := make[one.kind](one)) is not None]
-        return sorted(steps, key=lambda step: step.kind == "write")
+        # A manifest that is copied comes after what it names.
+        return sorted(steps, key=lambda step: (step.kind == "write", step.name == FILE_NAME))
 
     def _check_name(self, one: Assignment) -> bool:
         # One invalid name does not block the other files, unless the model is incomplete without it.

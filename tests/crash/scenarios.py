@@ -137,7 +137,9 @@ class Scenario:
     arguments: tuple[str, ...]
     prepare: Change
     change: Change | None = None
-    """Gives the source other content. The same command must then still work, unless it was to write a single file."""
+    """Gives the source other content. The same command must then still work after a fault."""
+    is_kept: bool = True
+    """Whether it must still work after it has ended well: what restore has finished is the user's."""
 
     @property
     def command(self) -> str:
@@ -269,7 +271,7 @@ SCENARIOS = (
         ("restore", "source/a.df11", "target/a.safetensors", "--force", *ONE),
         _restore_file_again,
     ),
-    Scenario("restore a folder", ("restore", "source", "target", *ONE), _restore_folder, _newer_converted),
+    Scenario("restore a folder", ("restore", "source", "target", *ONE), _restore_folder, _newer_converted, is_kept=False),
     Scenario("hub push", ("hub", "push", "source", "me/model", *ONE), _push, _newer_converted),
     Scenario("hub push: again", ("hub", "push", "source", "me/model", *ONE), _push_again, _newer_converted),
     Scenario("hub pull", ("hub", "pull", "lab/model", "target", *ONE), _pull, _newer_on_hub),

@@ -163,7 +163,9 @@ ssize_t write(int file, const void *data, size_t size) {
     if (mode == OFF) return next(file, data, size);
     Call call = {.data = data};
     by_file(&call, file);
-    call.offset = lseek(file, 0, SEEK_CUR);
+    struct stat status;
+    int at_end = fcntl(file, F_GETFL) & O_APPEND && fstat(file, &status) == 0;
+    call.offset = at_end ? status.st_size : lseek(file, 0, SEEK_CUR);
     if (before(&call, "write")) return refuse(&call);
     return after(&call, next(file, data, (size_t)(call.is_ours && call.number == at ? half(size) : (long)size)));
 }

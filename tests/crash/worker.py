@@ -11,6 +11,7 @@ import os
 import signal
 import ssl
 import sys
+import tempfile
 import threading
 import time
 from typing import Any
@@ -38,6 +39,7 @@ def prepare_process() -> None:
     _http.time = type("Impatient", (), {**vars(time), "sleep": staticmethod(lambda _: None)})  # type: ignore[assignment]
     run.draw_plots = lambda _manifest: {plots.path(name): name.encode() for name in plots.NAMES}  # type: ignore[assignment]
     huggingface_hub.HfApi()
+    tempfile.gettempdir()  # Python tries out where it may write.
 
 
 def be_the_command(request: dict[str, Any]) -> None:
