@@ -36,7 +36,7 @@ class Mark:
 def append(path: Path, marks: Iterable[Mark]) -> None:
     """Add lines to the journal of a run under way, from any process. They are on the disk when this returns."""
     lines = [f"{one.of} {one.size} {one.sha256} {quote_from_bytes(os.fsencode(one.name))}\n" for one in marks]
-    text = memoryview("".join(lines).encode())
+    text = memoryview("".join(["\n", *lines]).encode())  # What a lost power has left of another line ends here.
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
         try:

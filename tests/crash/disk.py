@@ -25,7 +25,7 @@ def after_power_cut(before: Files, calls: Sequence[Call], root: str) -> list[dic
     """The states that a power cut may leave, those at the corners.
 
     Nothing that is not safe has happened; names are what they were, but files hold only what is safe; the same, with
-    zeros for what is lost.
+    zeros at the end for what is lost.
     """
     found = []
     for names_survive, zeros in ((False, False), (True, False), (True, True)):
@@ -34,10 +34,9 @@ def after_power_cut(before: Files, calls: Sequence[Call], root: str) -> list[dic
         for name, file in disk.items():
             if file is None:
                 state[name] = None
-            elif file.safe is not None and not (zeros and file.safe != bytes(file.now)):
-                state[name] = file.safe
             else:
-                state[name] = bytes(len(file.now)) if zeros else b""
+                safe = file.safe or b""
+                state[name] = safe + bytes(len(file.now) - len(safe)) if zeros else safe
         found.append(state)
     return found
 
