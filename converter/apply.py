@@ -177,8 +177,9 @@ class _Applied:
         if plan.target.stamp(plan.stamp) != plan.stamp:
             what = "somebody else has changed this folder in the meantime"
             raise errors.ConflictError(what, file=plan.target.label, hint="run the same command again")
-        if plan.stale:  # The next run has to know them, even if the manifest that names them has been replaced.
-            append(self.journal.path, [_mark_there(plan.target, name) for name in plan.stale])
+        # The next run has to know what is to go, even if the manifest that names it has been replaced.
+        stale = [_mark_there(plan.target, name) for name in plan.stale]
+        self.journal.begin([*stale, *(Mark.begun(step.name) for step in plan.steps if not step.kept)])
 
     @property
     def journal_path(self) -> Path | None:

@@ -129,7 +129,7 @@ class Comparison:
     def _is_marked(self, mark: Mark, there: Entry) -> bool:
         if mark.of == "source":
             return self._is_made_from(mark.name, mark.size, mark.sha256)
-        return has_content(self._target, there, Entry(mark.name, mark.size, mark.sha256))
+        return mark.of == "content" and has_content(self._target, there, Entry(mark.name, mark.size, mark.sha256))
 
     def _step(self, kind: Literal["convert", "restore", "prove", "copy"], one: Assignment) -> Step:
         size = one.entry.size

@@ -1,7 +1,7 @@
 """The journal of a run that fills a folder: one run at a time, and the next one knows what a killed one has written.
 
-It is a hidden file of the folder, locked while the run lasts. Before a file takes its name, a line says which, and how
-to know it again; the journal goes when the run has ended well. So a file that no manifest names yet is still known to
+It is a hidden file of the folder, locked while the run lasts. It says which files are to be written. Before one takes
+its name, a line says how to know it again. The journal goes when the run has ended well. So a file that no manifest names yet is still known to
 be df11's, even if the machine has lost its power since.
 """
 
@@ -20,17 +20,24 @@ from df11.storage.paths import read_file
 
 FILE_NAME: Final = ".df11-run"
 MAX_BYTES: Final = 64 << 20
+Of = Literal["content", "source", "begun"]
+_KINDS: Final[Mapping[bytes, Of]] = {b"content": "content", b"source": "source", b"begun": "begun"}
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A file that was about to take its name."""
+    """A file that was to be written, or was about to take its name."""
 
     name: str
     size: int
     sha256: str
-    of: Literal["content", "source"]
-    """What the SHA-256 is of: the file, or what it was made from, as the file itself says."""
+    of: Of
+    """What the SHA-256 is of: the file, or what it was made from, as the file itself says; or that it is not known."""
+
+    @classmethod
+    def begun(cls, name: str) -> Mark:
+        """The mark of a file that is to be written: there may be something temporary of it."""
+        return cls(name, 0, "-", "begun")
 
 
 def append(path: Path, marks: Iterable[Mark]) -> None:
@@ -56,12 +63,11 @@ def read(path: Path) -> Mapping[str, tuple[Mark, ...]]:
     found: dict[str, tuple[Mark, ...]] = {}
     for line in read_file(path, MAX_BYTES).split(b"\n")[:-1]:
         match line.split(b" "):
-            case [(b"content" | b"source") as of, size, sha256, quoted] if size.isdigit() and len(size) < 20:
+            case [of, size, sha256, quoted] if of in _KINDS and size.isdigit() and len(size) < 20:
                 name = os.fsdecode(unquote_to_bytes(quoted))
                 if {"", ".", ".."} & {*name.split("/")}:  # Whoever has written that, it was not df11.
                     continue
-                what: Literal["content", "source"] = "content" if of == b"content" else "source"
-                mark = Mark(name, int(size), sha256.decode("ascii", "replace"), what)
+                mark = Mark(name, int(size), sha256.decode("ascii", "replace"), _KINDS[of])
                 found[name] = (*found.get(name, ()), mark)
     return found
 
@@ -74,6 +80,7 @@ class Journal:
         self._file: IO[bytes] | None = None
         self._lock: Lock | None = None
         self._folder = -1
+        self._begun = 0
 
     @property
     def is_open(self) -> bool:
@@ -121,14 +128,20 @@ class Journal:
         file.close()  # The run that had it has ended between our open and our lock.
         return None
 
+    def begin(self, marks: Iterable[Mark]) -> None:
+        """Note what is to be written and removed. Call it once, after :meth:`open`."""
+        assert self._file is not None
+        is_new = os.fstat(self._file.fileno()).st_size == 0
+        append(self.path, marks)
+        self._begun = os.fstat(self._file.fileno()).st_size if is_new else 0
+
     def close(self, *, is_done: bool) -> None:
-        """End the run. The file goes if all is done, or if it has no lines."""
+        """End the run. The journal goes if all is done, or if nothing has taken its name."""
         if self._file is None:
             return
         try:
-            if (is_done or not os.fstat(self._file.fileno()).st_size) and has_name(
-                self._file, self.path.name, self._folder
-            ):
+            is_over = is_done or os.fstat(self._file.fileno()).st_size == self._begun
+            if is_over and has_name(self._file, self.path.name, self._folder):
                 os.unlink(self.path.name, dir_fd=self._folder)
         except OSError as error:
             raise errors.from_os_error(error, file=self.path) from None

@@ -95,7 +95,9 @@ class Campaign:
     def points(self) -> list[Call]:
         """The calls before which something may happen. Of many equal writes, the first, the second and the last."""
         found = []
-        for _, group in groupby(_changing(self.calls), lambda call: (call.kind, call.inode) if call.kind == "write" else call):
+        for _, group in groupby(
+            _changing(self.calls), lambda call: (call.kind, call.inode) if call.kind == "write" else call
+        ):
             calls = list(group)
             found += calls if len(calls) < 4 else [calls[0], calls[1], calls[-1]]
         return found
@@ -115,7 +117,8 @@ class Campaign:
             if call.kind in WRITING:
                 fault = Fault("fail on", call.number, errno.EROFS, WRITING)
                 yield lambda call=self_call, fault=fault: self.fail(call, fault)
-            yield lambda call=self_call: self.two_writers(call.number)
+            changed = self.newer is not None and call.number % 2 == 0
+            yield lambda call=self_call, changed=changed: self.two_writers(call.number, changed=changed)
             if self.newer is not None:
                 yield lambda call=self_call: self.change_source(call.number)
         yield lambda: self.kill(len(self.calls) + 1)
@@ -174,12 +177,14 @@ class Campaign:
             self._note(f"{what}, which it told nobody", differing)
         self._settle(what, state)
 
-    def two_writers(self, number: int) -> None:
-        """While one run waits, another does the same."""
-        what = self._named("two writers", number)
+    def two_writers(self, number: int, *, changed: bool = False) -> None:
+        """While one run waits, another does the same, or with another source."""
+        what = self._named("two writers, two sources" if changed else "two writers", number)
         self.world.set(self.before)
         first = self.world.machine.start(self.scenario.arguments, Fault("stop", number), broken=self.broken)
         ended = first.wait()
+        if changed and self.scenario.change is not None:
+            self.scenario.change(self.world)
         second = self._run()
         self._look(f"{what}, one of which waits", self.world.state())
         if ended is None:
@@ -187,6 +192,10 @@ class Campaign:
         self.tally.writers += 1
         for name, one in (("first", ended), ("second", second)):
             self._note(f"{what}, the {name}", oracle.bad_end(one, killed=False), one)
+        if changed:
+            self._look(what, self.world.state())
+            self._then_newer(what, ended)
+            return
         if 0 not in (ended.code, second.code):
             self._note(what, [f"neither ended well: {ended.output} {second.output}"])
         self._settle(what, self.world.state())
@@ -194,7 +203,6 @@ class Campaign:
     def change_source(self, number: int) -> None:
         """The source changes while a run is under way."""
         assert self.scenario.change is not None
-        assert self.newer is not None
         what = self._named("source changed", number)
         self.world.set(self.before)
         run = self.world.machine.start(self.scenario.arguments, Fault("stop", number), broken=self.broken)
@@ -205,11 +213,15 @@ class Campaign:
         self.tally.changes += 1
         self._note(what, oracle.bad_end(ended, killed=False), ended)
         self._look(what, self.world.state())
+        self._then_newer(what, ended)
+
+    def _then_newer(self, what: str, before: Ended) -> None:
+        # With the source as it is now, the same command ends as it always does with that source.
+        assert self.newer is not None
         again = self._run()
         self._note(f"{what}, then run again", oracle.bad_end(again, killed=False), again)
-        if again.code != 0 and ended.code == 0 and not self.scenario.is_kept:
-            return
-        self._expect(self.newer, f"{what}, then run again", again)
+        if again.code == 0 or before.code != 0 or self.scenario.is_kept:
+            self._expect(self.newer, f"{what}, then run again", again)
 
     def _settle(self, what: str, state: State) -> None:
         # The state is one that may be, and the same command leads to the end that it always has.

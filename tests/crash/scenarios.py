@@ -21,7 +21,7 @@ Change = Callable[["World"], None]
 SHARDS: Mapping[str, Mapping[str, int]] = {
     "old": {"a": 1, "b": 2, "gone": 3},
     "new": {"a": 11, "b": 2, "sub/c": 4},
-    "newer": {"a": 21, "b": 22, "sub/c": 4},
+    "newer": {"a": 21, "d": 22, "sub/c": 4},
 }
 """Versions of a model: the seeds of its shards."""
 THEIRS: Files = {"target/mine.txt": b"not df11's", "target/.mine.partial": b"mine, too", "target/sub/mine": b"and this"}
@@ -271,7 +271,9 @@ SCENARIOS = (
         ("restore", "source/a.df11", "target/a.safetensors", "--force", *ONE),
         _restore_file_again,
     ),
-    Scenario("restore a folder", ("restore", "source", "target", *ONE), _restore_folder, _newer_converted, is_kept=False),
+    Scenario(
+        "restore a folder", ("restore", "source", "target", *ONE), _restore_folder, _newer_converted, is_kept=False
+    ),
     Scenario("hub push", ("hub", "push", "source", "me/model", *ONE), _push, _newer_converted),
     Scenario("hub push: again", ("hub", "push", "source", "me/model", *ONE), _push_again, _newer_converted),
     Scenario("hub pull", ("hub", "pull", "lab/model", "target", *ONE), _pull, _newer_on_hub),

@@ -46,7 +46,10 @@ typedef struct {
     long number;
 } Call;
 
-static int below(const char *path) { return strncmp(path, root, strlen(root)) == 0; }
+static int below(const char *path) {
+    size_t size = strlen(root) - 1;
+    return strncmp(path, root, size) == 0 && (path[size] == '/' || !path[size]);
+}
 
 static void name_of(int file, char *out) {
     char link[64];

@@ -4,7 +4,6 @@ second. It is started with shim.c loaded, by machine.py; each line on its standa
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -25,6 +24,7 @@ from df11.__main__ import _run
 from df11.converter import apply, convert, pipeline, restore, scan, verify  # noqa: F401
 from df11.pipelines import canvas, card, cli, job, plots, prepare, report, run, transfer  # noqa: F401
 from df11.storage import client, download, hub, local  # noqa: F401
+from tests.crash.broken import DEFECTS
 
 PATIENCE = 60.0
 """Seconds a run may take."""
@@ -56,11 +56,8 @@ def be_the_command(request: dict[str, Any]) -> None:
     ctypes.CDLL(None).arm(
         request["root"].encode(), log, MODES.index(request["mode"]), ctypes.c_long(number), error, kinds
     )
-    with contextlib.suppress(BaseException):
-        if request["broken"]:
-            from tests.crash.broken import break_it
-
-            break_it(request["broken"])
+    if request["broken"]:
+        DEFECTS[request["broken"]]()
     code = _run(request["arguments"])
     sys.stdout.flush()
     sys.stderr.flush()
