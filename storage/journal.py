@@ -1,8 +1,8 @@
 """The journal of a run that fills a folder: one run at a time, and the next one knows what a killed one has written.
 
 It is a hidden file of the folder, locked while the run lasts. It says which files are to be written. Before one takes
-its name, a line says how to know it again. The journal goes when the run has ended well. So a file that no manifest names yet is still known to
-be df11's, even if the machine has lost its power since.
+its name, a line says how to know it again. The journal goes when the run has ended well. So a file that no manifest
+names yet is still known to be df11's, even if the machine has lost its power since.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Flip bits of a container, one at a time: whatever is decoded from it stays the same, or ``verify`` says that it differs."""
+"""Flip bits of a container, one at a time: what is decoded stays the same, or ``verify`` says that it differs."""
 
 from __future__ import annotations
 

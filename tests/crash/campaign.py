@@ -14,7 +14,7 @@ from itertools import groupby
 
 from tests.crash import oracle
 from tests.crash.disk import after_power_cut
-from tests.crash.machine import FILLING, WRITING, Call, Ended, Fault
+from tests.crash.machine import FILLING, NONE, WRITING, Call, Ended, Fault
 from tests.crash.scenarios import Scenario, State, World
 
 ERRORS: Mapping[str, tuple[int, ...]] = {
@@ -87,7 +87,8 @@ class Campaign:
         if self.scenario.change is not None:
             self.world.set(self.before)
             self.scenario.change(self.world)
-            assert (ended := self._run()).code == 0, ended
+            ended = self._run()
+            assert ended.code == 0, ended
             self.newer = self.world.state()
             self.results.append(self.newer)
 
@@ -123,7 +124,7 @@ class Campaign:
                 yield lambda call=self_call: self.change_source(call.number)
         yield lambda: self.kill(len(self.calls) + 1)
 
-    def _run(self, fault: Fault = Fault()) -> Ended:
+    def _run(self, fault: Fault = NONE) -> Ended:
         self.tally.runs += 1
         return self.world.machine.run(self.scenario.arguments, fault, broken=self.broken)
 

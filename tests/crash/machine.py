@@ -31,6 +31,9 @@ class Fault:
     kinds: tuple[str, ...] = ()
 
 
+NONE = Fault()
+
+
 @dataclass(frozen=True)
 class Call:
     """A call that was done, or failed."""
@@ -125,7 +128,7 @@ class Machine:
         assert isinstance(answer, dict)
         return answer
 
-    def start(self, arguments: Sequence[str], fault: Fault = Fault(), *, broken: str = "") -> Run:
+    def start(self, arguments: Sequence[str], fault: Fault = NONE, *, broken: str = "") -> Run:
         """Start a command; ``broken``: a defect of tests/crash/broken.py to put into it."""
         self._runs += 1
         name = self.folder / f"run-{self._runs % 4}"
@@ -144,7 +147,7 @@ class Machine:
         )
         return Run(self, answer["process"], name)
 
-    def run(self, arguments: Sequence[str], fault: Fault = Fault(), *, broken: str = "") -> Ended:
+    def run(self, arguments: Sequence[str], fault: Fault = NONE, *, broken: str = "") -> Ended:
         """Run a command to its end."""
         ended = self.start(arguments, fault, broken=broken).wait()
         assert ended is not None
@@ -184,7 +187,7 @@ def snapshot(root: Path) -> dict[str, bytes | None]:
     found: dict[str, bytes | None] = {}
     for folder, folders, files in os.walk(root):
         for name in folders:
-            found[os.path.relpath(os.path.join(folder, name), root)] = None
+            found[str(Path(folder, name).relative_to(root))] = None
         for name in files:
             path = Path(folder, name)
             found[str(path.relative_to(root))] = path.read_bytes()
