@@ -9,7 +9,16 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Literal
 
 from df11.converter.batches import list_tensors
-from df11.converter.files import DF11, Action, Assignment, container_name, index_names, shard_name, with_attributes
+from df11.converter.files import (
+    DF11,
+    Action,
+    Assignment,
+    container_name,
+    index_names,
+    is_shard,
+    shard_name,
+    with_attributes,
+)
 from df11.converter.index import rewrite_index
 from df11.converter.manifest import FILE_NAME, Cast, FileRow, Manifest, TensorRow
 from df11.converter.pipeline import least_memory
@@ -101,8 +110,10 @@ class Comparison:
         Nothing else, whatever a manifest names: a forged one must not remove other files.
         """
         known = {**self._files, **self._begun, **self._others}
-        containers = [name for name in known if name.endswith(DF11)]
-        names = [*containers, *(name for name in index_names(known) if DF11 in name)]
+        shards = [name for name in known if name.endswith(DF11)]
+        if self._action == "restore":  # Of what is finished nothing is known: it is the user's.
+            shards += [name for name in self._begun if is_shard(name)]
+        names = [*shards, *(name for name in index_names(known) if DF11 in name)]
         return [name for name in names if name in self.held and self._is_ours(name, self.held[name])]
 
     def _is_ours(self, name: str, there: Entry) -> bool:

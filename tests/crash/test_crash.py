@@ -16,7 +16,7 @@ from tests.crash.machine import Call, Fault, lay_out, snapshot
 from tests.crash.scenarios import SCENARIOS, World
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
-CHECKS = 6
+CHECKS = 4
 """Per command, at other points in each process that runs the tests, but the same ones every time."""
 
 

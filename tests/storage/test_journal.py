@@ -67,7 +67,7 @@ def test_torn_lines_are_skipped(tmp_path: Path) -> None:
     journal = opened(tmp_path)
     append(journal.path, MARKS[:1])
     whole = journal.path.read_bytes()
-    for torn in (b"\0\0\0", b"content 5 abc", b"content x y z\n", b"else 5 ab x\n", b"content 1\n", b"\xff" * 9 + b"\n"):
+    for torn in (b"\0\0\0", b"content 5 abc", b"content x y z\n", b"x 5 ab x\n", b"content 1\n", b"\xff" * 9 + b"\n"):
         journal.path.write_bytes(whole + torn)
         append(journal.path, MARKS[1:2])
         assert read(journal.path) == {mark.name: (mark,) for mark in MARKS[:2]}
