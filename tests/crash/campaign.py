@@ -74,6 +74,7 @@ class Campaign:
         ended = self._run()
         assert ended.code == 0, ended
         self.calls = ended.calls
+        self.tally.points += len(self.points)
         self.result = self.world.state()
         self.results = [self.result]
         left = [

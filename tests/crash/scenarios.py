@@ -51,6 +51,8 @@ class World:
 
     machine: Machine
     hub: HubServer
+    known: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Versions of the model that have been converted."""
 
     @property
     def root(self) -> Path:
@@ -77,13 +79,15 @@ class World:
 
     def converted(self, version: str) -> dict[str, bytes]:
         """A version of the model, converted by a run that nothing disturbs."""
+        if version in self.known:
+            return self.known[version]
         before = snapshot(self.root)
         lay_out(self.root, placed("source", model(version)) | {"work": None})
         ended = self.machine.run(["convert", "source", "target", "--threads", "1"])
         assert ended.code == 0, ended
-        found = {name: data for name, data in snapshot(self.root / "target").items() if data is not None}
+        self.known[version] = {name: data for name, data in snapshot(self.root / "target").items() if data is not None}
         lay_out(self.root, before)
-        return found
+        return self.known[version]
 
     def state(self) -> State:
         """All that is there now."""

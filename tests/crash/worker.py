@@ -4,7 +4,9 @@ second. It is started with shim.c loaded, by machine.py; each line on its standa
 
 from __future__ import annotations
 
+import _strptime  # noqa: F401
 import ctypes
+import encodings.idna  # noqa: F401
 import json
 import os
 import signal
@@ -16,6 +18,10 @@ import time
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.lfs
+import huggingface_hub.repocard
+import jinja2
+import markupsafe  # noqa: F401
 import pyarrow.parquet  # noqa: F401
 from huggingface_hub import file_download, hf_api  # noqa: F401
 from huggingface_hub.utils import _http
@@ -39,6 +45,7 @@ def prepare_process() -> None:
     _http.time = type("Impatient", (), {**vars(time), "sleep": staticmethod(lambda _: None)})  # type: ignore[assignment]
     run.draw_plots = lambda _manifest: {plots.path(name): name.encode() for name in plots.NAMES}  # type: ignore[assignment]
     huggingface_hub.HfApi()
+    jinja2.Environment(autoescape=True).from_string("{{ a }}").render(a=1)
     tempfile.gettempdir()  # Python tries out where it may write.
 
 
