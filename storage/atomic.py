@@ -159,8 +159,9 @@ def check_platform() -> None:
 class Lock:
     """An exclusive lock on a file, across all processes, until it is closed.
 
-    The open file itself is locked. Some network file systems have no such locks. There, a file beside it, which only
-    one process can create, stands in for the lock. Raises BlockingIOError if another process holds it.
+    The open file itself is locked. Some network file systems have no such locks. There, a link beside it, which only
+    one process can create, stands in for the lock. It leads nowhere: its text says who holds the lock, from the moment
+    it exists. Raises BlockingIOError if another process holds it.
     """
 
     def __init__(self, file: int | IO[bytes], path: Path) -> None:
@@ -181,8 +182,7 @@ class Lock:
         mine = f"{os.uname().nodename} {os.getpid()}"
         while True:
             try:
-                with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o600), "w") as file:
-                    file.write(mine)
+                os.symlink(mine, beside)
                 return
             except FileExistsError:
                 if not _remove_abandoned(beside):
@@ -197,15 +197,15 @@ class Lock:
 
 
 def _remove_abandoned(beside: Path) -> bool:
-    # Remove the file that stands in for a lock if its process ran on this machine and is gone.
+    # Remove the link that stands in for a lock if its process ran on this machine and is gone.
     try:
-        text = beside.read_text()
+        text = os.readlink(beside)
         host, _, process = text.partition(" ")
         if host != os.uname().nodename or not process.isdecimal():
             return False
         os.kill(int(process), 0)
     except FileNotFoundError:
-        return not beside.is_symlink()
+        return True
     except ProcessLookupError:
         return _remove_guarded(beside, text, int(process))
     except (OSError, ValueError, OverflowError):
@@ -221,9 +221,9 @@ def _remove_guarded(beside: Path, text: str, process: int) -> bool:
     except FileExistsError:
         return False
     try:
-        if beside.read_text() == text:
+        if os.readlink(beside) == text:
             beside.unlink()
-    except FileNotFoundError:
+    except OSError:  # Another process has removed it, or put something else there.
         pass
     finally:
         guard.unlink()
@@ -242,7 +242,7 @@ def remove_abandoned(path: Path, root: Path | None) -> None:
     """Remove what a killed run has left for ``path``, unless another process holds it."""
     for kind in ("partial", "download"):
         left = temporary_path(path, kind)
-        if not os.path.lexists(left):
+        if not os.path.lexists(left) and not os.path.lexists(f"{left}{LOCK_SUFFIX}"):
             continue
         with contextlib.suppress(OSError, errors.Df11Error):  # Somebody else's, or in use: not this run's concern.
             folder = open_folder(left.parent, root)

@@ -378,6 +378,8 @@ def _locked(folder: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 os.unlink(path.name, dir_fd=place)
+            stack.close()
+            with suppress(OSError):  # Another job may have it by now.
                 folder.rmdir()
 
 
