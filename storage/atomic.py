@@ -234,7 +234,7 @@ def held_elsewhere(what: str, path: Path, error: BlockingIOError) -> errors.Conf
     """The error for a lock that another process holds."""
     hint = "wait for it to end"
     if error.strerror is not None and error.filename is None and LOCK_SUFFIX in error.strerror:
-        hint += f"; {error.strerror}: if no df11 is running, remove that file"
+        hint += f"; {error.strerror}: if no df11 is running, remove it"
     return errors.ConflictError(what, file=path, hint=hint)
 
 
