@@ -99,7 +99,15 @@ _LINES = (
     *('source = "\\u0000"', 'source = "~nobody-at-all/x"', 'memory = "1e400GB"', 'memory = "-1"', "threads = true"),
     *("threads = 9223372036854775808", 'disk = "99999999999999999999TiB"', 'work = "$HOME/${X}"', "include = [1]"),
     *("a.b.c = 1979-05-27T07:32:00Z", "x = 0x7f", "x = inf", "x = 1_000", "x = '''\n'''", "x = {a = [{b = 1}]}"),
-    *("language = []", "results = '\\'", "private = 1", 'cast = "fp8"', '"" = 1', "'\u202e' = 1", 'revision = "a\u2028b"'),
+    *(
+        "language = []",
+        "results = '\\'",
+        "private = 1",
+        'cast = "fp8"',
+        '"" = 1',
+        "'\u202e' = 1",
+        'revision = "a\u2028b"',
+    ),
 )
 
 

@@ -85,7 +85,23 @@ def edit_text(data: bytes, random: Random) -> bytes:
         return edit_bytes(data, random)
     text = bytearray(data)
     at = random.randrange(len(text) + 1)
-    pieces = (b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\\u0061", b"\\ud800", b" ", b"\n", b"-0", b"1e5", b"NaN")
+    pieces = (
+        b'"',
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b"\\",
+        b"\\u0061",
+        b"\\ud800",
+        b" ",
+        b"\n",
+        b"-0",
+        b"1e5",
+        b"NaN",
+    )
     pieces += (b"\xff", b"\xef\xbb\xbf", b"\0", b"#", b"=", b"'''", b"[" * 200, b'{"a":' * 130, b"1" * 5000)
     text[at : at + random.choice((0, 0, 1, 4))] = random.choice(pieces)
     return bytes(text)

@@ -129,7 +129,9 @@ def _resized(record: bytearray, at: int, entry: dict[str, Any], random: Random) 
         case 1:
             del segment[where : where + random.choice((16, 16, 32, 256))]
         case _:
-            segment = bytearray(new_segment(random, entry["element_count"] if entry["element_count"] < 2000 else None)[0])
+            segment = bytearray(
+                new_segment(random, entry["element_count"] if entry["element_count"] < 2000 else None)[0]
+            )
     if len(segment) < SEGMENT.size:
         return bytes(record)
     offset = next(offset for offset, _, name in SEGMENT.table() if name == "segment_size")
