@@ -302,8 +302,8 @@ class _Reader:
                 yield self._check_row(dict(zip(names, values, strict=True)), cast)
 
     def _fits(self, lists: Any) -> bool:
-        # Before Python's objects are made of the items: a row of the shape or of the counts has few, and of checksums, no
-        # compression makes many small, unless they are equal.
+        # Before they become Python's objects. Counts are the most that a row has, but for checksums, which no
+        # compression makes smaller, unless they are equal.
         return len(lists.flatten()) <= _BATCH * 256 + self._size // 8
 
     def _check_row(self, value: dict[str, Any], cast: str | None) -> TensorRow:

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from df11.formats import errors
-
 MAGIC: Final = b"PAR1"
 FEW_VALUES: Final = 4 << 20
 """Values that the pages of any file may have; a large one may have more."""
@@ -28,7 +26,10 @@ BYTES_PER_CHUNK: Final = 50
 _MOST_DEPTH: Final = 20
 
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
-_DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_2 = 0, 2, 3
+_DICTIONARY_PAGE: Final = 2
+_DATA_PAGE_2: Final = 8
+_HEADERS: Final = {0: 5, _DICTIONARY_PAGE: 7, 3: _DATA_PAGE_2}
+"""Types of pages: where their own header is."""
 _ENCODINGS: Final = frozenset({0, 2, 3, 4, 8})
 """PLAIN, PLAIN_DICTIONARY, RLE, BIT_PACKED, RLE_DICTIONARY: in others, a value can be longer than its bytes, or a page
 has a count of its own."""
@@ -73,7 +74,7 @@ class DamageError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """``file``: the same pages and a new footer, for Arrow. ``decoded_bytes``: of all pages, not compressed but encoded."""
+    """``file``: the same pages and a new footer, for Arrow. ``decoded_bytes``: of all pages, as they are encoded."""
 
     file: bytes
     rows: int
@@ -123,11 +124,11 @@ def _check_chunk(data: bytes, end_of_pages: int, chunk: Any) -> tuple[int, int]:
     while place < end:
         reader = _Reader(data, place, end)
         page = reader.struct(_PAGE)
-        kind, size, stored = page.get(1), _size(page, 2), _size(page, 3)
-        member = {_DATA_PAGE: 5, _DICTIONARY_PAGE: 7, _DATA_PAGE_2: 8}.get(kind)
-        if member is None or member not in page:
+        kind, size, stored = _size(page, 1), _size(page, 2), _size(page, 3)
+        member = _HEADERS.get(kind, 0)
+        if member not in page:
             raise DamageError("a page of an unknown type", found=kind)
-        count, encoding = _size(page[member], 1), page[member].get(4 if member == 8 else 2)
+        count, encoding = _size(page[member], 1), page[member].get(4 if member == _DATA_PAGE_2 else 2)
         if encoding not in _ENCODINGS:
             raise DamageError("a page in an encoding that is not read", "plain or dictionary", encoding)
         values, decoded = values + count, decoded + size
@@ -238,7 +239,7 @@ class _Reader:
 
 
 def _footer(footer: Mapping[int, Any], data: bytes) -> bytes:
-    # What Arrow needs of a footer, in the order of the members. A schema has no lists, so Arrow reads what was read here.
+    # What Arrow needs. It ignores the type of a list's items, so it could read lists in another way; a schema has none.
     schema = [data[start:end] for start, end in (element[_RAW] for element in footer[2])]
     groups = [_group(group) for group in footer[4]]
     members = (

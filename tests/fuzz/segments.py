@@ -139,11 +139,11 @@ def _resized(record: bytearray, at: int, entry: dict[str, Any], random: Random) 
     entry["segment_size"] = len(segment)
     record[start : start + size] = segment
     record[at : at + ENTRY.size] = ENTRY.pack(**entry)
-    for later in range(at + ENTRY.size, HEADER.size + ENTRY.size * HEADER.unpack(record)["segment_count"], ENTRY.size):
-        if later + ENTRY.size <= len(record):
-            moved: dict[str, Any] = ENTRY.unpack(record, later)
-            moved["segment_offset"] = max(moved["segment_offset"] + len(segment) - size, 0)
-            record[later : later + ENTRY.size] = ENTRY.pack(**moved)
+    end = min(HEADER.size + ENTRY.size * HEADER.unpack(record)["segment_count"], len(record) - ENTRY.size + 1)
+    for later in range(at + ENTRY.size, end, ENTRY.size):
+        moved: dict[str, Any] = ENTRY.unpack(record, later)
+        moved["segment_offset"] = max(moved["segment_offset"] + len(segment) - size, 0) % (1 << 64)
+        record[later : later + ENTRY.size] = ENTRY.pack(**moved)
     record[16:24] = len(record).to_bytes(8, "little")
     return bytes(record)
 
