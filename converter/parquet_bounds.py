@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 MAGIC: Final = b"PAR1"
-FEW_VALUES: Final = 4 << 20
+FEW_VALUES: Final = 2 << 20
 """Values that the pages of any file may have; a large one may have more."""
 VALUES_PER_BYTE: Final = 4
-"""A row has about 270 values, most of them counts, in 60 bytes or more: its checksums, counts and entropy."""
+"""A row has about 270 values, most of them counts, in about 90 bytes."""
 BYTES_PER_VALUE: Final = 8
 """Of what the pages unfold to before they are decoded."""
 FEW_CHUNKS: Final = 1000
@@ -157,6 +157,7 @@ class _Reader:
 
     def __init__(self, data: bytes, place: int, end: int) -> None:
         self._data, self.place, self._end = data, place, end
+        self._items_left = 10 * (FEW_CHUNKS + len(data) // BYTES_PER_CHUNK)
 
     def struct(self, shape: _Shape, depth: int = 0) -> dict[int, Any]:
         """The members of a structure that ``shape`` names."""
@@ -197,6 +198,10 @@ class _Reader:
         wanted = _STRUCT if isinstance(inner, dict) else inner
         if count > self._end - self.place or depth > _MOST_DEPTH or wanted not in (None, kind):
             raise DamageError("a list that is damaged", found=count)
+        if wanted is not None:  # A byte of the file becomes hundreds in memory.
+            self._items_left -= count
+            if self._items_left < 0:
+                raise DamageError("too many columns or row groups")
         items = []
         for _ in range(count):  # In a list, true and false take a byte.
             item = self._byte() if kind in (_TRUE, _FALSE) else self._value(kind, inner if wanted else None, depth)

@@ -318,7 +318,7 @@ def _golden() -> list[bytes]:
 
 
 def _records() -> list[bytes]:
-    return [new_record(Random(seed)) for seed in range(12)]
+    return [new_record(Random(seed)) for seed in range(30)]
 
 
 def _sources() -> list[bytes]:

@@ -41,16 +41,16 @@ def read_manifest(data: bytes) -> None:
 
 def read_document(data: bytes) -> None:
     """The same for a JSON document, in a file whose rows are sound."""
-    footer = copy.deepcopy(_footer(_seeds()[0]))
+    footer = copy.deepcopy(footer_of(seeds()[0]))
     put(get(footer, 5).items[0], 2, data)
-    read_manifest(_with_footer(_body(_seeds()[0]), footer))
+    read_manifest(with_footer(body_of(seeds()[0]), footer))
 
 
 # A file taken apart.
 
 
 @dataclass
-class _Page:
+class Page:
     header: list[Field]
     body: bytes
 
@@ -73,7 +73,7 @@ class _Page:
             self.body = values
 
 
-def _footer(data: bytes) -> list[Field]:
+def footer_of(data: bytes) -> list[Field]:
     return thrift.Reader(data, _start_of_footer(data)).struct()
 
 
@@ -81,16 +81,16 @@ def _start_of_footer(data: bytes) -> int:
     return len(data) - 8 - int.from_bytes(data[-8:-4], "little")
 
 
-def _body(data: bytes) -> bytes:
+def body_of(data: bytes) -> bytes:
     return data[: _start_of_footer(data)]
 
 
-def _with_footer(body: bytes, footer: list[Field]) -> bytes:
+def with_footer(body: bytes, footer: list[Field]) -> bytes:
     written = thrift.struct(footer)
     return body + written + len(written).to_bytes(4, "little") + b"PAR1"
 
 
-def _chunks(footer: list[Field]) -> list[list[Field]]:
+def chunks(footer: list[Field]) -> list[list[Field]]:
     return [get(chunk, 3) for group in get(footer, 4).items for chunk in get(group, 1).items]
 
 
@@ -98,21 +98,21 @@ def _start(chunk: list[Field]) -> int:
     return get(chunk, 11) or get(chunk, 9)
 
 
-def _pages(data: bytes, chunk: list[Field]) -> list[_Page]:
+def pages_of(data: bytes, chunk: list[Field]) -> list[Page]:
     pages, at = [], _start(chunk)
     end = at + get(chunk, 7)
     while at < end:
         reader = thrift.Reader(data, at)
         header = reader.struct()
-        pages.append(_Page(header, reader.taken(get(header, 3))))
+        pages.append(Page(header, reader.taken(get(header, 3))))
         at = reader.place
     return pages
 
 
-def _rebuilt(footer: list[Field], pages: list[list[_Page]]) -> bytes:
+def rebuilt(footer: list[Field], pages: list[list[Page]]) -> bytes:
     # Pages one after another; offsets, sizes and checksums as they must be.
     body = b"PAR1"
-    for chunk, inside in zip(_chunks(footer), pages, strict=True):
+    for chunk, inside in zip(chunks(footer), pages, strict=True):
         start, raw = len(body), 0
         for page in inside:
             put(page.header, 3, len(page.body))
@@ -129,7 +129,7 @@ def _rebuilt(footer: list[Field], pages: list[list[_Page]]) -> bytes:
         put(chunk, 6, raw)
         if len(inside) > 1:
             put(chunk, 9, start + len(thrift.struct(inside[0].header)) + len(inside[0].body))
-    return _with_footer(body, footer)
+    return with_footer(body, footer)
 
 
 # Edits.
@@ -146,17 +146,17 @@ def edit_manifest(data: bytes, random: Random) -> bytes:
 
 
 def _edit(data: bytes, random: Random) -> bytes:
-    footer, kind = _footer(data), random.randrange(10)
+    footer, kind = footer_of(data), random.randrange(10)
     if kind == 0:
         return edit_bytes(data, random)
     if kind <= 3:
         _edit_struct(footer, random)
-        return _with_footer(_body(data), footer)
+        return with_footer(body_of(data), footer)
     if kind == 4:
         item = get(footer, 5).items[0]
         put(item, 2, json_text(edit_json(json.loads(get(item, 2)), random), random))
-        return _with_footer(_body(data), footer)
-    pages = [_pages(data, chunk) for chunk in _chunks(footer)]
+        return with_footer(body_of(data), footer)
+    pages = [pages_of(data, chunk) for chunk in chunks(footer)]
     which = random.randrange(len(pages))
     page = random.choice(pages[which])
     if kind == 5:
@@ -166,20 +166,20 @@ def _edit(data: bytes, random: Random) -> bytes:
     elif kind == 7:  # A few bytes stand for many values.
         count = random.choice((1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 27, (1 << 31) - 1))
         levels, width = random.choice((0, 1, 2)), random.choice((1, 1, 2, 4))
-        run = _run(count, random.choice((0, 1, 1, 2, 3)), width)
-        page.set_values(run * levels + random.choice((page.values(), b"\1" + _run(count, 0, 1)[4:], bytes(64))))
+        run = run_of(count, random.choice((0, 1, 1, 2, 3)), width)
+        page.set_values(run * levels + random.choice((page.values(), b"\1" + run_of(count, 0, 1)[4:], bytes(64))))
         path = _NUM_VALUES.get(get(page.header, 1), (5, 1))
         put(get(page.header, path[0]), path[1], count)
         if random.random() < 0.7:
-            put(_chunks(footer)[which], 5, count)
+            put(chunks(footer)[which], 5, count)
     elif kind == 8:  # Many zeros, in few bytes.
         page.set_values(page.values() + bytes(random.choice((1 << 10, 1 << 20, 1 << 24))))
     else:
         pages[which] = random.choice(pages)[: random.choice((1, 2))] * random.choice((1, 2, 5))
-    return _rebuilt(footer, pages)
+    return rebuilt(footer, pages)
 
 
-def _run(count: int, value: int, width: int) -> bytes:
+def run_of(count: int, value: int, width: int) -> bytes:
     # Levels of one value, with the size before them.
     run = thrift._unsigned(count << 1) + value.to_bytes(width, "little")
     return len(run).to_bytes(4, "little") + run
@@ -226,7 +226,7 @@ def edit_document(data: bytes, random: Random) -> bytes:
 
 
 @functools.cache
-def _seeds() -> list[bytes]:
+def seeds() -> list[bytes]:
     rows = [
         manifests.tensor("a.df11", "model.up.weight", (512, 256)),
         manifests.tensor("a.df11", "norm", (64,), exact=True),
@@ -255,8 +255,8 @@ def _by_another_writer(file: pq.ParquetFile, *, row_group_size: int | None = Non
 
 
 def _documents() -> list[bytes]:
-    return [get(get(_footer(_seeds()[0]), 5).items[0], 2)]
+    return [get(get(footer_of(seeds()[0]), 5).items[0], 2)]
 
 
-MANIFEST = Target("manifest", _seeds, edit_manifest, read_manifest, 64 << 10)
+MANIFEST = Target("manifest", seeds, edit_manifest, read_manifest, 64 << 10)
 DOCUMENT = Target("manifest-document", _documents, edit_document, read_document, 16 << 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -86,6 +87,8 @@ def _check_message(error: errors.Df11Error) -> None:
 
 def _start_of_peak() -> int:
     # Bytes that this process takes, from which on the peak is measured; zero where that cannot be done.
+    if "pyarrow" in sys.modules:  # What Arrow keeps for later would hide what it takes.
+        sys.modules["pyarrow"].default_memory_pool().release_unused()
     try:
         _CLEAR.write_text("5")
     except OSError:

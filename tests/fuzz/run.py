@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from tests.fuzz.tally import CURRENT, keep
 OUT = CORPUS.parents[2] / "build" / "reliability"
 PATIENCE = 120
 """Seconds that a process may take beyond its time: an input has 60, and compilers take some."""
+MEMORY = {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""What is freed goes back to the system; otherwise only the first input that takes much would be seen."""
 ROW = "{:18} {:>9} {:>9} {:>6} {:>7} {:>9} {:>11}"
 
 
@@ -33,7 +36,7 @@ def fuzz(name: str, seconds: float) -> dict[str, Any]:
     with (folder / "log").open("wb") as log:
         try:
             status: int | str = subprocess.run(
-                command, stdout=log, stderr=log, timeout=seconds + PATIENCE, check=False
+                command, env=os.environ | MEMORY, stdout=log, stderr=log, timeout=seconds + PATIENCE, check=False
             ).returncode
         except subprocess.TimeoutExpired:
             status = "no end"
@@ -68,7 +71,9 @@ def main() -> int:
     (OUT / "fuzz.json").write_text(json.dumps({"seconds": options.seconds, "targets": results}, indent=1) + "\n")
     for result in results:
         for path, what in result["failures"].items():
-            show(f"\n{result['target']}: {what}\n  again: python -m tests.fuzz.replay {result['target']} {path}")
+            show(f"\n{result['target']}: {what}")
+            if path.startswith("tests"):
+                show(f"  again: python -m tests.fuzz.replay {result['target']} {path}")
     return int(any(result["failures"] for result in results))
 
 

@@ -14,7 +14,7 @@ from tests.support import strategies
 from tests.vectors import forge
 
 HEADER, ENTRY, SEGMENT = layout.RECORD_HEADER, layout.DIRECTORY_ENTRY, layout.SEGMENT_HEADER
-_SIZES = (1, 2, 3, 8, 9, 255, 256, 257, 513, 1000)
+_SIZES = (1, 2, 3, 8, 9, 255, 256, 257, *(513, 1000, 1500, 2000, 3000) * 3)  # Few weights are seldom worth a code.
 
 
 def new_segment(random: Random, count: int | None = None) -> tuple[bytes, list[int]]:
@@ -26,7 +26,11 @@ def new_segment(random: Random, count: int | None = None) -> tuple[bytes, list[i
         return forge.raw_segment(weights), weights
     exponents = [forge.exponent(weight) for weight in weights]
     pairs = list(zip(exponents[::2], exponents[1::2], strict=False)) or [(exponents[0], exponents[0])]
-    symbols = list(dict.fromkeys(forge.symbol(*pair) for pair in random.sample(pairs, min(len(pairs), 40))))
+    symbols = list(
+        dict.fromkeys(
+            forge.symbol(*pair) for pair in random.sample(pairs, min(len(pairs), random.choice((1, 2, 3, 8, 13, 40))))
+        )
+    )
     kind = forge.staircase if len(symbols) in range(2, 14) and random.random() < 0.5 else forge.balanced
     coded = forge.coded_segment(weights, kind(symbols), lane_bytes=2, pad=random.choice((0, 0, 255)))
     if len(coded) > layout.raw_segment_size(count):
