@@ -3,6 +3,8 @@
 # make test         all of it: what CI runs; make test-FOLDER: one folder
 # make fuzz         hostile inputs for FUZZ_SECONDS (60) in all, guided by coverage; make fuzz-long: for FUZZ_HOURS (8)
 # make docs         the documentation as a site, build/docs; warnings and broken links are errors
+# make crash        every command killed, cut off and disturbed at every point: half an hour
+# make reliability  the same, make fuzz, and the table of docs/reliability.md
 # make lock         take today's releases into requirements/; nothing else changes what is installed
 # make test-newest  the tests with today's releases, make test-oldest with the oldest that pyproject.toml allows
 ROOMS := formats storage converter pipelines runtime
@@ -32,8 +34,8 @@ PACKAGE := $(wildcard pyproject.toml setup.py build_backend.py $(addsuffix /*.*,
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: setup test-setup demo style check quality test suite fuzz fuzz-long docs lock bench bench-compare docs-demo \
-	gpu-check gpu-bench gpu-omnigen2 vectors clean $(addprefix test-,$(ROOMS) newest oldest)
+.PHONY: setup test-setup demo style check quality test suite docs fuzz fuzz-long crash reliability lock bench \
+	bench-compare docs-demo gpu-check gpu-bench gpu-omnigen2 vectors clean $(addprefix test-,$(ROOMS) newest oldest)
 
 setup: $(VENV)/.ready
 
@@ -97,6 +99,15 @@ suite: test-setup $(OLDEST_HUB)/.ready
 $(OLDEST_HUB)/.ready: requirements/oldest.txt $(VENV)/.locked
 	($(foreach name,huggingface-hub httpx httpcore,$(call pick,$(name),$<);)) | $(INSTALL) --upgrade --target $(OLDEST_HUB) -r /dev/stdin
 	touch $@
+
+crash: test-setup
+	$(BIN)/python -m tests.crash
+
+# What was tried is of interest even if something was found.
+reliability: test-setup
+	$(if $(wildcard tests/fuzz),-$(MAKE) fuzz)
+	-$(MAKE) crash
+	$(BIN)/python -m benchmarks.reliability
 
 $(UV): Makefile
 	$(PYTHON) -m venv build/uv

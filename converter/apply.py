@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -21,9 +21,11 @@ from df11.converter.settings import Settings
 from df11.converter.source import Progress, ignore
 from df11.converter.work import Done, Task
 from df11.formats import errors
+from df11.formats.container import Container
 from df11.storage.atomic import ANY_MODE
 from df11.storage.entry import Entry
-from df11.storage.store import Put, has_content
+from df11.storage.journal import Mark, append
+from df11.storage.store import Put, Store, has_content
 
 SMALL: Final = 1 << 20
 """Files up to this size are read into memory and go to a repository with the last commit. Each larger one is a task."""
@@ -94,14 +96,15 @@ def apply_plan(
     if engine is None:
         is_room = delivery.disk is None or two <= delivery.disk
         engine = Overlapping(ahead=is_room) if two else InTurn()
-    with plan.target.staging(delivery.work or Path(), one) as staging:
+    with applied.alone(), plan.target.staging(delivery.work or Path(), one) as staging:
         folders = [None if staging is None else staging / f"{number:05}" for number in range(len(steps))]
+        if steps or not plan.held:
+            applied.begin()
+            delivery.start()
         tasks = [
-            Task.of(plan, step, folder, settings, download=delivery.download)
+            Task.of(plan, step, folder, settings, download=delivery.download, journal=applied.journal_path)
             for step, folder in zip(steps, folders, strict=True)
         ]
-        if tasks or not plan.held:
-            delivery.start()
         with closing(engine.run(tasks, progress)) as results:
             try:
                 for _, done in results:
@@ -110,7 +113,7 @@ def apply_plan(
                 applied.commit_waiting()  # These have been sent, and should not be sent again.
                 raise
         applied.commit_waiting()
-    return applied.finish()
+        return applied.finish()
 
 
 def _check_room(plan: Plan) -> None:
@@ -142,15 +145,46 @@ class _Applied:
     progress: Progress
     done: list[Done] = field(default_factory=list)
     waiting: list[Done] = field(default_factory=list)
+    is_done: bool = False
 
     def __post_init__(self) -> None:
         plan = self.plan
+        self.journal = None if plan.source.is_file else plan.target.journal()
         # A copy of a repository has the manifest among its files.
         is_made = plan.action == "convert" or (plan.action == "copy" and plan.target.versioned)
         self.has_manifest = is_made and not plan.source.is_file
         self.order = [step.name for step in plan.steps if step.name.endswith(DF11)]
         # What is still to be replaced or removed is named until that has been done: the next run must know it.
         self.manifest = dataclasses.replace(plan.manifest, origin=plan.origin, cast=plan.options.cast, tool=TOOL)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While this run writes to a folder, no other one does."""
+        try:
+            if self.journal is not None and self.journal.is_there:
+                self.begin()
+            yield
+        finally:
+            if self.journal is not None:
+                self.journal.close(is_done=self.is_done)
+
+    def begin(self) -> None:
+        """From now on the target changes. Raises ConflictError if it is another one than was planned for."""
+        plan = self.plan
+        if self.journal is None or self.journal.is_open:
+            return
+        self.journal.open()
+        if plan.target.stamp(plan.stamp) != plan.stamp:
+            what = "somebody else has changed this folder in the meantime"
+            raise errors.ConflictError(what, file=plan.target.label, hint="run the same command again")
+        # The next run has to know what is to go, even if the manifest that names it has been replaced.
+        stale = [_mark_there(plan.target, name) for name in plan.stale]
+        self.journal.begin([*stale, *(Mark.begun(step.name) for step in plan.steps if not step.kept)])
+
+    @property
+    def journal_path(self) -> Path | None:
+        """Where tasks note which file is about to take its name."""
+        return None if self.journal is None else self.journal.path
 
     def is_small(self, step: Step) -> bool:
         """Whether a file comes with the last of several commits."""
@@ -189,6 +223,10 @@ class _Applied:
         self._commit(puts, (), names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more")
 
     def _commit(self, puts: Sequence[Put], removed: Sequence[str], what: str) -> None:
+        if self.journal is not None:
+            self.begin()
+            if marks := [_mark_of(put.entry) for put in puts if put.payload and put.entry.name != FILE_NAME]:
+                append(self.journal.path, marks)
         self.plan.target.commit(puts, removed, self.delivery.title(what))
         self.delivery.on_commit(Commit(tuple(put.entry.name for put in puts), tuple(removed)))
 
@@ -219,7 +257,7 @@ class _Applied:
             last = dict(self.delivery.last(manifest))
             written |= {name: Entry.of(name, data) for name, data in last.items()}
             manifest = dataclasses.replace(manifest, others=self._others(written))
-            last = {FILE_NAME: _manifest_bytes(manifest), **last}
+            last[FILE_NAME] = _manifest_bytes(manifest)  # After what it names.
             written[FILE_NAME] = Entry.of(FILE_NAME, last[FILE_NAME])
             held = target.find(last)
             files |= {
@@ -234,9 +272,10 @@ class _Applied:
         removed = [name for name in plan.stale if name in held]
         puts = [done.put for done in self.waiting if done.put is not None]
         puts += [target.put(name, data, mode=modes.get(name, ANY_MODE)) for name, data in files.items()]
-        target.clean([*plan.stale, *(step.name for step in plan.steps)])
+        target.clean([*plan.stale, *plan.begun, *(step.name for step in plan.steps)])
         if puts or removed:
             self._commit(puts, removed, "Index, configuration and model card")
+        self.is_done = True
         return Outcome(manifest if self.has_manifest else None, tuple(self.done), written, len(sent))
 
     def _written(self, manifest: Manifest) -> dict[str, Entry]:
@@ -265,6 +304,18 @@ def _kept_entry(step: Step, there: Entry) -> Entry:
         return there
     wanted = step.source_sha256 or step.entry.sha256 if step.data is None else Entry.of(step.name, step.data).sha256
     return dataclasses.replace(there, sha256=wanted)
+
+
+def _mark_of(entry: Entry) -> Mark:
+    assert entry.sha256 is not None
+    return Mark(entry.name, entry.size, entry.sha256, "content")
+
+
+def _mark_there(target: Store, name: str) -> Mark:
+    if not name.endswith(DF11):
+        return _mark_of(target.hashed(target.find([name])[name]))
+    with Container(target.locate(name)) as container:
+        return Mark(name, container.size, container.source.sha256, "source")
 
 
 def _manifest_bytes(manifest: Manifest) -> bytes:

@@ -24,7 +24,7 @@ from df11.converter.options import (
     Quiet,
     Threads,
 )
-from df11.converter.terminal import Bar, VerificationFailed, event, print_line, say, shown
+from df11.converter.terminal import Bar, VerificationFailed, event, print_line, say
 from df11.formats import errors
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def convert_command(
         if json_lines:
             event("file", **asdict(report))
         elif report.status == "planned" and not quiet:
-            names = f"{shown(report.source)} -> {shown(report.output)}"
+            names = f"{_path(report.source)} -> {_path(report.output)}"
             print_line(f"{names}: {report.source_bytes:,} bytes, {report.tensors} tensors")
 
     with Bar("convert", quiet=quiet or dry_run) as bar:
@@ -114,6 +114,10 @@ def convert_command(
         )
     else:
         say(_summary(report), quiet=quiet)
+
+
+def _path(path: str) -> str:
+    return errors.printable(path, errors.MOST_OF_A_PATH)
 
 
 def _cast(value: str | None) -> Literal["bf16"] | None:
@@ -201,7 +205,7 @@ def restore_command(
         if json_lines:
             event("file", **asdict(file))
         proof = "written as BF16, so not the source" if file.bf16 else "SHA-256 is the source's"
-        say(f"{shown(file.output)}: {file.bytes:,} bytes, SHA-256 {file.sha256}, {proof}", quiet=quiet)
+        say(f"{_path(file.output)}: {file.bytes:,} bytes, SHA-256 {file.sha256}, {proof}", quiet=quiet)
     if json_lines:
         event("done", files=len(report.files), bytes=sum(file.bytes for file in report.files), copied=report.copied)
 

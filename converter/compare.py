@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Literal
 
 from df11.converter.batches import list_tensors
-from df11.converter.files import DF11, Action, Assignment, container_name, index_names, shard_name, with_attributes
+from df11.converter.files import (
+    DF11,
+    Action,
+    Assignment,
+    container_name,
+    index_names,
+    is_shard,
+    shard_name,
+    with_attributes,
+)
 from df11.converter.index import rewrite_index
 from df11.converter.manifest import FILE_NAME, Cast, FileRow, Manifest, TensorRow
 from df11.converter.pipeline import least_memory
@@ -20,6 +29,7 @@ from df11.converter.source import Progress, Source
 from df11.formats import errors, layout
 from df11.formats.container import Container
 from df11.storage.entry import Entry
+from df11.storage.journal import Mark
 from df11.storage.store import Store, has_content, same_content
 
 log: Final = logging.getLogger("df11")
@@ -42,6 +52,7 @@ class Comparison:
         progress: Progress,
         indexes: Mapping[str, bytes],
         originals: Mapping[str, str],
+        begun: Mapping[str, tuple[Mark, ...]],
     ) -> None:
         self._source, self._target, self._action, self._options = source, target, action, options
         self._progress = progress
@@ -49,13 +60,16 @@ class Comparison:
         self._files = {} if manifest is None else {row.file: row for row in manifest.files}
         self._rows = {} if manifest is None else manifest.by_file()
         self._others = {} if manifest is None else dict(manifest.others)
+        self._begun = begun
         self._is_one_file = source.is_file
+        self.names: Collection[str] = ()
         self.held: Mapping[str, Entry] = {}
 
     def hold(self, assignments: Sequence[Assignment]) -> None:
         """Look up what the target has."""
-        names = {one.name for one in assignments} | self._files.keys() | self._others.keys() | {*self._options.also}
-        self.held = self._target.find(names)
+        ours = self._files.keys() | self._others.keys() | self._begun.keys()
+        self.names = {one.name for one in assignments} | ours | {*self._options.also}
+        self.held = self._target.find(self.names)
 
     def steps(self, assignments: Sequence[Assignment]) -> list[Step]:
         """A step per assignment; those that write from memory come last. Raises if a file is in the way."""
@@ -68,7 +82,8 @@ class Comparison:
         }
         named = [one for one in assignments if self._check_name(one)]
         steps = [step for one in named if (step := make[one.kind](one)) is not None]
-        return sorted(steps, key=lambda step: step.kind == "write")
+        # A manifest that is copied comes after what it names.
+        return sorted(steps, key=lambda step: (step.kind == "write", step.name == FILE_NAME))
 
     def _check_name(self, one: Assignment) -> bool:
         # One invalid name does not block the other files, unless the model is incomplete without it.
@@ -89,30 +104,43 @@ class Comparison:
                 continue
             self.check_free(name)
 
-    def removable(self, manifest: Manifest) -> list[str]:
-        """Containers that exist and are in the manifest, and their index files unless somebody has edited them.
+    def removable(self) -> list[str]:
+        """Containers that exist and are df11's, and their index files unless somebody has edited them.
 
         Nothing else, whatever a manifest names: a forged one must not remove other files.
         """
-        containers = [row.file for row in manifest.files if row.file.endswith(DF11)]
-        names = [*containers, *(name for name in index_names(self._others) if DF11 in name)]
+        known = {**self._files, **self._begun, **self._others}
+        shards = [name for name in known if name.endswith(DF11)]
+        if self._action == "restore":  # Of what is finished nothing is known: it is the user's.
+            shards += [name for name in self._begun if is_shard(name)]
+        names = [*shards, *(name for name in index_names(known) if DF11 in name)]
         return [name for name in names if name in self.held and self._is_ours(name, self.held[name])]
 
     def _is_ours(self, name: str, there: Entry) -> bool:
         # By its content, not by its name: somebody may have put another file, or another container, in its place.
         if not self._target.is_direct(name):
             return False
+        if any(self._is_marked(mark, there) for mark in self._begun.get(name, ())):
+            return True
         row = self._files.get(name)
         if row is None:
             known = self._others.get(name)
             return known is not None and has_content(self._target, there, Entry(name, there.size, known))
         if self._target.versioned:
             return has_content(self._target, there, _entry_of(row))
+        return self._is_made_from(name, row.bytes, row.source_sha256)
+
+    def _is_made_from(self, name: str, size: int, sha256: str) -> bool:
         try:
             with Container(self._target.locate(name)) as container:
-                return (container.size, container.source.sha256) == (row.bytes, row.source_sha256)
+                return (container.size, container.source.sha256) == (size, sha256)
         except errors.Df11Error:
             return False
+
+    def _is_marked(self, mark: Mark, there: Entry) -> bool:
+        if mark.of == "source":
+            return self._is_made_from(mark.name, mark.size, mark.sha256)
+        return mark.of == "content" and has_content(self._target, there, Entry(mark.name, mark.size, mark.sha256))
 
     def _step(self, kind: Literal["convert", "restore", "prove", "copy"], one: Assignment) -> Step:
         size = one.entry.size

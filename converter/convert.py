@@ -232,6 +232,6 @@ def tell_if_nothing_is_compressed(plan: Plan, rows: Sequence[TensorRow]) -> None
     if not any(is_shard(step.entry.name) for step in plan.steps) and not dtypes:
         why = "it holds only adapters, which peft and diffusers read themselves"
     elif set(dtypes) == {"BF16"}:
-        why = f"its {found} are too small, or have too many different exponents, to get smaller"
+        why = "its tensors are too small, or have too many different exponents"
     hint = "; --cast bf16 would round F32 to it" if "F32" in dtypes and plan.options.cast is None else ""
     log.warning("%s: nothing was compressed: %s%s", plan.source.label, why, hint)

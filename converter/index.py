@@ -8,7 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from df11.formats import errors, json_text
+from df11.formats import errors, json_text, layout
+
+MOST_VALUES: Final = layout.MAX_TENSORS + 65_536
+"""JSON values of an index: a shard for each tensor, and what else it says."""
 
 _INDEX: Final = re.compile(r"\.index(\.[^.]+)?\.json$")
 """What follows a shard's suffix in an index file's name. In a variant, it holds the variant's name."""
@@ -28,7 +31,9 @@ def split_index_name(name: str) -> tuple[str, str] | None:
 
 def read_shards(data: bytes, where: str) -> Mapping[str, str]:
     """The map from tensors to shards in the index file at ``where``. Raises SafetensorsError if it is not one."""
-    document = json_text.parse(data, what="the index", where={"file": where}, error=errors.SafetensorsError)
+    document = json_text.parse(
+        data, what="the index", where={"file": where}, error=errors.SafetensorsError, values=MOST_VALUES
+    )
     shards = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise errors.SafetensorsError("not an index of safetensors shards", file=where)
@@ -60,17 +65,17 @@ def rewrite_index(data: bytes, rename: Callable[[str], str], where: str) -> byte
 
 def _weight_map_values(text: str) -> Iterator[re.Match[str]]:
     # The strings that are values of the top-level object weight_map. The text is known to be JSON.
-    tokens = list(_TOKEN.finditer(text))
     depth = 0
     inside = False
-    for before, token in itertools.pairwise([*tokens[:1], *tokens]):
-        kind = token.group()
+    before = kind = ""
+    for token in _TOKEN.finditer(text):
+        before, kind = kind, token.group()
         if kind in "{[":
             depth += 1
         elif kind in "}]":
             depth -= 1
             inside = inside and depth > 1
-        elif kind != ":" and before.group() == ":" and inside:
+        elif kind != ":" and before == ":" and inside:
             yield token
         elif kind == ":" and depth == 1:
-            inside = json.loads(before.group()) == "weight_map"
+            inside = json.loads(before) == "weight_map"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from df11.converter.terminal import shown
-from df11.formats import layout
+from df11.formats import errors, layout
 from df11.formats.container import Container
 
 
@@ -40,11 +39,6 @@ WIDEST: Final = 80
 """Characters of a name or shape in a table: a stranger's name may have any length."""
 
 
-def _fitted(text: str) -> str:
-    text = shown(text)
-    return text if len(text) <= WIDEST else f"{text[: WIDEST // 2]}...{text[-WIDEST // 2 + 3 :]}"
-
-
 def as_text(description: dict[str, Any]) -> str:
     """The same for people: a table of the tensors, and a line with the totals."""
     rows = [("tensor", "dtype", "shape", "encoding", "bytes", "bits/weight")]
@@ -54,9 +48,9 @@ def as_text(description: dict[str, Any]) -> str:
         note = "" if tensor.get("exact", True) else " (rounded)"
         rows.append(
             (
-                _fitted(tensor["name"]),
+                errors.printable(tensor["name"], WIDEST),
                 tensor["dtype"] + note,
-                _fitted(shape),
+                errors.printable(shape, WIDEST),
                 tensor["encoding"],
                 f"{tensor['stored_bytes']:,}",
                 "-" if bits is None else f"{bits:.2f}",
@@ -74,7 +68,7 @@ def as_text(description: dict[str, Any]) -> str:
     ratio = description["bytes"] / source["bytes"]
     cast = " cast to BF16" if source["cast"] else ""
     lines.append(
-        f"{shown(description['path'])}: {description['bytes']:,} bytes, "
+        f"{errors.printable(description['path'], errors.MOST_OF_A_PATH)}: {description['bytes']:,} bytes, "
         f"{ratio:.4f} of {source['bytes']:,} bytes of source{cast}"
     )
     lines.append(f"source SHA-256 {source['sha256']}")

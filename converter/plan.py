@@ -94,6 +94,10 @@ class Plan:
     """Raises if the target has a file now that must not be replaced."""
     left_out: tuple[str, ...]
     """Containers of an earlier run whose source this run leaves out."""
+    stamp: Mapping[str, object]
+    """By what it can be seen that the target has changed since."""
+    begun: tuple[str, ...]
+    """Files that a run which did not end has named here."""
 
     @property
     def tasks(self) -> list[Step]:

@@ -32,6 +32,7 @@ from df11.converter.plan import Options, Plan
 from df11.converter.source import Progress, ignore
 from df11.formats import errors
 from df11.storage.entry import Entry
+from df11.storage.journal import Mark
 from df11.storage.names import is_wanted
 from df11.storage.store import Store
 
@@ -79,14 +80,16 @@ def make_plan(
         _check_assignments(source, assignments, indexes, action, options, kept, [entry.name for entry in listed])
         if manifest is not None and not options.force:
             _check_origin(manifest, Origin.of(source), target)
-    builder = Comparison(source, target, action, options, manifest, on_progress, indexes, originals)
+    begun = {} if name is not None else _begun(target)
+    builder = Comparison(source, target, action, options, manifest, on_progress, indexes, originals, begun)
     builder.hold(assignments)
+    stamp = {} if name is not None else target.stamp({*builder.names, FILE_NAME})
     on_total(sum(one.entry.size for one in assignments if one.kind not in ("index", "attributes")))
     steps = builder.steps(assignments)
     builder.check_also({entry.name: entry for entry in listed})
     everything = set() if name is not None else target_names(listed, action, originals)
     everything |= {container_name(shard) if action == "convert" else shard for shard in _named(indexes, source.label)}
-    ours = [] if manifest is None else builder.removable(manifest)
+    ours = builder.removable()
     stale = tuple(name for name in ours if name not in everything)
     planned = {step.name for step in steps}
     origin = Origin.of(source)
@@ -110,6 +113,8 @@ def make_plan(
         stale,
         builder.check_free,
         left_out,
+        stamp,
+        tuple(begun),
     )
 
 
@@ -162,6 +167,11 @@ def _known_manifest(target: Store) -> Manifest | None:
         if target.versioned:
             raise
         return None
+
+
+def _begun(target: Store) -> Mapping[str, tuple[Mark, ...]]:
+    journal = target.journal()
+    return {} if journal is None else journal.left()
 
 
 def _read_large(store: Store, entry: Entry, most: int) -> bytes:

@@ -54,21 +54,21 @@ class Bar:
             self._bar.update(size)
 
 
-def shown(name: object) -> str:
-    """A name from anywhere as part of a line: on that line, and without a word to the terminal."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(name))
+def _lines(text: str) -> str:
+    # Nothing that a stranger wrote is a command to the terminal.
+    return "\n".join(errors.printable(line, None) for line in text.split("\n"))
 
 
 def say(text: str, *, quiet: bool = False) -> None:
     """Text for people, on standard error."""
     if not quiet:
-        print(text, file=sys.stderr)  # noqa: T201
+        print(_lines(text), file=sys.stderr)  # noqa: T201
 
 
 def print_line(text: str) -> None:
     """Data, on standard output. Raises UsageError if nobody reads it."""
     try:
-        print(text, flush=True)  # noqa: T201
+        print(_lines(text), flush=True)  # noqa: T201
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends.
         raise errors.UsageError("stdout was closed") from None
@@ -158,10 +158,10 @@ def run(commands: options.Group, arguments: list[str]) -> int:
         if "--debug" in arguments:
             import traceback
 
-            print(redacted(traceback.format_exc()), end="", file=sys.stderr)  # noqa: T201
+            say(redacted(traceback.format_exc()).rstrip())
         # An interrupt that meets a lock may surface as another error.
         text, code = _explain(KeyboardInterrupt() if signals else error)
-        print(f"df11: {redacted(text)}", file=sys.stderr)  # noqa: T201
+        say(f"df11: {redacted(text)}")
     return code or 0
 
 

@@ -25,6 +25,7 @@ from df11.formats.container import Container
 from df11.storage.atomic import AtomicWriter
 from df11.storage.entry import Entry
 from df11.storage.file import File
+from df11.storage.journal import Mark, append
 from df11.storage.paths import kind_of
 from df11.storage.store import Put, Store
 
@@ -46,9 +47,20 @@ class Task:
     force: bool = False
     download: bool = False
     """Download the shard to the disk first, beside its output."""
+    journal: Path | None = None
+    """Where it is noted which file is about to take its name."""
 
     @classmethod
-    def of(cls, plan: Plan, step: Step, staging: Path | None, settings: Settings, *, download: bool = False) -> Task:
+    def of(
+        cls,
+        plan: Plan,
+        step: Step,
+        staging: Path | None,
+        settings: Settings,
+        *,
+        download: bool = False,
+        journal: Path | None = None,
+    ) -> Task:
         """The task of a step. No force is needed if the target is ours, or the step replaces what is ours."""
         options = plan.options
         return cls(
@@ -61,6 +73,7 @@ class Task:
             options.prove,
             options.force or step.there,
             download,
+            journal,
         )
 
     @property
@@ -141,7 +154,7 @@ def _convert(task: Task, progress: Progress) -> Done:
             raise step.entry.differs(result.source_sha256, task.label)
         if step.source_sha256 not in (None, result.source_sha256):
             raise source.changed()
-        _commit(task, writer)
+        _commit(task, writer, Mark(step.name, result.output_bytes, result.source_sha256, "source"))
     seconds = {"convert": time.monotonic() - started}
     if task.prove:
         started = time.monotonic()
@@ -181,7 +194,7 @@ def _restore(task: Task, progress: Progress) -> Done:
             there = task.target.find([step.name]).get(step.name)
             same = there is not None and bool(entry.same_content(task.target.hashed(there)))
             if not same:
-                _commit(task, writer)
+                _commit(task, writer, Mark(step.name, target.size, sha256, "content"))
     return Done(dataclasses.replace(step, kept=same), path, entry, seconds={"restore": time.monotonic() - started})
 
 
@@ -203,7 +216,8 @@ def _copy(task: Task, progress: Progress) -> Done:
         file.check_unchanged()
         if step.name.endswith(DF11):  # A damaged container does not get its name: nobody would look at it again.
             _verify_partial(writer, task, progress)
-        _commit(task, writer)
+        assert found.sha256 is not None
+        _commit(task, writer, Mark(step.name, found.size, found.sha256, "content"))
     return Done(step, path, found, seconds={"fetch": time.monotonic() - started})
 
 
@@ -244,12 +258,14 @@ def _place(task: Task) -> tuple[Path, Path]:
     return task.target.place(task.step.name, task.staging)
 
 
-def _commit(task: Task, writer: AtomicWriter) -> None:
+def _commit(task: Task, writer: AtomicWriter, mark: Mark) -> None:
     if not task.force and kind_of(writer.path) is not None:
         if task.step.kind == "restore":
             raise already_there(str(writer.path))
         what = "this file has appeared in the meantime"
         raise errors.ConflictError(what, file=writer.path, hint="run the same command again")
+    if task.journal is not None:
+        append(task.journal, [mark])
     writer.commit()
 
 

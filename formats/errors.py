@@ -62,12 +62,13 @@ MOST_OF_A_PATH: Final = 1000
 MOST_OF_A_SENTENCE: Final = 2000
 
 
-def printable(text: str, most: int = MOST_OF_A_VALUE) -> str:
-    """A stranger's text, for one line: control characters as escapes, the middle of a long text left out.
+def printable(text: str, most: int | None = MOST_OF_A_VALUE) -> str:
+    """A stranger's text, for one line, wherever it is shown.
 
-    ``most``: characters that are kept.
+    What is invisible, ends a line or turns its direction is escaped: U+202E as a backslash and ``u202e``. ``most``:
+    characters that are kept; what is longer loses its middle.
     """
-    if len(text) > most:
+    if most is not None and len(text) > most:
         text = f"{text[: most // 2]}...{text[-(most // 2) :]}"
     if text.isprintable():
         return text

@@ -16,6 +16,7 @@ from df11.formats import errors, json_text
 from df11.pipelines import plots, rendering, summary, wording
 from df11.pipelines.results import read_results
 from df11.storage.address import is_repository
+from df11.storage.client import library
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard, ModelCardData
@@ -99,10 +100,7 @@ def model_card(
     ``configs``: text of the CONFIGS that the model folder has. Raises UsageError for invalid fields. Needs
     huggingface_hub and jinja2.
     """
-    try:
-        from huggingface_hub import ModelCard
-    except ModuleNotFoundError:
-        raise errors.missing_extra("huggingface_hub", "hub") from None
+    hub = library()
     template = rendering.markdown_environment().get_template("card.md.j2")
     from markupsafe import Markup
 
@@ -141,7 +139,8 @@ def model_card(
         licence_is_given=bool(fields.license or fields.license_name),
         card_was_read=source_card is not None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    card: ModelCard = hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    return card
 
 
 def _base_model(manifest: Manifest, fields: CardFields) -> str | None:
@@ -221,7 +220,7 @@ def _line(value: object) -> str | None:
         return "no"  # YAML reads Norwegian as False.
     if not isinstance(value, str) or len(value) > 500:
         return None
-    return wording.visible(" ".join(value.split())) or None
+    return errors.printable(" ".join(value.split()), None) or None
 
 
 def _lines(value: object) -> list[str]:

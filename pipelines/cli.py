@@ -58,7 +58,7 @@ def _in_words(event: str, values: dict[str, Any]) -> str | None:
         case "file":
             seconds = sum(values["seconds"].values())
             sizes = f"{size(values['source_bytes'])} -> {size(values['output_bytes'])}"
-            return f"{terminal.shown(values['file'])}: {values['status']}, {sizes} in {seconds:.1f} s"
+            return f"{errors.printable(values['file'])}: {values['status']}, {sizes} in {seconds:.1f} s"
         case "checked":
             return f"{values['target']}: {values['files']} files read back, all as sent"
         case "error":
@@ -132,8 +132,8 @@ def _plan_in_words(plan: dict[str, Any], memory: int) -> str:
             if file["status"] == "kept"
             else f"{file['kind']}, {size(file['source_bytes'])} -> about {size(file['expected_bytes'])}"
         )
-        rows.append(f"  {terminal.shown(file['file'])}: {what}")
-    rows += [f"  {terminal.shown(name)}: removed, as the source no longer has it" for name in plan["removed"]]
+        rows.append(f"  {errors.printable(file['file'])}: {what}")
+    rows += [f"  {errors.printable(name)}: removed, as the source no longer has it" for name in plan["removed"]]
     commit = f" at commit {plan['commit']}" if plan["commit"] else ""
     needs = (
         f"needs {size(memory)} of memory, and up to {size(plan['disk_bytes'])} of disk for files before their upload"

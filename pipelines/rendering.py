@@ -71,7 +71,7 @@ def _environment(finalize: Callable[[Any], Any], filters: dict[str, Callable[...
 
 
 def _shown(value: object) -> object:
-    return value if hasattr(value, "__html__") else wording.visible(str(value))
+    return value if hasattr(value, "__html__") else errors.printable(str(value), None)
 
 
 def _fitted(name: str) -> str:
@@ -95,7 +95,7 @@ def _escaped(text: str) -> str:
         f"&#{ord(character)};"
         if character.isascii() and not character.isalnum() and character not in _PLAIN
         else character
-        for character in wording.visible(text)
+        for character in errors.printable(text, None)
     )
     return re.sub(r"(?i)(www)\.", r"\1&#46;", marked)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from df11.pipelines import wording
+from df11.formats import errors
 
 if TYPE_CHECKING:
     from df11.converter.manifest import FileRow, Manifest, TensorRow
@@ -378,7 +378,9 @@ def checksum_list(manifest: Manifest) -> str:
     """
     files = [proof.file for proof in proofs(manifest) if proof.exact]
     plain = [
-        file for file in files if "\\" not in file.source_file and wording.visible(file.source_file) == file.source_file
+        file
+        for file in files
+        if "\\" not in file.source_file and errors.printable(file.source_file, None) == file.source_file
     ]
     return "".join(f"{file.source_sha256}  {file.source_file}\n" for file in plain)
 

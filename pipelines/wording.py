@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import unicodedata
-from typing import Final
 from urllib.parse import quote
 
+from df11.formats import errors
 from df11.storage.address import DEFAULT_ENDPOINT, is_repository
-
-_INVISIBLE: Final = frozenset({"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"})
-"""Unicode categories of characters that are invisible, end a line, or change the direction of the text."""
-
-
-def visible(name: str) -> str:
-    """A name in which every character shows. Others are escaped: U+202E as a backslash and ``u202e``."""
-    if name.isascii() and name.isprintable():
-        return name
-    return "".join(
-        _escape(character) if unicodedata.category(character) in _INVISIBLE else character for character in name
-    )
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def fitted(name: str, length: int) -> str:
-    """The :func:`visible` name, with an ellipsis in it if it is longer than ``length`` characters.
+    """The name with every character visible, and with an ellipsis in it if it is longer than ``length`` characters.
 
     It keeps more of the end than of the start, as the end says more.
     """
-    text = visible(name)
+    text = errors.printable(name, None)
     if len(text) <= length:
         return text
     first = (length - 1) // 3

@@ -13,10 +13,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Final
 
 from df11.formats import errors
 from df11.storage.address import SCHEME, Address, is_address, is_repository
+from df11.storage.client import explained, library
 
 StrPath = str | os.PathLike[str]
 
@@ -49,7 +50,7 @@ def local_file(path: StrPath) -> StrPath:
         raise errors.UsageError(
             "this does not name a .df11 file", file=path, expected=f"{SCHEME}{where.repository}/model.df11, for example"
         )
-    client = _client()
+    client = library()
     with _asking(where):
         return Path(client.hf_hub_download(where.repository, where.path, revision=where.revision))
 
@@ -153,19 +154,9 @@ def _prefix(where: Address) -> str:
     return f"{where.path}/" if where.path else ""
 
 
-def _client() -> Any:
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError:
-        raise errors.missing_extra("huggingface_hub", "hub") from None
-    return huggingface_hub
-
-
 @contextmanager
 def _asking(where: Address) -> Iterator[None]:
     try:
-        from df11.storage.client import explained
-
         with explained(str(where)):
             yield
     except OSError as error:
@@ -178,7 +169,7 @@ def _asking(where: Address) -> Iterator[None]:
 
 def _download(where: Address, patterns: list[str], ignored: list[str] | None = None) -> Path:
     # The root folder of the snapshot; its name is the commit.
-    client = _client()
+    client = library()
     with _asking(where):
         return Path(
             client.snapshot_download(
@@ -192,7 +183,7 @@ def _listed(repository: str, commit: str) -> list[str] | None:
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
-        return [file.path for file in _client().get_cached_repo_tree(repository, revision=commit)]
+        return [file.path for file in library().get_cached_repo_tree(repository, revision=commit)]
     except CachedRepoTreeNotFoundError:
         return None
 

@@ -54,12 +54,12 @@ def open_folder(folder: Path, root: Path | None) -> int:
     try:
         if root is None:
             return _open_folder(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_folder(root)
+        descriptor = _open_made(root)
         for number, part in enumerate(parts := folder.relative_to(root).parts, 1):
             try:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(part, dir_fd=descriptor)
+                sync_folder(descriptor)  # What is written into it must not be lost with it.
                 inner = _open_folder(part, _NO_LINK, dir_fd=descriptor)
             except OSError as error:
                 where = root.joinpath(*parts[:number])
@@ -75,6 +75,23 @@ def open_folder(folder: Path, root: Path | None) -> int:
         raise errors.from_os_error(error, file=folder) from None
     except ValueError:  # A null character, for example.
         raise errors.UsageError("this cannot be the name of a file", file=repr(str(folder))) from None
+
+
+def _open_made(root: Path) -> int:
+    # The folder of the caller, and those above it that are missing.
+    try:
+        return _open_folder(root)
+    except FileNotFoundError:
+        if root == root.parent:
+            raise
+    above = _open_made(root.parent)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(root.name, dir_fd=above)
+            sync_folder(above)
+    finally:
+        os.close(above)
+    return _open_folder(root)
 
 
 def _open_folder(folder: str | Path, flags: int = 0, *, dir_fd: int | None = None) -> int:
@@ -122,6 +139,7 @@ def remove(path: Path, root: Path | None) -> None:
     folder = open_folder(path.parent, root)
     try:
         os.unlink(path.name, dir_fd=folder)
+        sync_folder(folder)  # Before a manifest no longer names it: a file that comes back would be nobody's.
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -141,8 +159,9 @@ def check_platform() -> None:
 class Lock:
     """An exclusive lock on a file, across all processes, until it is closed.
 
-    The open file itself is locked. Some network file systems have no such locks. There, a file beside it, which only
-    one process can create, stands in for the lock. Raises BlockingIOError if another process holds it.
+    The open file itself is locked. Some network file systems have no such locks. There, a link beside it, which only
+    one process can create, stands in for the lock. It leads nowhere: its text says who holds the lock, from the moment
+    it exists. Raises BlockingIOError if another process holds it.
     """
 
     def __init__(self, file: int | IO[bytes], path: Path) -> None:
@@ -163,8 +182,7 @@ class Lock:
         mine = f"{os.uname().nodename} {os.getpid()}"
         while True:
             try:
-                with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o600), "w") as file:
-                    file.write(mine)
+                os.symlink(mine, beside)
                 return
             except FileExistsError:
                 if not _remove_abandoned(beside):
@@ -179,15 +197,15 @@ class Lock:
 
 
 def _remove_abandoned(beside: Path) -> bool:
-    # Remove the file that stands in for a lock if its process ran on this machine and is gone.
+    # Remove the link that stands in for a lock if its process ran on this machine and is gone.
     try:
-        text = beside.read_text()
+        text = os.readlink(beside)
         host, _, process = text.partition(" ")
         if host != os.uname().nodename or not process.isdecimal():
             return False
         os.kill(int(process), 0)
     except FileNotFoundError:
-        return not beside.is_symlink()
+        return True
     except ProcessLookupError:
         return _remove_guarded(beside, text, int(process))
     except (OSError, ValueError, OverflowError):
@@ -203,9 +221,9 @@ def _remove_guarded(beside: Path, text: str, process: int) -> bool:
     except FileExistsError:
         return False
     try:
-        if beside.read_text() == text:
+        if os.readlink(beside) == text:
             beside.unlink()
-    except FileNotFoundError:
+    except OSError:  # Another process has removed it, or put something else there.
         pass
     finally:
         guard.unlink()
@@ -224,7 +242,7 @@ def remove_abandoned(path: Path, root: Path | None) -> None:
     """Remove what a killed run has left for ``path``, unless another process holds it."""
     for kind in ("partial", "download"):
         left = temporary_path(path, kind)
-        if not os.path.lexists(left):
+        if not os.path.lexists(left) and not os.path.lexists(f"{left}{LOCK_SUFFIX}"):
             continue
         with contextlib.suppress(OSError, errors.Df11Error):  # Somebody else's, or in use: not this run's concern.
             folder = open_folder(left.parent, root)
@@ -352,7 +370,7 @@ class AtomicWriter:
                 raise errors.ConflictError(what, file=self.partial, hint="run the same command again")
             os.replace(self.partial.name, self.path.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             self._committed = True
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
         except OSError as error:
             raise errors.from_os_error(error, file=self.path) from None
 
@@ -381,8 +399,8 @@ class AtomicWriter:
             raise errors.from_os_error(left, file=self.partial) from None
 
 
-def _sync_folder(folder: int) -> None:
-    # So that the name is durable, too. Some file systems cannot do this for a folder.
+def sync_folder(folder: int) -> None:
+    """Make the names in a folder durable, too. Some file systems cannot do this."""
     try:
         os.fsync(folder)
     except OSError as error:

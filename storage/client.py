@@ -75,14 +75,10 @@ def once(action: Callable[[HfApi], T], where: str) -> T:
     It must hold nothing but the client's own calls: any other error in it would be taken for a response from the Hub
     that the client does not understand.
     """
-    try:
-        from huggingface_hub import HfApi
-    except ModuleNotFoundError:
-        raise errors.missing_extra("huggingface_hub", "hub") from None
-    check_endpoint()
+    hub = library()
     try:
         with limits(), explained(where):
-            return action(HfApi(endpoint=endpoint(), library_name="df11"))
+            return action(hub.HfApi(endpoint=endpoint(), library_name="df11"))
     except (LookupError, TypeError, AttributeError, ValueError):  # Valid JSON of the wrong shape.
         raise LaterError("the Hub's response cannot be read", file=where, hint=_AGAIN) from None
 
@@ -173,8 +169,21 @@ def without_secrets(text: str) -> str:
     return re.sub(r"//[^/\s@]*@", "//***@", text)
 
 
-def check_endpoint() -> None:
-    """Raise UsageError if ``HF_ENDPOINT`` is no address of a server."""
+def library() -> Any:
+    """The Hub's client. Raises UsageError if the environment does not let it be imported."""
+    _check_endpoint()
+    try:
+        import huggingface_hub
+        import huggingface_hub.hf_api  # Its part that reads the environment, which it imports on first use.
+    except ModuleNotFoundError:
+        raise errors.missing_extra("huggingface_hub", "hub") from None
+    except ValueError as error:  # It reads numbers from the environment.
+        what = f"the Hub's client cannot be imported (ValueError: {without_secrets(str(error))})"
+        raise errors.UsageError(what, hint="check the variables whose names start with HF_") from None
+    return huggingface_hub
+
+
+def _check_endpoint() -> None:
     text = endpoint()
     try:
         parts = urlsplit(text)
@@ -348,15 +357,10 @@ def pause(error: errors.RetryLaterError, wait: float, *, sleep: Callable[[float]
 
 def request(address: Address) -> tuple[str, dict[str, str]]:
     """The URL of a file's content, and the request headers, which include the token."""
-    try:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # Documented there.
-    except ModuleNotFoundError:
-        raise errors.missing_extra("huggingface_hub", "hub") from None
-    check_endpoint()
-    url = hf_hub_url(address.repository, address.path, revision=address.revision, endpoint=endpoint())
+    hub = library()
+    url = hub.hf_hub_url(address.repository, address.path, revision=address.revision, endpoint=endpoint())
     with limits():
-        return url, build_hf_headers(library_name="df11")
+        return url, hub.utils.build_hf_headers(library_name="df11")
 
 
 def check_card(text: str, where: str) -> None:

@@ -11,14 +11,14 @@ import time
 import uuid
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from df11.formats import errors
 from df11.storage import client
 from df11.storage.address import SCHEME, Address, is_safe_path
-from df11.storage.atomic import ANY_MODE, Lock, held_elsewhere, open_folder, open_own
+from df11.storage.atomic import ANY_MODE, Lock, has_name, held_elsewhere, open_folder, open_own
 from df11.storage.entry import GIT_BYTES, Entry
 from df11.storage.file import File, MemoryFile
 from df11.storage.names import is_left_out, remarks_on
@@ -229,38 +229,17 @@ class HubStore(Store):
 
     @contextmanager
     def staging(self, work: Path, most: int) -> Iterator[Path | None]:
-        """A folder that one process uses at a time. What a killed process left in it is removed."""
+        """A folder that one process uses at a time, and that goes with it. What a killed one left is removed."""
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.label.removeprefix(SCHEME)).strip("-.")
         digest = hashlib.sha256(f"{client.endpoint()} {self.label}".encode()).hexdigest()[:8]
         folder = work / f"df11-job-{name[:150]}-{digest}"
-        try:
-            folder.mkdir(0o700, parents=True, exist_ok=True)
-            if (
-                folder.is_symlink() or folder.stat().st_uid != os.geteuid()
-            ):  # Where temporary files are, anybody can make one.
-                hint = "name another folder: [limits] work"
-                raise errors.NotAllowedError("this folder is somebody else's", file=folder, hint=hint)
-            place = open_folder(folder, None)
+        with _locked(folder):
+            _clear(folder)
             try:
-                file = open_own(folder / ".lock", place, 0o600)
-            finally:
-                os.close(place)
-        except OSError as error:
-            raise errors.from_os_error(error, file=folder) from None
-        with file:
-            try:
-                lock = Lock(file, folder / ".lock")
-            except BlockingIOError as error:
-                raise held_elsewhere("another job is writing to this target", folder, error) from None
-            except OSError as error:
-                raise errors.from_os_error(error, file=folder) from None
-            try:
-                _clear(folder)
                 _check_room(folder, most)
                 yield folder
             finally:
                 _clear(folder)
-                lock.close()
 
     def staged_bytes(self, size: int) -> int:
         """All of it."""
@@ -272,10 +251,7 @@ class HubStore(Store):
         The client gets open files, not paths: for open files it shows no progress bars and does not use Xet, whose
         memory has no bound.
         """
-        try:
-            from huggingface_hub import CommitOperationAdd
-        except ModuleNotFoundError:
-            raise errors.missing_extra("huggingface_hub", "hub") from None
+        CommitOperationAdd = client.library().CommitOperationAdd  # noqa: N806
         if isinstance(content, bytes):
             put = Put(Entry.of(name, content), CommitOperationAdd(name, io.BytesIO(content)))
             if b"\0" in content[:GIT_SNIFFS]:  # Probably LFS. One by one: for several, the client draws a bar.
@@ -371,6 +347,46 @@ class HubStore(Store):
             found=head,
             hint="wait until no other job writes there, and run the same command again",
         )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # The folder is made, and removed at the end, while its lock is held.
+    path = folder / ".lock"
+    with ExitStack() as stack:
+        try:
+            while True:
+                place = _opened(folder)
+                stack.callback(os.close, place)
+                try:
+                    file = stack.enter_context(open_own(path, place, 0o600))
+                    stack.callback(Lock(file, path).close)
+                    if has_name(file, path.name, place):
+                        break
+                except FileNotFoundError:
+                    pass  # The job that had it has ended meanwhile, and removed it.
+                stack.close()
+        except BlockingIOError as error:
+            raise held_elsewhere("another job is writing to this target", folder, error) from None
+        except OSError as error:
+            raise errors.from_os_error(error, file=folder) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.unlink(path.name, dir_fd=place)
+            stack.close()
+            with suppress(OSError):  # Another job may have it by now.
+                folder.rmdir()
+
+
+def _opened(folder: Path) -> int:
+    folder.mkdir(0o700, parents=True, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+        # Where temporary files are, anybody can make one.
+        hint = "name another folder: [limits] work"
+        raise errors.NotAllowedError("this folder is somebody else's", file=folder, hint=hint)
+    return open_folder(folder, None)
 
 
 def _clear(folder: Path) -> None:

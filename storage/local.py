@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -15,6 +16,7 @@ from df11.storage.address import is_repository
 from df11.storage.atomic import ANY_MODE, open_folder, remove, remove_abandoned, write_bytes
 from df11.storage.entry import Entry
 from df11.storage.file import File, LocalFile
+from df11.storage.journal import Journal
 from df11.storage.names import is_left_out, remarks_on
 from df11.storage.paths import existing, kind_of, naming
 from df11.storage.store import Put, Store
@@ -159,6 +161,20 @@ class LocalStore(Store):
     def staged_bytes(self, size: int) -> int:
         """Zero: files are written in place."""
         return 0
+
+    def journal(self) -> Journal | None:
+        """The journal of a run that fills this folder."""
+        return Journal(self.root)
+
+    def stamp(self, names: Iterable[str]) -> Mapping[str, object]:
+        """Inode, size and time of each file; None if it does not exist."""
+        found: dict[str, object] = {}
+        for name in names:
+            found[name] = None
+            with contextlib.suppress(OSError, ValueError):
+                status = (self.root / name).stat()
+                found[name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        return found
 
     def clean(self, names: Iterable[str]) -> None:
         """Remove what killed runs have left for files of these names."""

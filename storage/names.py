@@ -24,7 +24,7 @@ _LEFT_OUT: Final = re.compile(
     | \.DS_Store | Thumbs\.db | ehthumbs\.db | desktop\.ini | \.directory
     | \.nfs[0-9a-f]+ | \.fuse_hidden.* | \.Trash-\d+
     | .*~ | \.~lock\..*\# | \#.*\# | \.\#.* | \..*\.sw[a-p]
-    | \..*\.(partial|download)(\.lock(\.\d+)?)?  # Ours, from a run that was killed.
+    | (\..*\.(partial|download)|\.df11-run)(\.lock(\.\d+)?)?  # Ours, from a run that was killed.
     | .*\.(aria2|incomplete|crdownload|part|!qB) # Unfinished downloads.
     """,
     re.VERBOSE | re.DOTALL,

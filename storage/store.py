@@ -17,6 +17,7 @@ from df11.storage.address import Address, is_address
 from df11.storage.atomic import ANY_MODE
 from df11.storage.entry import Entry
 from df11.storage.file import File
+from df11.storage.journal import Journal
 
 MAX_WHOLE_BYTES = 32 << 20
 """Largest file that is read whole: about the size of the index of 100,000 tensors."""
@@ -152,6 +153,14 @@ class Store(ABC):
     @abstractmethod
     def staged_bytes(self, size: int) -> int:
         """Bytes of disk that a file of ``size`` takes on its way here, besides the store itself."""
+
+    def journal(self) -> Journal | None:
+        """What keeps other runs away and knows this one's files: of a folder. A repository needs none."""
+        return None
+
+    def stamp(self, names: Iterable[str]) -> Mapping[str, object]:
+        """By what a change of files can be seen later; a repository sees it by its commits."""
+        return {}
 
     def clean(self, names: Iterable[str]) -> None:  # noqa: B027 - a repository has no such thing
         """Remove what killed runs have left for files of these names."""

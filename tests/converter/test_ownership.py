@@ -172,3 +172,71 @@ def test_a_folder_that_looks_like_the_hubs_cache_is_an_ordinary_target(model: Pa
     df11.convert(model, target)
     assert (target / "a.df11").is_file()
     assert [path.name for path in (target / "snapshots" / "abc").iterdir()] == ["config.json"]
+
+
+def change(model: Path) -> None:
+    put(model, {"a.safetensors": shard("a", 7), "b.safetensors": shard("b", 8), "config.json": b'{"new": 1}'})
+
+
+@pytest.mark.parametrize("when", ["a.df11", "b.df11", "index"])
+def test_what_a_run_that_was_killed_has_written_may_be_replaced(when: str, model: Path, tmp_path: Path) -> None:
+    # Its files have their names, but no manifest names them yet; then the source changes, too.
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def stop(*arguments: object) -> None:
+        done = [getattr(one, "output", "") for one in arguments]
+        if when == "index" or done[0].endswith(when):
+            raise ZeroDivisionError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        if when == "index":
+            patch.setattr("df11.converter.parquet.to_bytes", stop)
+        df11.convert(model, out, on_file=(lambda _: None) if when == "index" else stop)
+    assert (out / "a.df11").exists()
+    change(model)
+    df11.convert(model, out)
+    df11.convert(model, whole)
+    assert tree_bytes(out) == tree_bytes(whole)
+
+
+def test_a_file_in_place_of_one_that_a_killed_run_wrote_stays(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError):
+        df11.convert(model, out, on_file=lambda _: 1 / 0)
+    theirs = other_container(tmp_path)
+    put(out, {"a.df11": theirs})
+    commands.run("convert", model, out).error(2, out / "a.df11", "--force")
+    assert (out / "a.df11").read_bytes() == theirs
+
+
+def test_what_a_killed_run_wrote_goes_with_its_shard(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError):
+        df11.convert(model, out, on_file=lambda _: 1 / 0)
+    for name in ("a.safetensors", "m.safetensors.index.json"):
+        (model / name).unlink()
+    put(out, {".b.df11.partial": b"half"})
+    df11.convert(model, out)
+    assert set(tree_bytes(out)) == {"b.df11", "config.json", "df11-manifest.parquet"}
+
+
+def test_only_one_run_writes_to_a_folder(model: Path, tmp_path: Path) -> None:
+    out, results = tmp_path / "out", []
+    df11.convert(model, out, on_file=lambda _: results.append(commands.run("convert", model, out)))
+    for result in results:
+        result.error(7, out, "another df11")
+    df11.verify(out)
+
+
+def test_a_folder_that_changes_after_the_plan_is_a_conflict(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    df11.convert(model, out)
+    put(model, {"config.json": b'{"new": 1}'})
+
+    def meanwhile(_: object) -> None:
+        put(out, {"a.df11": (out / "a.df11").read_bytes()})
+
+    with pytest.raises(df11.Df11Error, match="changed this folder"):
+        df11.convert(model, out, on_total=meanwhile)
+    assert not (out / ".df11-run").exists()
+    df11.convert(model, out)

@@ -4,6 +4,10 @@ formats knows nobody, nor does storage, but for errors; converter and runtime kn
 """
 
 import ast
+import io
+import keyword
+import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -47,6 +51,68 @@ def test_imports_point_one_way(room: str) -> None:
             rooms -= {"_kernels"}
         unknown = {name for name in rooms if not {name, name.partition(".")[0]} & ALLOWED[room]}
         assert not unknown, path
+
+
+PLACES = {
+    # What is done with files, bytes and text of strangers, and the only modules that do it: each has the limits and
+    # checks that the next function would forget.
+    r"\bos\.(open|rename|replace|remove|unlink|link|symlink|mkdir|makedirs|chmod)\(|\.(unlink|rename|rmdir|touch)\(": {
+        "storage/atomic.py",
+        "storage/download.py",
+        "storage/paths.py",
+        "converter/terminal.py",  # The null device.
+    },
+    r"(?<![\w.])(?<!def )open\(": {"storage/atomic.py", "storage/hub.py", "storage/paths.py", "formats/container.py"},
+    r"\.(read_text|read_bytes|write_text|write_bytes)\(": {
+        "storage/atomic.py",
+        "storage/hub.py",
+        "storage/local.py",
+        "runtime/gpu.py",  # The kernel's source, of this package.
+        "runtime/omnigen2_classes.py",  # Modules that are imported right after.
+    },
+    r"\bjson\.loads?\(": {
+        "formats/json_text.py",
+        "converter/index.py",  # Text that it has read.
+        "converter/restore_file.py",  # Text that df11 has made.
+    },
+    r"zstandard\.|zlib|gzip|bz2|lzma": {"formats/container.py", "converter/output.py"},
+    r"\b(import|from) ?(huggingface_hub|httpx|requests|urllib\.request)": {
+        "storage/client.py",
+        "storage/hub.py",
+        "storage/ranges.py",
+        "pipelines/card.py",  # Its model card.
+        "runtime/hub.py",  # Its cache.
+    },
+    r"(?<!\w)print\(|\.(stdout|stderr)\.write\(|typer\.echo\(": {
+        "converter/terminal.py",
+        "converter/options.py",  # The version.
+        "runtime/omnigen2.py",
+    },
+    r"\b(pickle|marshal|shelve)\b|(?<![\w.])(eval|exec|compile)\(": set(),
+}
+
+
+@pytest.mark.parametrize("pattern", PLACES)
+def test_what_comes_from_strangers_has_one_place(pattern: str) -> None:
+    found = set()
+    for room in ALLOWED:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if name != "formats/reference.py" and re.search(pattern, code_of(path)):
+                found.add(name)
+    assert found == PLACES[pattern]
+
+
+def code_of(path: Path) -> str:
+    """A module without its comments, docstrings and other texts."""
+    kept = []
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+        if token.type == tokenize.STRING:
+            kept.append('""')
+        elif token.type != tokenize.COMMENT:
+            kept.append(token.string)
+            kept.append(" " if token.type == tokenize.NAME and token.string in keyword.kwlist else "")
+    return "".join(kept)
 
 
 def test_modules_stay_readable() -> None:

@@ -17,6 +17,7 @@ from df11.converter import parquet
 from df11.converter.manifest import FILE_NAME, FileRow
 from df11.pipelines.card import _front_matter
 from df11.storage import client as hub_client
+from df11.storage.store import open_store
 from tests.support import commands
 from tests.support.hub import models
 from tests.support.hub.repository import Repository
@@ -247,10 +248,10 @@ def test_the_memory_is_looked_at_before(hub: HubServer, source: Repository, tmp_
 def test_a_folder_of_somebody_else_is_not_worked_in(source: Repository, tmp_path: Path) -> None:
     """Where everybody may write, a link may lie in the place of the job's files, and other files would be removed."""
     commands.run("job", "run", "--quiet", write_job(tmp_path)).fine()
-    (folder,) = (tmp_path / "work").iterdir()
+    assert list((tmp_path / "work").iterdir()) == []  # Its folder goes with the job.
+    with open_store(TARGET).staging(tmp_path / "work", 1) as folder:
+        assert folder is not None
     (tmp_path / "precious" / "data").mkdir(parents=True)
-    (folder / ".lock").unlink()
-    folder.rmdir()
     folder.symlink_to(tmp_path / "precious")
     source.commit({"config.json": b"{}"})
     commands.run("job", "run", "--quiet", write_job(tmp_path)).error(3, "somebody else")

@@ -10,7 +10,10 @@ import pytest
 import df11
 from df11.converter import parquet, work
 from df11.converter.manifest import FILE_NAME, FileRow
+from df11.pipelines.transfer import pull
 from df11.storage import client as hub_client
+from df11.storage.atomic import AtomicWriter
+from df11.storage.local import LocalStore
 from tests.support import commands
 from tests.support.hub import models
 from tests.support.hub.repository import Repository
@@ -153,3 +156,35 @@ def test_a_job_with_another_cast_keeps_nothing_of_the_one_before(hub: HubServer,
     commands.run("job", "run", "--quiet", job(tmp_path, 'cast = "bf16"', **run)).fine()
     manifest = parquet.from_bytes(hub.repository("me/f32-df11").read(FILE_NAME), "")
     assert {row.dtype for row in manifest.tensors} == {"BF16", "I64"}
+
+
+def test_a_pull_that_was_killed_goes_on(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest comes last, and what the Hub no longer has goes, although the new manifest does not name it."""
+    for name in ("a", "b"):
+        (tmp_path / "both").mkdir(exist_ok=True)
+        (tmp_path / "both" / f"{name}.safetensors").write_bytes(models.shard(ord(name)))
+    df11.convert(tmp_path / "both", tmp_path / "converted")
+    remote = hub.create("me/m")
+    remote.commit(tree_bytes(tmp_path / "converted"))
+    pulled = tmp_path / "pulled"
+    commands.run("hub", "pull", "--quiet", "me/m", pulled).fine()
+
+    (tmp_path / "both" / "b.safetensors").unlink()
+    (tmp_path / "both" / "c.safetensors").write_bytes(models.shard(99))
+    df11.convert(tmp_path / "both", tmp_path / "converted")
+    remote.commit({**tree_bytes(tmp_path / "converted"), "b.df11": None})
+    named: list[str] = []
+    commit = AtomicWriter.commit
+
+    def committed(writer: AtomicWriter) -> None:
+        commit(writer)
+        named.append(writer.path.name)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(AtomicWriter, "commit", committed)
+        patch.setattr(LocalStore, "commit", lambda *_: 1 / 0)
+        pull("me/m", pulled)
+    assert named == ["c.df11", FILE_NAME]
+    assert (pulled / "b.df11").exists()
+    commands.run("hub", "pull", "--quiet", "me/m", pulled).fine()
+    assert tree_bytes(pulled) == remote.files()

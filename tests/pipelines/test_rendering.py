@@ -11,7 +11,7 @@ import pytest
 from markupsafe import Markup
 
 from df11.formats import errors
-from df11.pipelines import rendering, wording
+from df11.pipelines import rendering
 from tests.support import manifests as made
 
 ENVIRONMENTS = pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_a_value_is_text_in_html(name):
     )
     found = re.fullmatch(r'<b title="([^"<>]*)">([^<>]*)</b>', template.render(x=name))
     assert found is not None
-    assert Markup(found[1]).unescape() == Markup(found[2]).unescape() == wording.visible(name)
+    assert Markup(found[1]).unescape() == Markup(found[2]).unescape() == errors.printable(name, None)
 
 
 @pytest.mark.parametrize("name", made.EVIL_NAMES)
@@ -36,7 +36,7 @@ def test_a_value_is_text_in_markdown(name):
     tokens = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).parse(template.render(x=name))
     assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
     assert {child.type for child in tokens[1].children or []} <= {"text", "text_special"}
-    assert "".join(child.content for child in tokens[1].children or []) == f"a{wording.visible(name)}b"
+    assert "".join(child.content for child in tokens[1].children or []) == f"a{errors.printable(name, None)}b"
 
 
 @ENVIRONMENTS

@@ -317,7 +317,7 @@ def test_strange_names_are_text():
     assert page.contents["h1"] == ["<b>$title$</b>\\u202e"]
     listed = [row[0] for row in page.tables["All tensors"][1:]]
     for name in made.EVIL_NAMES:
-        shown = wording.visible(name)
+        shown = errors.printable(name, None)
         assert (shown if len(shown) <= 200 else wording.fitted(name, 200)) in listed
     assert "\u202e" not in str(page.tables)
     assert any("$x$" in text for text in page.contents["text"])  # As it is, not as a formula.
@@ -527,7 +527,7 @@ def test_sizes_in_words():
 
 
 def test_names_in_words():
-    assert wording.visible("a\u202eb\nc\ud800\U000e0001") == "a\\u202eb\\x0ac\\ud800\\U000e0001"
+    assert errors.printable("a\u202eb\nc\ud800\U000e0001", None) == "a\\u202eb\\nc\\ud800\\U000e0001"
     assert wording.fitted("model.layers.1.weight", 11) == "mod….weight"
     assert len(wording.fitted("x" * 300, 40)) == 40
 

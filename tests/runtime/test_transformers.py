@@ -300,7 +300,7 @@ def test_shards_that_do_not_belong_together(folders: tuple[Path, Path], original
         load(tmp_path / "shards")
     index = tmp_path / "shards" / "model.df11.index.json"
     for text, what in (
-        ("[", "not a shard index"),
+        ("[", "not JSON"),
         ('{"weight_map": {}}', "not a shard index"),
         ('{"weight_map": {"a": "../x.df11"}}', "another folder"),
     ):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -122,6 +125,17 @@ def test_an_endpoints_password_is_not_shown(address: str, monkeypatch: pytest.Mo
 def test_an_endpoint_that_is_none(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_ENDPOINT", address)
     commands.run("convert", "hf://me/m", tmp_path / "out").error(2, "HF_ENDPOINT")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [("HF_ENDPOINT", "http://127.0.0.1:99999", "check HF_ENDPOINT"), ("HF_HUB_ETAG_TIMEOUT", "x", "start with HF_")],
+)
+def test_an_environment_that_the_client_cannot_be_imported_in(name: str, value: str, hint: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "df11", "hub", "pull", "me/m", tmp_path / "out"]  # A process that has not, so far.
+    done = subprocess.run(command, env=os.environ | {name: value}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.rstrip().endswith(hint)
 
 
 def test_a_proxy_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Locks on a file system without any: a file stands in for the lock, and an abandoned one is taken over."""
+"""Locks on a file system without any: a link stands in for the lock, and an abandoned one is taken over."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def names(target: Path) -> list[str]:
 
 
 def beside(target: Path) -> Path:
-    """The file that stands in for the lock."""
+    """The link that stands in for the lock."""
     partial = temporary_path(target, "partial")
     return partial.with_name(partial.name + ".lock")
 
@@ -62,8 +62,7 @@ def test_it_works_and_leaves_nothing(target):
     with AtomicWriter(target) as writer:
         assert names(target) == [".a.df11.partial", ".a.df11.partial.lock"]
         assert all(map(is_left_out, names(target)))
-        assert beside(target).stat().st_mode & 0o777 == 0o600
-        assert beside(target).read_text() == f"{os.uname().nodename} {os.getpid()}"
+        assert os.readlink(beside(target)) == f"{os.uname().nodename} {os.getpid()}"
         writer.write(b"abc")
         writer.commit()
     assert target.read_bytes() == b"abc"
@@ -103,7 +102,7 @@ def test_with_locks_no_file_is_spoken_of(tmp_path):
 
 
 def test_that_of_a_dead_process_is_taken_over(target, dead):
-    beside(target).write_text(f"{os.uname().nodename} {dead}")
+    beside(target).symlink_to(f"{os.uname().nodename} {dead}")
     temporary_path(target, "partial").write_bytes(b"left")
     write(target, b"abc")
     assert target.read_bytes() == b"abc"
@@ -127,7 +126,7 @@ def test_what_a_killed_writer_left_is_taken_over(target):
 
 def test_only_one_of_those_who_see_it_takes_it_over(target, dead, monkeypatch):
     # Between our look and our removal, another process took it over and is writing.
-    beside(target).write_text(f"{os.uname().nodename} {dead}")
+    beside(target).symlink_to(f"{os.uname().nodename} {dead}")
     honest, others = os.kill, []
 
     def kill(process, number):
@@ -141,7 +140,7 @@ def test_only_one_of_those_who_see_it_takes_it_over(target, dead, monkeypatch):
         AtomicWriter(target)
     monkeypatch.setattr(os, "kill", honest)
     with others[0] as other:
-        assert beside(target).read_text() == f"{os.uname().nodename} {os.getpid()}"
+        assert os.readlink(beside(target)) == f"{os.uname().nodename} {os.getpid()}"
         with pytest.raises(errors.ConflictError):
             AtomicWriter(target)
         other.write(b"abc")
@@ -151,7 +150,7 @@ def test_only_one_of_those_who_see_it_takes_it_over(target, dead, monkeypatch):
 
 
 def test_while_another_takes_it_over_it_is_held(target, dead):
-    beside(target).write_text(f"{os.uname().nodename} {dead}")
+    beside(target).symlink_to(f"{os.uname().nodename} {dead}")
     taken = beside(target).with_name(f"{beside(target).name}.{dead}")
     assert is_left_out(taken.name)
     taken.touch()
@@ -167,10 +166,10 @@ def test_that_of_a_living_process_is_not(target):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         for living in (process.pid, os.getpid(), os.getppid()):
             held = f"{os.uname().nodename} {living}"
-            beside(target).write_text(held)
+            beside(target).symlink_to(held)
             with pytest.raises(errors.ConflictError):
                 AtomicWriter(target)
-            assert beside(target).read_text() == held
+            assert os.readlink(beside(target)) == held
         process.communicate(b"\n")
 
 
@@ -223,7 +222,7 @@ def test_long_names(size, target, dead):
         first.write(b"other")
         AtomicWriter(path)
     assert path.read_bytes() == b"abc"
-    beside(path).write_text(f"{os.uname().nodename} {dead}")
+    beside(path).symlink_to(f"{os.uname().nodename} {dead}")
     write(path, b"new")
     assert path.read_bytes() == b"new"
     assert names(path) == [path.name]
