@@ -1,6 +1,7 @@
 # make demo         convert real weights, verify, restore, compare
 # make check        style, types, tests of formats and converter but the slow ones: about a minute, without torch
 # make test         all of it: what CI runs; make test-FOLDER: one folder
+# make fuzz         hostile inputs for FUZZ_SECONDS (60) in all, guided by coverage; make fuzz-long: for FUZZ_HOURS (8)
 # make docs         the documentation as a site, build/docs; warnings and broken links are errors
 # make crash        every command killed, cut off and disturbed at every point: half an hour
 # make reliability  the same, make fuzz, and the table of docs/reliability.md
@@ -33,8 +34,8 @@ PACKAGE := $(wildcard pyproject.toml setup.py build_backend.py $(addsuffix /*.*,
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: setup test-setup demo style check quality test suite docs crash reliability lock bench bench-compare docs-demo gpu-check \
-	gpu-bench gpu-omnigen2 vectors clean $(addprefix test-,$(ROOMS) newest oldest)
+.PHONY: setup test-setup demo style check quality test suite docs fuzz fuzz-long crash reliability lock bench \
+	bench-compare docs-demo gpu-check gpu-bench gpu-omnigen2 vectors clean $(addprefix test-,$(ROOMS) newest oldest)
 
 setup: $(VENV)/.ready
 
@@ -119,6 +120,7 @@ lock: $(UV)
 		--output-file requirements/check.txt
 	$(COMPILE) pyproject.toml --extra ray --group test --resolution lowest-direct --output-file requirements/oldest.txt
 	$(COMPILE) --group docs --constraint requirements/test.txt --output-file requirements/docs.txt
+	$(COMPILE) --group fuzz --constraint requirements/test.txt --output-file requirements/fuzz.txt
 
 build/newest.txt: $(UV) .FORCE
 	$(COMPILE) pyproject.toml --extra ray --group test --output-file $@
@@ -145,6 +147,20 @@ bench: $(VENV)/.weights
 # What changed from one file to another: make bench-compare A=… B=…
 bench-compare: setup
 	$(BIN)/python -m benchmarks.compare $(A) $(B)
+
+# A line per target, and build/reliability/fuzz.json. What fails is in tests/fuzz/corpus afterwards.
+FUZZ_SECONDS ?= 60
+FUZZ_HOURS ?= 8
+
+fuzz: $(VENV)/.ready-to-fuzz
+	$(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) $(FUZZ)
+
+fuzz-long: $(VENV)/.ready-to-fuzz
+	$(BIN)/python -m tests.fuzz.run --seconds $$(($(FUZZ_HOURS) * 3600)) $(FUZZ)
+
+$(VENV)/.ready-to-fuzz: $(VENV)/.ready-to-test requirements/fuzz.txt
+	$(INSTALL) -r requirements/fuzz.txt
+	touch $@
 
 # What the pages are and how links become the site's: mkdocs.yml and docs/pages.py.
 docs: $(VENV)/.ready-for-docs

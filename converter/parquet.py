@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 
 import numpy as np
 
+from df11.converter import parquet_bounds
 from df11.converter.exponents import COUNTED_WEIGHTS, ExponentCounts, has_exponents
 from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin, TensorRow
 from df11.formats import errors, framing, json_text, layout
@@ -156,20 +157,19 @@ class _Reader:
 
     def __init__(self, data: bytes, where: str | os.PathLike[str]) -> None:
         self._where = where
-        self._data = data
         self._size = len(data)
-        self._file = self._open()
+        # Two checksums in each row, which no compression makes smaller, unless tensors are equal: few, then.
+        most = min(MAX_ROWS, FEW_ROWS + self._size // 12)
+        try:
+            self._checked = parquet_bounds.check(data, most)
+        except parquet_bounds.DamageError as damage:
+            self._refuse(
+                f"{damage.what}: not a manifest, or a damaged one", expected=damage.expected, found=damage.found
+            )
 
     def _open(self, **options: Any) -> Any:
-        limit = max(len(self._data), 1)
-        return pq.ParquetFile(
-            pa.BufferReader(self._data),
-            pre_buffer=False,
-            thrift_string_size_limit=limit,
-            thrift_container_size_limit=limit,
-            page_checksum_verification=True,
-            **options,
-        )
+        file = pa.BufferReader(self._checked.file)
+        return pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True, **options)
 
     def _refuse(
         self, what: str, *, tensor: str | None = None, expected: object = None, found: object = None
@@ -184,7 +184,7 @@ class _Reader:
         return Manifest(origin, cast, tool, files, self._read_rows(files, cast), others)
 
     def _read_document(self) -> Any:
-        raw = (self._file.metadata.metadata or {}).get(METADATA_KEY)
+        raw = self._checked.metadata.get(METADATA_KEY)
         if raw is None:
             self._refuse("the file has no df11 metadata: another Parquet file")
         try:
@@ -243,15 +243,10 @@ class _Reader:
         return tuple(value.items())
 
     def _check_columns(self) -> None:
-        metadata = self._file.metadata
-        # Two checksums in each row, which no compression makes smaller, unless tensors are equal: few, then.
-        most = min(MAX_ROWS, FEW_ROWS + self._size // 12)
-        if metadata.num_rows > most:
-            self._refuse("too many rows", expected=f"at most {most}", found=metadata.num_rows)
-        size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-        if not 0 <= size <= MAX_DECODED_BYTES:
+        size = self._checked.decoded_bytes
+        if size > MAX_DECODED_BYTES:
             self._refuse("its columns are too large", expected=f"at most {MAX_DECODED_BYTES} bytes", found=size)
-        schema = self._file.schema_arrow
+        schema = self._open().schema_arrow
         for field in COLUMNS:
             if schema.names.count(field.name) != 1:
                 self._refuse(f"the column {field.name} is missing or duplicated")
@@ -277,15 +272,16 @@ class _Reader:
             if length > MAX_NAMES + 64 * self._size:  # A few bytes can repeat a long name in every row.
                 self._refuse("its names are too long", expected=f"at most {MAX_NAMES + 64 * self._size} characters")
             rows.append(row)
-        if len(rows) != self._file.metadata.num_rows:
-            self._refuse("rows are missing", expected=self._file.metadata.num_rows, found=len(rows))
+        if len(rows) != self._checked.rows:
+            self._refuse("rows are missing", expected=self._checked.rows, found=len(rows))
         return tuple(rows)
 
     def _rows(self, cast: str | None) -> Iterator[TensorRow]:
         names = [field.name for field in COLUMNS]
         # As dictionaries, so that a long text is not stored once per row.
-        file = self._open(read_dictionary=_TEXTS, metadata=self._file.metadata)
-        for batch in file.iter_batches(_BATCH, columns=names, use_threads=False):
+        for batch in self._open(read_dictionary=_TEXTS).iter_batches(_BATCH, columns=names, use_threads=False):
+            if any(len(batch.column(name).dictionary) > self._checked.rows for name in _TEXTS):
+                self._refuse("more texts than rows")
             batch.validate(full=True)  # Arrow does not check the indices and offsets of a page.
             columns = {}
             for field in COLUMNS:
@@ -293,14 +289,22 @@ class _Reader:
                 if column.null_count and not field.nullable:
                     self._refuse(f"the column {field.name} has a null")
                 if pa.types.is_dictionary(column.type):
-                    texts = column.dictionary.to_pylist()
-                    columns[field.name] = [texts[index] for index in column.indices.to_pylist()]
+                    used, places = np.unique(column.indices.to_numpy(), return_inverse=True)
+                    texts = column.dictionary.take(pa.array(used)).to_pylist()  # It is that of all batches.
+                    columns[field.name] = [texts[place] for place in places]
+                elif field.type in (_NUMBERS, _CHECKSUMS) and not self._fits(column):
+                    self._refuse(f"a list in the column {field.name} is too long")
                 elif field.name == "exponent_counts":
                     columns[field.name] = [scalar.values if scalar.is_valid else None for scalar in column]
                 else:
                     columns[field.name] = column.to_pylist()
             for values in zip(*columns.values(), strict=True):
                 yield self._check_row(dict(zip(names, values, strict=True)), cast)
+
+    def _fits(self, lists: Any) -> bool:
+        # Before they become Python's objects. Counts are the most that a row has, but for checksums, which no
+        # compression makes smaller, unless they are equal.
+        return len(lists.flatten()) <= _BATCH * 256 + self._size // 8
 
     def _check_row(self, value: dict[str, Any], cast: str | None) -> TensorRow:
         name, dtype, shape = value["name"], value["dtype"], tuple(value["shape"])

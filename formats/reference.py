@@ -76,18 +76,20 @@ def read_json(text: str, what: str) -> Any:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=integer)
     except (ValueError, RecursionError):
         demand(False, f"{what} is JSON")
+    require(depth(value) <= 127, "JSON is at most 127 deep")
     require(
         "\\u" not in text or not re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)), "text is Unicode"
     )
-    require(depth(value) <= 127, "JSON is at most 127 deep")
     return value
 
 
 def depth(value: Any) -> int:
     """Lists and objects inside each other."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return 1 + max(map(depth, value), default=0) if isinstance(value, list) else 0
+    levels, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, dict | list)]:
+        levels += 1
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return levels
 
 
 def require_size(value: Any) -> int:
@@ -238,8 +240,9 @@ def decode_file(file: bytes) -> dict[str, bytes]:
 def read_source_header(container: Container) -> tuple[bytes, dict[str, Entry]]:
     """The JSON header of the source, and its entries."""
     source, text = container.source, container.source_header
-    frame = base64.b64decode(re.sub("[^A-Za-z0-9+/]", "", text) + "=" * 3)
-    frame = frame[: len(re.sub("[^A-Za-z0-9+/]", "", text)) * 3 // 4]
+    letters = re.sub("[^A-Za-z0-9+/]", "", text)
+    letters = letters[: len(letters) - (len(letters) % 4 == 1)]  # One letter alone is no byte.
+    frame = base64.b64decode(letters + "=" * 3)[: len(letters) * 3 // 4]
     require(base64.b64encode(frame).decode() == text, "base64 is RFC 4648, section 4, without anything else")
     demand(len(frame) > 5 and frame[:4] == bytes.fromhex("28b52ffd"), "df11.source_header is a Zstandard frame")
     dictionary = (0, 1, 2, 4)[frame[4] & 3]

@@ -132,7 +132,7 @@ def read_job(path: str | os.PathLike[str]) -> Job:
     data = read_file(file, LARGEST)
     try:
         content = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Too many digits of a number are a ValueError, too.
         raise errors.UsageError(f"not a TOML file: {error}", file=file) from None
     top = _Table(content, file, "the job")
     models = [
