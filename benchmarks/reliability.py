@@ -45,13 +45,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     if "crash" in found:
         parts += _crash(found["crash"])
     if "fuzz" in found:
-        rows = [
-            (name, *(one[key] for key in ("inputs", "failures", "peak_mib"))) for name, one in found["fuzz"].items()
-        ]
-        total = sum(one["inputs"] for one in found["fuzz"].values())
-        worst = max(one["peak_mib"] for one in found["fuzz"].values())
-        parts.append(f"{total:,} inputs, the worst of which took {worst:,} MiB of memory at its peak:")
-        parts.append(table(("what reads them", "inputs tried", "failures", "peak MiB"), rows))
+        parts += _fuzz(found["fuzz"])
     return "\n\n".join(parts)
 
 
@@ -69,6 +63,25 @@ def _crash(found: Mapping[str, Any]) -> list[str]:
         f"{bits['free']} are in the name of the program that wrote the file, which says nothing about the content, and "
         f"{bits['same']} spell the same content in another way. {len(bits['missed'])} were missed.",
     ]
+
+
+def _fuzz(found: Mapping[str, Any]) -> list[str]:
+    targets = found["targets"]
+    total, accepted = (sum(one[key] for one in targets) for key in ("inputs", "accepted"))
+    rows = [(one["target"], one["inputs"], one["accepted"], len(one["failures"]), *_peak(one)) for one in targets]
+    return [
+        f"{total:,} malformed inputs were tried in {found['seconds']:,.0f} s; {accepted:,} turned out to be valid. "
+        f"The worst took {max(one['most_memory_mib'] for one in targets):,.0f} MiB of memory, and "
+        f"{max(one['slowest_seconds'] for one in targets):.1f} s.",
+        table(("what reads them", "inputs tried", "valid", "failures", "peak MiB", "slowest, s"), rows),
+    ]
+
+
+def _peak(one: Mapping[str, Any]) -> tuple[object, object]:
+    # Kernels take inputs in batches, in a process of their own.
+    if not one["slowest_seconds"]:
+        return "", ""
+    return round(one["most_memory_mib"]), round(one["slowest_seconds"], 2)
 
 
 def main() -> int:

@@ -182,7 +182,7 @@ class Lock:
         mine = f"{os.uname().nodename} {os.getpid()}"
         while True:
             try:
-                os.symlink(mine, beside)
+                beside.symlink_to(mine)
                 return
             except FileExistsError:
                 if not _remove_abandoned(beside):
@@ -199,7 +199,7 @@ class Lock:
 def _remove_abandoned(beside: Path) -> bool:
     # Remove the link that stands in for a lock if its process ran on this machine and is gone.
     try:
-        text = os.readlink(beside)
+        text = str(beside.readlink())
         host, _, process = text.partition(" ")
         if host != os.uname().nodename or not process.isdecimal():
             return False
@@ -221,7 +221,7 @@ def _remove_guarded(beside: Path, text: str, process: int) -> bool:
     except FileExistsError:
         return False
     try:
-        if os.readlink(beside) == text:
+        if str(beside.readlink()) == text:
             beside.unlink()
     except OSError:  # Another process has removed it, or put something else there.
         pass

@@ -24,7 +24,29 @@ CRASH = {
     "commands": {"convert a file": {**ONE, "violations": []}, "hub pull": {**ONE, "violations": ["one"]}},
     "bits": {"bits": 9000, "noticed": 8990, "free": 7, "same": 3, "missed": []},
 }
-FUZZ = {"container": {"inputs": 12345, "seconds": 9.5, "failures": 0, "peak_mib": 33, "worst": "x"}}
+FUZZ = {
+    "seconds": 60,
+    "targets": [
+        {
+            "target": "container",
+            "inputs": 12345,
+            "accepted": 45,
+            "failures": {"a": "b"},
+            "edges": 9,
+            "most_memory_mib": 33.2,
+            "slowest_seconds": 0.514,
+        },
+        {
+            "target": "cuda",
+            "inputs": 1000,
+            "accepted": 0,
+            "failures": {},
+            "edges": None,
+            "most_memory_mib": 0.0,
+            "slowest_seconds": 0.0,
+        },
+    ],
+}
 
 
 def test_the_page_shows_the_results() -> None:
@@ -50,6 +72,9 @@ def test_results_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| all |" + " 2,000 |" * 9 in page
     assert "1 of these ended otherwise than this page promises" in page
     assert "`verify` noticed 8,990" in page
-    assert "| container | 12,345 | 0 | 33 |" in page
+    assert "13,345 malformed inputs were tried in 60 s; 45 turned out" in page
+    assert "took 33 MiB of memory, and 0.5 s" in page
+    assert "| container | 12,345 | 45 | 1 | 33 | 0.51 |" in page
+    assert "| cuda | 1,000 | 0 | 0 |  |  |" in page
     kept, rows = results.read(tmp_path / "kept.json")
     assert (kept["crash"], kept["fuzz"], rows) == (CRASH, FUZZ, [])

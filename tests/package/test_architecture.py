@@ -59,12 +59,13 @@ PLACES = {
     r"\bos\.(open|rename|replace|remove|unlink|link|symlink|mkdir|makedirs|chmod)\(|\.(unlink|rename|rmdir|touch)\(": {
         "storage/atomic.py",
         "storage/download.py",
+        "storage/journal.py",  # The journal, relative to the folder that is locked.
+        "storage/hub.py",  # The lock of a staging folder.
         "storage/paths.py",
         "converter/terminal.py",  # The null device.
     },
     r"(?<![\w.])(?<!def )open\(": {"storage/atomic.py", "storage/hub.py", "storage/paths.py", "formats/container.py"},
     r"\.(read_text|read_bytes|write_text|write_bytes)\(": {
-        "storage/atomic.py",
         "storage/hub.py",
         "storage/local.py",
         "runtime/gpu.py",  # The kernel's source, of this package.

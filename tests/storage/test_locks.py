@@ -62,7 +62,7 @@ def test_it_works_and_leaves_nothing(target):
     with AtomicWriter(target) as writer:
         assert names(target) == [".a.df11.partial", ".a.df11.partial.lock"]
         assert all(map(is_left_out, names(target)))
-        assert os.readlink(beside(target)) == f"{os.uname().nodename} {os.getpid()}"
+        assert str(beside(target).readlink()) == f"{os.uname().nodename} {os.getpid()}"
         writer.write(b"abc")
         writer.commit()
     assert target.read_bytes() == b"abc"
@@ -140,7 +140,7 @@ def test_only_one_of_those_who_see_it_takes_it_over(target, dead, monkeypatch):
         AtomicWriter(target)
     monkeypatch.setattr(os, "kill", honest)
     with others[0] as other:
-        assert os.readlink(beside(target)) == f"{os.uname().nodename} {os.getpid()}"
+        assert str(beside(target).readlink()) == f"{os.uname().nodename} {os.getpid()}"
         with pytest.raises(errors.ConflictError):
             AtomicWriter(target)
         other.write(b"abc")
@@ -170,7 +170,7 @@ def test_that_of_a_living_process_is_not(target):
             beside(target).symlink_to(held)
             with pytest.raises(errors.ConflictError):
                 AtomicWriter(target)
-            assert os.readlink(beside(target)) == held
+            assert str(beside(target).readlink()) == held
         process.communicate(b"\n")
 
 
