@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -136,6 +135,8 @@ def deliver(task: Task, done: Done) -> Done:
 def discard(task: Task) -> None:
     """Remove a task's files from its staging folder."""
     if task.staging is not None:
+        import shutil  # It imports every kind of archive, which takes as long as a small conversion.
+
         shutil.rmtree(task.staging, ignore_errors=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,10 +74,10 @@ class LocalStore(Store):
     def free_bytes(self) -> int | None:
         """Bytes that are free on the disk."""
         try:
-            usage = shutil.disk_usage(existing(self.root))
+            disk = os.statvfs(existing(self.root))
         except OSError:
             return None
-        return usage.free if usage.total else None  # A pseudo file system has no size.
+        return disk.f_bavail * disk.f_frsize if disk.f_blocks else None  # A pseudo file system has no size.
 
     def find(self, names: Collection[str]) -> dict[str, Entry]:
         """Those of the files that exist."""
