@@ -237,13 +237,14 @@ class Comparison:
             wanted = restored_layout(container, bf16=self._options.bf16)
             size = wanted.size
             step = dataclasses.replace(step, least=size, most=size, expected=size, tensors=len(container))
+            step = dataclasses.replace(step, source_sha256=wanted.sha256)
         if there is None:
             return step
         if there.size == wanted.size:
             if wanted.sha256 is None:
                 return dataclasses.replace(step, there=False)  # Only the result tells whether this is the same.
             if self._target.hashed(there).sha256 == wanted.sha256:
-                return dataclasses.replace(step, kept=True, source_sha256=wanted.sha256)
+                return dataclasses.replace(step, kept=True)
         self.check_free(one.name)
         return step
 

@@ -59,7 +59,7 @@ class Step:
     counted: bool = False
     """Whether progress has already counted it, because its hash had to be computed."""
     source_sha256: str | None = None
-    """Hash of a local file, if it had to be computed."""
+    """Hash of a local file, if it had to be computed; of what a container restores, unless a cast has changed it."""
     tensors: int = 0
     memory: int = 0
     """Least bytes of memory for the work."""

@@ -189,6 +189,9 @@ def _restore(task: Task, progress: Progress) -> Done:
     where = task.source.locate(step.entry.name)
     with Container(where) as container:
         target = restored_layout(container, bf16=task.bf16)
+        if target.sha256 != step.source_sha256:
+            hint = "run the same command again"
+            raise errors.ConflictError("this file has changed since the run began", file=where, hint=hint)
         with AtomicWriter(path, root=root, mode=task.source.mode(step.entry)) as writer:
             sha256 = restore_file(container, target, writer.write, task.settings.threads, progress)
             entry = Entry(step.name, target.size, sha256)
