@@ -191,7 +191,7 @@ def test_json_says_what_was_restored(source, container, tmp_path):
     assert (done["event"], done["files"], done["bytes"]) == ("done", 1, source.stat().st_size)
 
 
-def test_a_container_that_changes_before_it_is_read_is_noticed(source, container, tmp_path):
+def test_a_container_that_changes_before_it_is_read_is_noticed(container, tmp_path):
     other = tmp_path / "other.df11"
     df11.convert(sources.write(tmp_path / "other.safetensors", [bf16("w", (7, 9))]), other)
     with pytest.raises(errors.ConflictError, match="changed since the run began"):
