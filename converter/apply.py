@@ -313,7 +313,7 @@ def _mark_of(entry: Entry) -> Mark:
 
 def _mark_there(target: Store, name: str) -> Mark:
     if not name.endswith(DF11):
-        return _mark_of(target.hashed(target.find([name])[name]))
+        return _mark_of(target.hashed(target.entry(name)))
     with Container(target.locate(name)) as container:
         return Mark(name, container.size, container.source.sha256, "source")
 

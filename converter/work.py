@@ -240,7 +240,7 @@ def _prove(task: Task, progress: Progress) -> Done:
     from_source = step.name == step.entry.name
     store = task.source if from_source else task.target
     path = Path(store.locate(step.name))
-    hashed = store.hashed(store.find([step.name])[step.name]) if from_source else None
+    hashed = store.hashed(store.entry(step.name)) if from_source else None
     told = progress if from_source else _quiet(progress)
     try:
         tensors = scan(path, step.name, threads=task.settings.threads, progress=told)

@@ -76,6 +76,14 @@ class Store(ABC):
         Raises UsageError if something else has one of the names.
         """
 
+    def entry(self, name: str) -> Entry:
+        """A file that was there a moment ago. Raises ConflictError if it is gone."""
+        entry = self.find([name]).get(name)
+        if entry is None:
+            hint = "run the same command again"
+            raise errors.ConflictError("this file was removed in the meantime", file=self.locate(name), hint=hint)
+        return entry
+
     @abstractmethod
     def locate(self, name: str) -> str:
         """A file's name in messages: its path, or hf://owner/name@commit/path."""

@@ -45,6 +45,9 @@ def test_a_folder(folder):
     assert store.locate("a/c") == str(folder / "a/c")
     assert store.find(["a/c", "none", "ab", "a/none", "b/none"]) == {"a/c": Entry("a/c", 3), "ab": Entry("ab", 1)}
     assert store.find([]) == {}
+    assert store.entry("ab") == Entry("ab", 1)
+    with pytest.raises(errors.ConflictError, match=r"model/none: this file was removed in the meantime; run the same"):
+        store.entry("none")
 
 
 def test_a_file_alone(folder):
