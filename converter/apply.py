@@ -225,6 +225,8 @@ class _Applied:
     def _commit(self, puts: Sequence[Put], removed: Sequence[str], what: str) -> None:
         if self.journal is not None:
             self.begin()
+            for name in removed:
+                self.plan.target.check_stamp(name, self.plan.stamp.get(name))
             if marks := [_mark_of(put.entry) for put in puts if put.payload and put.entry.name != FILE_NAME]:
                 append(self.journal.path, marks)
         self.plan.target.commit(puts, removed, self.delivery.title(what))

@@ -83,7 +83,7 @@ def make_plan(
     begun = {} if name is not None else _begun(target)
     builder = Comparison(source, target, action, options, manifest, on_progress, indexes, originals, begun)
     builder.hold(assignments)
-    stamp = {} if name is not None else target.stamp({*builder.names, FILE_NAME})
+    stamp = target.stamp({*builder.names, FILE_NAME})
     on_total(sum(one.entry.size for one in assignments if one.kind not in ("index", "attributes")))
     steps = builder.steps(assignments)
     builder.check_also({entry.name: entry for entry in listed})

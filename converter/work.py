@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,11 +23,10 @@ from df11.converter.source import Progress, Source
 from df11.converter.verify import verify
 from df11.formats import errors
 from df11.formats.container import Container
-from df11.storage.atomic import AtomicWriter
+from df11.storage.atomic import AtomicWriter, open_folder
 from df11.storage.entry import Entry
 from df11.storage.file import File
 from df11.storage.journal import Mark, append
-from df11.storage.paths import kind_of
 from df11.storage.store import Put, Store
 
 
@@ -44,6 +45,9 @@ class Task:
     prove: bool = False
     """Verify a container, and compute its hash, again from the disk."""
     force: bool = False
+    """Whether whatever file is there may be replaced."""
+    stamp: object = None
+    """Of the file that the target had under this name when the work was planned."""
     download: bool = False
     """Download the shard to the disk first, beside its output."""
     journal: Path | None = None
@@ -60,7 +64,7 @@ class Task:
         download: bool = False,
         journal: Path | None = None,
     ) -> Task:
-        """The task of a step. No force is needed if the target is ours, or the step replaces what is ours."""
+        """The task of a step."""
         options = plan.options
         return cls(
             step,
@@ -70,7 +74,8 @@ class Task:
             settings,
             options.bf16,
             options.prove,
-            options.force or step.there,
+            options.force,
+            plan.stamp.get(step.name),
             download,
             journal,
         )
@@ -137,7 +142,13 @@ def discard(task: Task) -> None:
     if task.staging is not None:
         import shutil  # It imports every kind of archive, which takes as long as a small conversion.
 
-        shutil.rmtree(task.staging, ignore_errors=True)
+        # Whoever exchanges a folder on the way for a link must not have it removed where that leads.
+        with contextlib.suppress(errors.Df11Error):
+            place = open_folder(task.staging.parent, task.staging.parents[1])
+            try:
+                shutil.rmtree(task.staging.name, ignore_errors=True, dir_fd=place)
+            finally:
+                os.close(place)
 
 
 def _convert(task: Task, progress: Progress) -> Done:
@@ -263,14 +274,17 @@ def _place(task: Task) -> tuple[Path, Path]:
 
 
 def _commit(task: Task, writer: AtomicWriter, mark: Mark) -> None:
-    if not task.force and kind_of(writer.path) is not None:
-        if task.step.kind == "restore":
+    def check() -> None:
+        if task.force:
+            return
+        task.target.check_stamp(task.step.name, task.stamp)
+        if task.stamp is not None and not task.step.there:
             raise already_there(str(writer.path))
-        what = "this file has appeared in the meantime"
-        raise errors.ConflictError(what, file=writer.path, hint="run the same command again")
+
+    check()
     if task.journal is not None:
         append(task.journal, [mark])
-    writer.commit()
+    writer.commit(check)  # Again, as much time may have passed until the bytes were on the disk.
 
 
 def _once(step: Step, progress: Progress) -> Progress:

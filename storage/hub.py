@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 import warnings
@@ -225,7 +226,7 @@ class HubStore(Store):
     def place(self, name: str, staging: Path | None) -> tuple[Path, Path]:
         """In the staging folder."""
         assert staging is not None
-        return staging, staging / name
+        return staging.parents[1], staging / name  # Below the folder that the user named, no link is followed.
 
     @contextmanager
     def staging(self, work: Path, most: int) -> Iterator[Path | None]:
@@ -233,13 +234,13 @@ class HubStore(Store):
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.label.removeprefix(SCHEME)).strip("-.")
         digest = hashlib.sha256(f"{client.endpoint()} {self.label}".encode()).hexdigest()[:8]
         folder = work / f"df11-job-{name[:150]}-{digest}"
-        with _locked(folder):
-            _clear(folder)
+        with _locked(folder) as place:
+            _clear(place)
             try:
                 _check_room(folder, most)
                 yield folder
             finally:
-                _clear(folder)
+                _clear(place)
 
     def staged_bytes(self, size: int) -> int:
         """All of it."""
@@ -350,8 +351,8 @@ class HubStore(Store):
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    # The folder is made, and removed at the end, while its lock is held.
+def _locked(folder: Path) -> Iterator[int]:
+    # A descriptor of the folder, which is made, and removed at the end, while its lock is held.
     path = folder / ".lock"
     with ExitStack() as stack:
         try:
@@ -371,7 +372,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise errors.from_os_error(error, file=folder) from None
         try:
-            yield
+            yield place
         finally:
             with suppress(OSError):
                 os.unlink(path.name, dir_fd=place)
@@ -381,18 +382,29 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _opened(folder: Path) -> int:
-    folder.mkdir(0o700, parents=True, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-        # Where temporary files are, anybody can make one.
-        hint = "name another folder: [limits] work"
-        raise errors.NotAllowedError("this folder is somebody else's", file=folder, hint=hint)
-    return open_folder(folder, None)
+    # Where temporary files are, anybody can make a folder of this name, or a link.
+    above = folder.parent
+    place = open_folder(folder, above)
+    try:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            what = "anybody can exchange files in this folder"
+            raise errors.NotAllowedError(what, file=above, hint="name another one: [limits] work")
+        if os.fstat(place).st_uid != os.geteuid():
+            hint = "name another folder: [limits] work"
+            raise errors.NotAllowedError("this folder is somebody else's", file=folder, hint=hint)
+        os.fchmod(place, 0o700)
+    except BaseException:
+        os.close(place)
+        raise
+    return place
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+def _clear(place: int) -> None:
+    with os.scandir(place) as found:
+        folders = [item.name for item in found if item.is_dir(follow_symlinks=False)]
+    for name in folders:
+        shutil.rmtree(name, ignore_errors=True, dir_fd=place)
 
 
 def _check_room(folder: Path, most: int) -> None:

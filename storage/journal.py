@@ -7,6 +7,7 @@ names yet is still known to be df11's, even if the machine has lost its power si
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ from typing import IO, Final, Literal
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from df11.formats import errors
-from df11.storage.atomic import Lock, check_platform, has_name, held_elsewhere, open_folder, open_own, sync_folder
+from df11.storage.atomic import (
+    Lock,
+    check_platform,
+    has_name,
+    held_elsewhere,
+    is_own,
+    open_folder,
+    open_own,
+    sync_folder,
+)
 from df11.storage.paths import read_file
 
 FILE_NAME: Final = ".df11-run"
@@ -45,14 +55,21 @@ def append(path: Path, marks: Iterable[Mark]) -> None:
     lines = [f"{one.of} {one.size} {one.sha256} {quote_from_bytes(os.fsencode(one.name))}\n" for one in marks]
     text = memoryview("".join(["\n", *lines]).encode())  # What a lost power has left of another line ends here.
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+        # Without O_NONBLOCK, a pipe that somebody has put there would be waited for.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
+            if not is_own(descriptor):
+                raise OSError(errno.ELOOP, "")
             while text:
                 text = text[os.write(descriptor, text) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            what = "something else has taken the place of this run's journal"
+            hint = "remove it, and run the same command again"
+            raise errors.ConflictError(what, file=path, hint=hint) from None
         raise errors.from_os_error(error, file=path) from None
 
 
@@ -60,7 +77,7 @@ def read(path: Path) -> Mapping[str, tuple[Mark, ...]]:
     """What a journal says, by name; empty if there is none. What is torn is skipped."""
     if not path.is_file() or path.is_symlink():
         return {}
-    found: dict[str, tuple[Mark, ...]] = {}
+    found: dict[str, list[Mark]] = {}
     for line in read_file(path, MAX_BYTES).split(b"\n")[:-1]:
         match line.split(b" "):
             case [of, size, sha256, quoted] if of in _KINDS and size.isdigit() and len(size) < 20:
@@ -68,8 +85,8 @@ def read(path: Path) -> Mapping[str, tuple[Mark, ...]]:
                 if {"", ".", ".."} & {*name.split("/")}:  # Whoever has written that, it was not df11.
                     continue
                 mark = Mark(name, int(size), sha256.decode("ascii", "replace"), _KINDS[of])
-                found[name] = (*found.get(name, ()), mark)
-    return found
+                found.setdefault(name, []).append(mark)
+    return {name: tuple(dict.fromkeys(marks)) for name, marks in found.items()}
 
 
 class Journal:

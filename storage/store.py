@@ -170,6 +170,12 @@ class Store(ABC):
         """By what a change of files can be seen later; a repository sees it by its commits."""
         return {}
 
+    def check_stamp(self, name: str, stamp: object) -> None:
+        """Raise ConflictError if a file is another one than when it had this stamp, and still there."""
+        if self.stamp([name]).get(name) not in (None, stamp):
+            what = "somebody else has changed this file in the meantime"
+            raise errors.ConflictError(what, file=self.locate(name), hint="run the same command again")
+
     def clean(self, names: Iterable[str]) -> None:  # noqa: B027 - a repository has no such thing
         """Remove what killed runs have left for files of these names."""
 

@@ -14,6 +14,7 @@ from df11.formats import errors
 from df11.storage import client as hub_client
 from df11.storage import ranges
 from df11.storage.address import Address
+from df11.storage.atomic import write_bytes
 from df11.storage.entry import GIT_BYTES, Entry
 from df11.storage.hub import HubStore
 from df11.storage.local import LocalStore
@@ -330,7 +331,7 @@ def test_a_repository_is_created(private, revision, hub):
 def test_staging_is_for_one_process_and_empty(target, tmp_path):
     with target.staging(tmp_path / "work", 1) as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
-        assert target.place("00000/a.df11", folder) == (folder, folder / "00000" / "a.df11")
+        assert target.place("a.df11", folder / "00000") == (tmp_path / "work", folder / "00000" / "a.df11")
         (folder / "00000").mkdir()
         (folder / "00000" / "left.df11").write_bytes(b"x")
         with (
@@ -357,9 +358,32 @@ def test_a_staging_folder_behind_a_link_is_refused(target, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "keep").mkdir()
     folder.symlink_to(tmp_path / "mine")
-    with pytest.raises(errors.NotAllowedError), target.staging(tmp_path / "work", 1):
+    with pytest.raises(errors.UsageError, match="a link is in the way"), target.staging(tmp_path / "work", 1):
         pass
     assert (tmp_path / "mine" / "keep").is_dir()
+
+
+def test_a_staging_folder_that_becomes_a_link_removes_nothing_where_it_leads(target, tmp_path):
+    (tmp_path / "mine" / "keep").mkdir(parents=True)
+    with target.staging(tmp_path / "work", 1) as folder:
+        (folder / "00000").mkdir()
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "mine")
+        with pytest.raises(errors.UsageError, match="a link is in the way"):
+            root, path = target.place("x", folder / "00000")
+            write_bytes(path, b"x", root=root)
+    assert (tmp_path / "mine" / "keep").is_dir()
+
+
+def test_a_staging_folder_is_not_where_anybody_can_exchange_it(target, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    work.chmod(0o777)
+    with pytest.raises(errors.NotAllowedError, match="anybody can exchange files"), target.staging(work, 1):
+        pass
+    work.chmod(0o1777)
+    with target.staging(work, 1) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_which_stores_lie_in_which(tmp_path):
