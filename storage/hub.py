@@ -384,15 +384,20 @@ def _locked(folder: Path) -> Iterator[int]:
 def _opened(folder: Path) -> int:
     # Where temporary files are, anybody can make a folder of this name, or a link.
     above = folder.parent
-    place = open_folder(folder, above)
+    refused = errors.NotAllowedError(
+        "this folder is somebody else's", file=folder, hint="name another folder: [limits] work"
+    )
+    try:
+        place = open_folder(folder, above)
+    except errors.UsageError:
+        raise refused from None
     try:
         mode = above.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             what = "anybody can exchange files in this folder"
             raise errors.NotAllowedError(what, file=above, hint="name another one: [limits] work")
         if os.fstat(place).st_uid != os.geteuid():
-            hint = "name another folder: [limits] work"
-            raise errors.NotAllowedError("this folder is somebody else's", file=folder, hint=hint)
+            raise refused
         os.fchmod(place, 0o700)
     except BaseException:
         os.close(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -177,8 +178,8 @@ def test_a_pull_that_was_killed_goes_on(hub: HubServer, tmp_path: Path, monkeypa
     named: list[str] = []
     commit = AtomicWriter.commit
 
-    def committed(writer: AtomicWriter) -> None:
-        commit(writer)
+    def committed(writer: AtomicWriter, *check: Callable[[], object]) -> None:
+        commit(writer, *check)
         named.append(writer.path.name)
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):

@@ -358,7 +358,7 @@ def test_a_staging_folder_behind_a_link_is_refused(target, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "keep").mkdir()
     folder.symlink_to(tmp_path / "mine")
-    with pytest.raises(errors.UsageError, match="a link is in the way"), target.staging(tmp_path / "work", 1):
+    with pytest.raises(errors.NotAllowedError), target.staging(tmp_path / "work", 1):
         pass
     assert (tmp_path / "mine" / "keep").is_dir()
 
