@@ -62,7 +62,8 @@ def _lines(text: str) -> str:
 def say(text: str, *, quiet: bool = False) -> None:
     """Text for people, on standard error."""
     if not quiet:
-        print(_lines(text), file=sys.stderr)  # noqa: T201
+        with contextlib.suppress(OSError):  # Where it cannot be told, the work still goes on.
+            print(_lines(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def print_line(text: str) -> None:
@@ -200,6 +201,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "out of memory; use fewer --threads", errors.BudgetError.exit_code
         case KeyboardInterrupt():
             return "interrupted; run the same command again to continue", INTERRUPTED
+        case RuntimeError() if "start new thread" in str(error):
+            return "the system has no more threads; use fewer --threads", errors.BudgetError.exit_code
         case _ if hasattr(error, "format_message"):  # A usage error from Typer, which has no public class for it.
             return f"{error.format_message()} Try --help.", errors.UsageError.exit_code
         case _:

@@ -229,6 +229,7 @@ def report_command(
     output: Annotated[
         Path, Option("--output", "-o", metavar="DIR", help="Folder for report.html and its pictures.")
     ] = Path("df11-report"),
+    force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -236,7 +237,7 @@ def report_command(
     del debug
     from df11.pipelines.report import write_report
 
-    for path in write_report(model, output):
+    for path in write_report(model, output, force=force):
         terminal.say(str(path), quiet=quiet)
 
 

@@ -84,8 +84,13 @@ def is_repository(name: str) -> bool:
     return _REPOSITORY.fullmatch(name) is not None
 
 
+MOST_DEPTH: Final = 100
+"""Folders in each other. No model has more than a few; many more exhaust the stack of whoever walks through them."""
+
+
 def is_safe_path(path: str) -> bool:
     """Whether a path from a repository is a valid file name that stays inside the folder it is joined to."""
-    return all(part not in ("", ".", "..") for part in path.split("/")) and not re.search(
-        r"[\x00-\x1f\x7f\\\ud800-\udfff]", path
-    )
+    parts = path.split("/")
+    if len(parts) > MOST_DEPTH or not {"", ".", ".."}.isdisjoint(parts):
+        return False
+    return not re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", path)

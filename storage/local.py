@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from df11.formats import errors
-from df11.storage.address import is_repository
+from df11.storage.address import MOST_DEPTH, is_repository
 from df11.storage.atomic import ANY_MODE, open_folder, remove, remove_abandoned, write_bytes
 from df11.storage.entry import Entry
 from df11.storage.file import LocalFile
@@ -252,6 +252,8 @@ def _walk(folder: Path, root: Path, above: frozenset[Path] = frozenset()) -> Ite
     real = folder.resolve()
     if real in above:
         raise errors.UsageError("a link leads back to a folder above it", file=folder)
+    if len(above) > MOST_DEPTH:
+        raise errors.UsageError("folders in folders in folders", file=folder, expected=f"at most {MOST_DEPTH}")
     try:
         found = list(os.scandir(folder))
     except OSError as error:

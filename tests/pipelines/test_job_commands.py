@@ -421,6 +421,11 @@ def test_wrong_use(tmp_path: Path, arguments: tuple[str, ...], code: int, word: 
 
 
 def test_a_report(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "sizes.png").write_bytes(b"mine")
+    commands.run("report", tree, "--output", tmp_path / "report").error(2, "sizes.png", "--force")
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["sizes.png"]
+    commands.run("report", tree, "--output", tmp_path / "report", "--force").fine()
     result = commands.run("report", tree, "--output", tmp_path / "report").fine()
     assert (tmp_path / "report" / "report.html").is_file()
     assert [Path(line).suffix for line in result.err.splitlines()].count(".png") >= 2

@@ -378,3 +378,20 @@ def test_stores_can_be_pickled(folder):
         assert there.list() == store.list()
         assert there.check_name("x")
         assert not there.check_name("")
+
+
+def test_folders_in_folders_in_folders(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "/".join(["a"] * 100)).mkdir(parents=True)
+    (folder / "/".join(["a"] * 100) / "x").write_bytes(b"1")
+    assert len(LocalStore(folder).list()) == 1
+    (folder / "/".join(["a"] * 101)).mkdir()
+    with pytest.raises(errors.UsageError, match="folders in folders in folders"):
+        LocalStore(folder).list()
+
+
+def test_what_a_cache_names_as_its_newest_commit_may_be_anything(tmp_path):
+    model = tmp_path / "models--me--m"
+    fill(model / "snapshots" / ("c" * 40), x=b"1")
+    fill(model / "refs", main=b"\xff\xfe\n")
+    assert open_source(model).list() == (Entry("x", 1),)
