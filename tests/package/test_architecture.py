@@ -67,7 +67,6 @@ PLACES = {
     r"(?<![\w.])(?<!def )open\(": {"storage/atomic.py", "storage/hub.py", "storage/paths.py", "formats/container.py"},
     r"\.(read_text|read_bytes|write_text|write_bytes)\(": {
         "storage/hub.py",
-        "storage/local.py",
         "runtime/gpu.py",  # The kernel's source, of this package.
         "runtime/omnigen2_classes.py",  # Modules that are imported right after.
     },
