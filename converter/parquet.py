@@ -31,7 +31,7 @@ METADATA_KEY: Final = b"df11"
 MAX_BYTES: Final = 256 << 20
 """Largest manifest that is read: about a hundred times that of a model of a hundred thousand tensors."""
 MAX_ROWS: Final = 4_000_000
-FEW_ROWS: Final = 50_000
+FEW_ROWS: Final = 20_000
 """Rows that any file may have; a large one may have more."""
 MAX_NAMES: Final = 1 << 20
 """Characters of all names that any file may have; a large one may have more."""
@@ -159,7 +159,7 @@ class _Reader:
         self._where = where
         self._size = len(data)
         # Two checksums in each row, which no compression makes smaller, unless tensors are equal: few, then.
-        most = min(MAX_ROWS, FEW_ROWS + self._size // 12)
+        most = min(MAX_ROWS, FEW_ROWS + self._size // 16)
         try:
             self._checked = parquet_bounds.check(data, most)
         except parquet_bounds.DamageError as damage:
