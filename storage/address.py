@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Final, Self
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from df11.formats import errors
 
@@ -89,3 +90,14 @@ def is_safe_path(path: str) -> bool:
     return all(part not in ("", ".", "..") for part in path.split("/")) and not re.search(
         r"[\x00-\x1f\x7f\\\ud800-\udfff]", path
     )
+
+
+def endpoint() -> str:
+    """The Hub's address without a trailing slash: ``HF_ENDPOINT``, as it is now."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
+
+
+def origin_of(url: str) -> tuple[str, str]:
+    """Scheme and host with port of an address, which say who is asked; the name of a user is no part of it."""
+    parts = urlsplit(url)
+    return parts.scheme.lower(), parts.netloc.rpartition("@")[2].lower()

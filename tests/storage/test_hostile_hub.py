@@ -16,7 +16,8 @@ import pytest
 from df11.formats import errors
 from df11.storage import client as hub_client
 from df11.storage import hub as hub_store
-from df11.storage import ranges
+from df11.storage import limits, ranges
+from df11.storage.answers import wait_asked
 from df11.storage.store import open_source
 from tests.support import commands
 from tests.support.hub.server import HubServer, drip, status
@@ -45,14 +46,14 @@ def test_an_answer_that_is_compressed_is_not_unpacked(model: HubServer) -> None:
 
 
 def test_an_answer_without_end_is_given_up(model: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_client, "MOST_ANSWER", 100_000)
+    monkeypatch.setattr(limits, "MOST_ANSWER", 100_000)
     model.inject("GET", "/api/models/me/m", status(200, JSON, body=b'{"a": "' + b" " * 200_000 + b'"}'), times=9)
     with pytest.raises(errors.RetryLaterError, match="does not end"):
         open_source("hf://me/m")
 
 
 def test_an_answer_that_takes_too_long_is_given_up(model: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_client, "LONGEST_ANSWER", 0.3)
+    monkeypatch.setattr(limits, "LONGEST_ANSWER", 0.3)
     model.inject("GET", "/api/models/me/m", drip(200), times=9)
     started = time.monotonic()
     with pytest.raises(errors.RetryLaterError, match="too long"):
@@ -106,7 +107,7 @@ def test_what_the_client_would_keep_for_a_day_is_not_asked_for(model: HubServer)
     ["Mon, 01 Jan 99999999999 00:00:00 GMT", "9" * 400, "soon", "-5", "1e9", "\x00", "Thu, 01 Jan 1970 00:00:00 GMT"],
 )
 def test_odd_times_to_wait(text: str) -> None:
-    wait = hub_client._wait_asked({"retry-after": text})
+    wait = wait_asked({"retry-after": text})
     assert wait is None or (wait >= 0 and math.isfinite(wait))
 
 

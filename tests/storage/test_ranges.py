@@ -11,7 +11,7 @@ import pytest
 
 from df11.formats import errors
 from df11.storage import client as hub_client
-from df11.storage import ranges
+from df11.storage import limits, ranges
 from df11.storage.address import Address
 from df11.storage.ranges import RangeFile, RangeReader, RemoteFile
 from tests.support.hub.server import cut, drip, hang, ignore_range, slow, status, truncated
@@ -228,14 +228,14 @@ def test_the_wait_that_the_server_asks_for(caplog, hub, remote):
 
 
 def test_a_server_that_is_silent(monkeypatch, hub, reader):
-    monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.05)
+    monkeypatch.setitem(limits.TIMEOUTS, "read", 0.05)
     hub.inject("GET", "/cdn/", hang, times=1000)
     with pytest.raises(errors.RetryLaterError, match="in time"):
         read_all(reader)
 
 
 def test_a_server_that_is_slow_for_once(monkeypatch, hub, reader):
-    monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.2)
+    monkeypatch.setitem(limits.TIMEOUTS, "read", 0.2)
     hub.inject("GET", "/cdn/", slow(1.0), times=2)
     assert read_all(reader) == DATA
 
