@@ -112,6 +112,7 @@ class _Limits:
             return
         if request.url.path.endswith("/api/agent-harnesses"):  # Telemetry; the client would keep the answer for a day.
             raise LaterError("df11 does not ask for this")
+        asked.answering = math.inf
         if request.method == "GET":
             asked.count_page()
         if origin_of(str(request.url)) != origin_of(endpoint()):  # A page that follows another may be anywhere.

@@ -182,6 +182,13 @@ def test_as_long_as_something_comes_it_goes_on(hub, reader):
     assert read_all(reader) == DATA
 
 
+def test_a_byte_now_and_then_is_not_enough(hub, reader):
+    hub.inject("GET", "/cdn/", cut(after=1), times=1000)
+    with pytest.raises(errors.RetryLaterError):
+        read_all(reader)
+    assert hub.count("GET", "/cdn/") < 100
+
+
 @pytest.mark.parametrize(
     "fault",
     [cut(after=0), status(500), status(429, {"Retry-After": "0"}), status(403)],
