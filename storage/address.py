@@ -13,6 +13,11 @@ from df11.formats import errors
 SCHEME: Final = "hf://"
 DEFAULT_ENDPOINT: Final = "https://huggingface.co"
 
+MOST_OF_A_NAME: Final = 255
+"""Bytes of a file's or a folder's own name that file systems take."""
+MOST_OF_A_PATH: Final = 1000
+"""Characters of a path below a folder. Systems take 1,024 to 4,096 bytes with the folder's own path."""
+
 _EXAMPLE: Final = "hf://owner/name, hf://owner/name@revision, hf://owner/name/folder"
 _ADDRESS: Final = re.compile(r"hf://([^/@]*)/([^/@]*)(?:@(refs/(?:pr|convert)/[^/]+|[^/]*))?(?:/(.*))?", re.DOTALL)
 _SPECIAL: Final = re.compile(r"refs/(?:pr|convert)/[^/]+")
@@ -87,9 +92,9 @@ def is_repository(name: str) -> bool:
 
 def is_safe_path(path: str) -> bool:
     """Whether a path from a repository is a valid file name that stays inside the folder it is joined to."""
-    return all(part not in ("", ".", "..") for part in path.split("/")) and not re.search(
-        r"[\x00-\x1f\x7f\\\ud800-\udfff]", path
-    )
+    if len(path) > MOST_OF_A_PATH or re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", path):
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) <= MOST_OF_A_NAME for part in path.split("/"))
 
 
 def endpoint() -> str:

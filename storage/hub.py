@@ -20,7 +20,7 @@ from df11.storage.address import SCHEME, Address, is_safe_path
 from df11.storage.atomic import ANY_MODE, Lock, has_name, held_elsewhere, open_folder, open_own
 from df11.storage.entry import GIT_BYTES, Entry
 from df11.storage.file import File, MemoryFile
-from df11.storage.names import is_left_out, remarks_on
+from df11.storage.names import file_as_folder, is_left_out, remarks_on
 from df11.storage.ranges import CLIENT_MEMORY, RangeFile, RemoteFile
 from df11.storage.store import Put, Store
 from df11.version import __version__
@@ -110,6 +110,9 @@ class HubStore(Store):
         known = [(str(item.path), self._entry(item)) for item in found]
         entries = sorted((entry for _, entry in known if entry is not None), key=lambda entry: entry.name)
         odd = [f"{path!a}: left out, as no folder can hold a file with this name" for path, one in known if one is None]
+        if (pair := file_as_folder(entry.name for entry in entries)) is not None:
+            what = "the Hub lists files that no repository can hold together"
+            raise errors.UsageError(what, file=where, found=" and ".join(map(errors.shortened, pair)))
         self.remarks = (*odd, *remarks_on(entry.name for entry in entries))
         return tuple(entry for entry in entries if not is_left_out(entry.name))
 
