@@ -109,7 +109,11 @@ class HubStore(Store):
             found = client.call(self._list_all, where)
         known = [(str(item.path), self._entry(item)) for item in found]
         entries = sorted((entry for _, entry in known if entry is not None), key=lambda entry: entry.name)
-        odd = [f"{path!a}: left out, as no folder can hold a file with this name" for path, one in known if one is None]
+        odd = [
+            f"{errors.shortened(path)}: left out, as no folder can hold a file with this name"
+            for path, one in known
+            if one is None
+        ]
         if (pair := file_as_folder(entry.name for entry in entries)) is not None:
             what = "the Hub lists files that no repository can hold together"
             raise errors.UsageError(what, file=where, found=" and ".join(map(errors.shortened, pair)))
