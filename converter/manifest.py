@@ -29,18 +29,20 @@ Cast = Literal["bf16"] | None
 class Origin:
     """Where the source came from: a repository of the Hub at a commit, or neither for a local one.
 
-    ``path`` is the folder in it, or "" for the whole repository.
+    ``path`` is the folder in it, or "" for the whole repository. ``private``: whether the repository was private; None
+    if unknown, as for a local source.
     """
 
     repository: str | None = None
     commit: str | None = None
     path: str = ""
+    private: bool | None = None
 
     @classmethod
     def of(cls, store: Store) -> Origin:
         """The origin of what a store holds."""
         address = store.address
-        return cls() if address is None else cls(address.repository, store.head, address.path)
+        return cls() if address is None else cls(address.repository, store.head, address.path, store.private)
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,12 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     return {
         "version": VERSION,
         "tool": manifest.tool,
-        "source": {"repository": origin.repository, "commit": origin.commit, "path": _text(origin.path)},
+        "source": {
+            "repository": origin.repository,
+            "commit": origin.commit,
+            "path": _text(origin.path),
+            "private": origin.private,
+        },
         "options": {"cast": manifest.cast},
         "files": [
             {
@@ -198,11 +203,13 @@ class _Reader:
             self._refuse("version", expected=VERSION, found=repr(version)[:80])
         tool, source, cast = document.get("tool"), document.get("source"), _member(document.get("options"), "cast")
         repository, commit, path = (_member(source, key) for key in ("repository", "commit", "path"))
+        private = _member(source, "private")  # Earlier files have none.
         if not (
             isinstance(tool, str)
             and isinstance(repository, str | None)
             and isinstance(commit, str | None)
             and isinstance(path, str)
+            and isinstance(private, bool | None)
         ):
             self._refuse("tool or source is not as specified")
         if cast not in (None, "bf16"):
@@ -213,7 +220,7 @@ class _Reader:
         rows = tuple(map(self._check_file, files))
         if len({row.file for row in rows}) != len(rows):
             self._refuse("a file is named twice")
-        return Origin(repository, commit, path), cast, tool, rows
+        return Origin(repository, commit, path, private), cast, tool, rows
 
     def _check_file(self, value: Any) -> FileRow:
         source = _member(value, "source")

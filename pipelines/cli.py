@@ -147,7 +147,12 @@ def hub_push(
         str, Argument(metavar="TARGET", help="owner/name or hf://owner/name@branch; created if it does not exist.")
     ],
     private: Annotated[bool, Option("--private", help="Create the repository private; refuse a public one.")] = False,
-    public: Annotated[bool, Option("--public", help="Create the repository public. Default: the Hub decides.")] = False,
+    public: Annotated[
+        bool,
+        Option(
+            "--public", help="Create the repository public. Default: the Hub decides, but private if the source was."
+        ),
+    ] = False,
     include: Include = None,
     exclude: Exclude = None,
     allow_missing: AllowMissing = False,

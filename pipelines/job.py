@@ -34,7 +34,8 @@ class Model:
     target: str
     cast: Cast
     private: bool | None
-    """For a target on the Hub. None leaves a new one to the Hub, and accepts an existing one as it is."""
+    """For a target on the Hub. None: a new one is private if the source is known to be, else as the Hub decides; an
+    existing one is accepted as it is, but no public one for a private source."""
     include: tuple[str, ...]
     """Glob patterns of files, relative to the source; none: all files."""
     exclude: tuple[str, ...]

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import stat
-import time
 import uuid
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -22,7 +21,7 @@ from df11.storage.address import SCHEME, Address, is_safe_path
 from df11.storage.atomic import ANY_MODE, Lock, has_name, held_elsewhere, open_folder, open_own
 from df11.storage.entry import GIT_BYTES, Entry
 from df11.storage.file import File, MemoryFile
-from df11.storage.names import is_left_out, remarks_on
+from df11.storage.names import file_as_folder, is_left_out, remarks_on
 from df11.storage.ranges import CLIENT_MEMORY, RangeFile, RemoteFile
 from df11.storage.store import Put, Store
 from df11.version import __version__
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 MOST_FILES: Final = 1_000_000
-LONGEST_LISTING: Final = 900.0
-"""Seconds in which a listing must have come, of as many files as there may be."""
 MOST_HISTORY: Final = 30
 """Commits that are looked at for an earlier version of a file."""
 GIT_SNIFFS: Final = 8000
@@ -113,19 +110,25 @@ class HubStore(Store):
             found = client.call(self._list_all, where)
         known = [(str(item.path), self._entry(item)) for item in found]
         entries = sorted((entry for _, entry in known if entry is not None), key=lambda entry: entry.name)
-        odd = [f"{path!a}: left out, as no folder can hold a file with this name" for path, one in known if one is None]
+        odd = [
+            f"{errors.shortened(path)}: left out, as no folder can hold a file with this name"
+            for path, one in known
+            if one is None
+        ]
+        if (pair := file_as_folder(entry.name for entry in entries)) is not None:
+            what = "the Hub lists files that no repository can hold together"
+            raise errors.UsageError(what, file=where, found=" and ".join(map(errors.shortened, pair)))
         self.remarks = (*odd, *remarks_on(entry.name for entry in entries))
         return tuple(entry for entry in entries if not is_left_out(entry.name))
 
     def _list_all(self, api: HfApi) -> Sequence[Any]:
-        # As a list in one go: tried again as a whole, so that no page is missing. Pages may have no end.
+        # As a list in one go: tried again as a whole, so that no page is missing.
         tree = api.list_repo_tree(
             self.address.repository, self.address.path or None, recursive=True, revision=self.head
         )
-        started = time.monotonic()
         found: dict[str, Any] = {}
         for number, item in enumerate(tree):
-            if number >= MOST_FILES or time.monotonic() - started > LONGEST_LISTING:
+            if number >= MOST_FILES:
                 what = "the Hub's listing of this repository does not end"
                 raise errors.UsageError(what, file=self.label, found=f"more than {number:,} files and folders")
             if found.setdefault(str(item.path), item) is not item:
@@ -196,7 +199,8 @@ class HubStore(Store):
             found = [api.get_paths_info(repository, [path], revision=one.commit_id) for one in commits]
             return [self._entry(infos[0]) for infos in found if infos and hasattr(infos[0], "blob_id")]
 
-        return any(entry is not None and there.same_content(entry) for entry in client.call(entries, where))
+        found = client.call(entries, where, is_one_page=True)
+        return any(entry is not None and there.same_content(entry) for entry in found)
 
     def original_card(self) -> bytes | None:
         """The repository's README.md, if this is a folder of it; None if there is none."""
@@ -332,6 +336,7 @@ class HubStore(Store):
                 for one in api.list_repo_commits(self.address.repository, revision=revision)[:1]
             ],
             self.label,
+            is_one_page=True,
         )
         newest, message = commits[0] if commits else (self.head, "")
         if newest == self.head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -102,6 +103,8 @@ class LocalStore(Store):
             except ValueError:  # Not a valid file name, whatever a manifest says.
                 continue
             except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    continue
                 raise errors.from_os_error(error, file=path) from None
             if not stat.S_ISREG(status.st_mode):
                 what = "a folder is in the way" if stat.S_ISDIR(status.st_mode) else "this is not a regular file"

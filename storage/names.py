@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -46,6 +47,17 @@ def remarks_on(names: Iterable[str]) -> list[str]:
     """A line for each file that a program leaves beside an unfinished download."""
     found = [name for name in names if _UNFINISHED.fullmatch(name.rpartition("/")[2])]
     return [f"{name}: an unfinished download; the model may be incomplete" for name in found]
+
+
+def file_as_folder(names: Iterable[str]) -> tuple[str, str] | None:
+    """A file, and another one for which it would have to be a folder; None if there are no such names.
+
+    None of the names has a null character.
+    """
+    for one, other in itertools.pairwise(sorted(name.replace("/", "\0") for name in names)):
+        if other.startswith(f"{one}\0"):  # What lies in a folder follows its name at once.
+            return one.replace("\0", "/"), other.replace("\0", "/")
+    return None
 
 
 def is_wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:

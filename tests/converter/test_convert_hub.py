@@ -16,7 +16,7 @@ from df11.converter import parquet
 from df11.converter.manifest import FILE_NAME, Origin
 from df11.formats import errors
 from df11.storage import client as hub_client
-from df11.storage import ranges
+from df11.storage import limits, ranges
 from tests.support import commands, sources
 from tests.support.hub.repository import Blob
 from tests.support.hub.server import corrupt, cut, drip, hang, ignore_range, slow, status, truncated
@@ -409,7 +409,7 @@ def test_a_token_that_cannot_be_sent(token, model, tmp_path, monkeypatch):
 )
 def test_a_fault_that_stays(where, fault, code, word, hub, model, tmp_path, monkeypatch):
     if word == "in time":
-        monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.1)
+        monkeypatch.setitem(limits.TIMEOUTS, "read", 0.1)
     if "/cdn/" in where and code == 3:
         code = 5  # For the storage, the URL has expired: a new one is requested.
     hub.inject("GET", where, fault, times=1000)
@@ -435,7 +435,7 @@ def test_a_fault_that_stays(where, fault, code, word, hub, model, tmp_path, monk
 )
 def test_a_fault_that_passes(where, fault, hub, model, tmp_path, monkeypatch):
     if fault is hang:
-        monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.5)
+        monkeypatch.setitem(limits.TIMEOUTS, "read", 0.5)
     df11.convert(model.checkout(tmp_path / "model"), tmp_path / "local")
     for after in (0, 3, 7):
         hub.inject("GET", where, fault, after=after)

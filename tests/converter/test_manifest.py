@@ -78,10 +78,10 @@ def test_where_the_source_came_from(hub, client, tmp_path):
     del client
     path = sources.write(tmp_path / "x.safetensors", [sources.bf16("a", (100,))])
     head = hub.create("me/m").commit({"sub/x.safetensors": path})
-    assert Origin.of(open_source("hf://me/m/sub")) == Origin("me/m", head, "sub")
+    assert Origin.of(open_source("hf://me/m/sub")) == Origin("me/m", head, "sub", private=False)
     assert Origin.of(open_source(tmp_path)) == Origin()
     df11.convert("hf://me/m/sub", tmp_path / "out")
-    assert parquet.read(tmp_path / "out").origin == Origin("me/m", head, "sub")
+    assert parquet.read(tmp_path / "out").origin == Origin("me/m", head, "sub", private=False)
 
 
 # The same, however it was made.

@@ -59,7 +59,12 @@ def test_the_documented_columns(tree):
     document = json.loads(file.metadata.metadata[b"df11"])
     assert list(document) == ["version", "tool", "source", "options", "files", "others"]
     assert (document["version"], document["tool"]) == (1, f"df11 {df11.__version__}")
-    assert document["source"] == {"repository": "owner/name", "commit": "0" * 40, "path": "sub/folder"}
+    assert document["source"] == {
+        "repository": "owner/name",
+        "commit": "0" * 40,
+        "path": "sub/folder",
+        "private": None,
+    }
     assert document["options"] == {"cast": "bf16"}
     assert [entry["file"] for entry in document["files"]] == ["a.df11", "b.df11", "c.df11", "d.df11"]
     path = source / "a.safetensors"
@@ -96,9 +101,9 @@ def test_round_trip_and_nothing_of_this_machine(tree):
     again = parquet.to_bytes(of_a_repository)
     assert again != data
     assert parquet.from_bytes(again, "x") == of_a_repository
-
-
-# Forged files.
+    for private in (True, False):
+        known = replace(of_a_repository, origin=replace(ORIGIN, private=private))
+        assert parquet.from_bytes(parquet.to_bytes(known), "x") == known
 
 
 def refused(data: bytes, *words: str) -> None:
@@ -278,6 +283,7 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("source/repository", [1, [], {}]),
         ("source/commit", [1, []]),
         ("source/path", [..., None, 1]),
+        ("source/private", ["no", 0, []]),
         ("options/cast", ["f16", 1, []]),
         ("files", [..., None, {}, [], [1], ["x"]]),
         ("files/0/file", [..., 1, "", "/x.df11", "../x.df11", "a//b", "./x.df11", "x\0.df11", "y.df11"]),
@@ -296,6 +302,12 @@ def test_the_metadata_must_be_as_documented(path, values, small):
     for value in values:
         refused(written(table, changed(document, path, value)))
     refused(written(table, document | {"files": document["files"] * 2}), "twice")
+
+
+def test_an_earlier_manifest_does_not_say_whether_its_source_was_private(small):
+    table, document = table_of(replace(small, origin=replace(ORIGIN, private=True)))
+    assert parquet.from_bytes(written(table, document), "x").origin.private
+    assert parquet.from_bytes(written(table, changed(document, "source/private", ...)), "x").origin == ORIGIN
 
 
 @pytest.mark.parametrize(

@@ -77,8 +77,10 @@ PLACES = {
     },
     r"zstandard\.|zlib|gzip|bz2|lzma": {"formats/container.py", "converter/output.py"},
     r"\b(import|from) ?(huggingface_hub|httpx|requests|urllib\.request)": {
+        "storage/answers.py",  # Its errors.
         "storage/client.py",
         "storage/hub.py",
+        "storage/limits.py",
         "storage/ranges.py",
         "pipelines/card.py",  # Its model card.
         "runtime/hub.py",  # Its cache.

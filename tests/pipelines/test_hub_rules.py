@@ -116,12 +116,40 @@ def test_visibility_is_left_to_the_hub(
 
 def test_a_private_source_does_not_become_public_unasked(hub: HubServer, tmp_path: Path) -> None:
     hub.create("me/secret", private=True).commit(models.model(1))
-    commands.run("job", "run", "--quiet", job(tmp_path, source="hf://me/secret")).error(2, "public", "private = false")
-    assert not [name for name in hub.repository("me/model-df11").files() if name.endswith(".df11")]
+    hub.create("me/open")
+    line = commands.run("job", "run", "--quiet", job(tmp_path, "", "hf://me/secret", "hf://me/open"))
+    line.error(2, "hf://me/secret", "public", "private = false")
+    assert not [name for name in hub.repository("me/open").files() if name.endswith(".df11")]
     assert not hub.count("PUT|POST", "/upload/")
-    commands.run("job", "run", "--quiet", job(tmp_path, "private = false", "hf://me/secret")).fine()
+    commands.run("job", "run", "--quiet", job(tmp_path, source="hf://me/secret")).fine()
+    assert hub.repository("me/model-df11").private
+    commands.run("job", "run", "--quiet", job(tmp_path, "private = false", "hf://me/secret", "hf://me/open")).fine()
     hub.create("me/private-df11", private=True)
     commands.run("job", "run", "--quiet", job(tmp_path, "", "hf://me/secret", "hf://me/private-df11")).fine()
+
+
+@pytest.mark.parametrize("manifest", ["its own", "of another conversion"])
+def test_a_folder_of_a_private_source_does_not_become_public_unasked(
+    manifest: str, hub: HubServer, tmp_path: Path
+) -> None:
+    secret = hub.create("me/secret", private=True)
+    secret.commit(models.model(1))
+    df11.convert("hf://me/secret", tmp_path / "a")
+    if manifest != "its own":
+        (tmp_path / "x.safetensors").write_bytes(models.shard(9))
+        (container,) = (tmp_path / "a").glob("*.df11")
+        df11.convert(tmp_path / "x.safetensors", container, force=True)
+    commands.run("hub", "push", "--quiet", tmp_path / "a", "me/new").fine()
+    assert hub.repository("me/new").private
+    hub.create("me/open")
+    commands.run("hub", "push", "--quiet", tmp_path / "a", "me/open").error(2, "private", "--public")
+    assert not [name for name in hub.repository("me/open").files() if name.endswith(".df11")]
+    # It goes with a folder that has been on the Hub.
+    commands.run("hub", "pull", "--quiet", "me/new", tmp_path / "b").fine()
+    commands.run("hub", "push", "--quiet", tmp_path / "b", "me/newer").fine()
+    assert hub.repository("me/newer").private
+    commands.run("hub", "push", "--quiet", "--public", tmp_path / "b", "me/open").fine()
+    assert not hub.repository("me/open").private
 
 
 def test_push_public_and_private(hub: HubServer, folder: Path) -> None:

@@ -136,14 +136,22 @@ def test_names_that_lead_elsewhere_are_refused(name, hub):
         open_source("hf://me/m").list()
 
 
-@pytest.mark.parametrize("name", ["a\\..\\x.txt", "a\nb"])
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a.b/x", "a/b/c", "a/b/c/d/e", "a/b-c"), ("d/a", "d/a/b")])
+def test_a_file_is_no_folder(names, hub):
+    hub.create("me/m").commit(dict.fromkeys(names, b"x"))
+    for place in ("hf://me/m", "hf://me/m/d") if names[0] == "d/a" else ("hf://me/m",):
+        with pytest.raises(errors.UsageError, match=r"together.*a.* and '.*/"):
+            open_source(place).list()
+
+
+@pytest.mark.parametrize("name", ["a\\..\\x.txt", "a\nb", "x" * 256, "a/" + "é" * 128, "a/" * 500 + "a"])
 def test_odd_names_are_left_out_and_told_of(name, hub):
     hub.create("me/m").commit({name: b"evil", "fine.txt": b""})
     store = open_source("hf://me/m")
     assert names(store) == [".gitattributes", "fine.txt"]
     (remark,) = store.remarks
     assert "left out" in remark
-    assert ascii(name) in remark
+    assert errors.shortened(name) in remark
     assert len(remark.splitlines()) == 1
 
 

@@ -78,7 +78,7 @@ def test_what_is_said_of_nothing(path, hint, tmp_path, monkeypatch):
     assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "a" * 300])
 def test_a_name_that_no_file_can_have(name, folder):
     with pytest.raises(errors.Df11Error):
         open_source(name)
