@@ -37,7 +37,8 @@ class Asked:
         self.started = time.monotonic()
         self.answering = math.inf  # When the answer to the last request was begun to be waited for.
         self.pages = 0
-        self.links: dict[str, str] = {}
+        self.links: dict[int, int] = {}
+        """Pages, and the ones that named them, as hashes: an address may have 100,000 characters."""
 
     def left(self) -> float:
         """Seconds in which more of the answer must have come. Raises a LaterError if there are none."""
@@ -58,7 +59,7 @@ class Asked:
 
     def follow(self, page: str, following: str) -> None:
         """Raise a UsageError if a page leads back to an earlier one."""
-        if following == page or self.links.setdefault(following, page) != page:
+        if following == page or self.links.setdefault(hash(following), hash(page)) != hash(page):
             what = "the Hub's answer does not end: a page leads back to an earlier one"
             raise errors.UsageError(what, file=self.where)
 

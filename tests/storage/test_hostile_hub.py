@@ -311,7 +311,12 @@ def test_odd_times_to_wait(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["http://user:s3cret@127.0.0.1:1", "ftp://user:s3cret@x", "http://user:s3cret@x:99999", "//s3cret@"]
+    "address",
+    [
+        *("http://user:s3cret@127.0.0.1:1", "ftp://user:s3cret@x", "http://user:s3cret@x:99999", "//s3cret@"),
+        *("http://user:s3c@ret@127.0.0.1:99999", "http://user:s3c/ret@127.0.0.1:1", "http://user:s3c?ret@x"),
+        *("http://user:s3c ret@127.0.0.1:1", "http://user:s3c@ret@127.0.0.1:1", "http://user:s3cé@ret/@x", "u:s3c/a@x"),
+    ],
 )
 def test_an_endpoints_password_is_not_shown(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_ENDPOINT", address)
