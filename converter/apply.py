@@ -179,7 +179,7 @@ class _Applied:
             raise errors.ConflictError(what, file=plan.target.label, hint="run the same command again")
         # The next run has to know what is to go, even if the manifest that names it has been replaced.
         stale = [_mark_there(plan.target, name) for name in plan.stale]
-        self.journal.begin([*stale, *(Mark.begun(step.name) for step in plan.steps if not step.kept)])
+        self.journal.begin(plan.run, [*stale, *(Mark.begun(step.name) for step in plan.steps if not step.kept)])
 
     @property
     def journal_path(self) -> Path | None:

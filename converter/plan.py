@@ -9,6 +9,7 @@ from typing import Literal
 from df11.converter.files import Action
 from df11.converter.manifest import Cast, Manifest, Origin
 from df11.storage.entry import Entry
+from df11.storage.journal import Run
 from df11.storage.store import Store
 
 
@@ -97,7 +98,9 @@ class Plan:
     stamp: Mapping[str, object]
     """By what it can be seen that the target has changed since."""
     begun: tuple[str, ...]
-    """Files that a run which did not end has named here."""
+    """Files that a run which did the same, and did not end, has named here."""
+    run: Run
+    """What this run does, for the target's journal."""
 
     @property
     def tasks(self) -> list[Step]:

@@ -6,9 +6,11 @@ first byte is written than after the last shard.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import posixpath
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from df11.converter.compare import Comparison
@@ -32,7 +34,7 @@ from df11.converter.plan import Options, Plan
 from df11.converter.source import Progress, ignore
 from df11.formats import errors
 from df11.storage.entry import Entry
-from df11.storage.journal import Mark
+from df11.storage.journal import Mark, Run
 from df11.storage.names import is_wanted
 from df11.storage.store import Store
 
@@ -80,7 +82,8 @@ def make_plan(
         _check_assignments(source, assignments, indexes, action, options, kept, [entry.name for entry in listed])
         if manifest is not None and not options.force:
             _check_origin(manifest, Origin.of(source), target)
-    begun = {} if name is not None else _begun(target)
+    run = _run_of(source, action)
+    begun = {} if name is not None else _begun(target, run)
     builder = Comparison(source, target, action, options, manifest, on_progress, indexes, originals, begun)
     builder.hold(assignments)
     stamp = {} if name is not None else target.stamp({*builder.names, FILE_NAME})
@@ -115,6 +118,7 @@ def make_plan(
         left_out,
         stamp,
         tuple(begun),
+        run,
     )
 
 
@@ -169,9 +173,16 @@ def _known_manifest(target: Store) -> Manifest | None:
         return None
 
 
-def _begun(target: Store) -> Mapping[str, tuple[Mark, ...]]:
+def _run_of(source: Store, action: Action) -> Run:
+    # Another commit of a repository is the same source, changed.
+    address = source.address
+    where = Path(source.label).absolute() if address is None else dataclasses.replace(address, revision=None)
+    return Run(action, str(where))
+
+
+def _begun(target: Store, run: Run) -> Mapping[str, tuple[Mark, ...]]:
     journal = target.journal()
-    return {} if journal is None else journal.left()
+    return {} if journal is None else journal.left(run)
 
 
 def _read_large(store: Store, entry: Entry, most: int) -> bytes:

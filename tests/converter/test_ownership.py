@@ -240,3 +240,18 @@ def test_a_folder_that_changes_after_the_plan_is_a_conflict(model: Path, tmp_pat
         df11.convert(model, out, on_total=meanwhile)
     assert not (out / ".df11-run").exists()
     df11.convert(model, out)
+
+
+@pytest.mark.parametrize("action", ["restore", "convert"])
+def test_another_run_does_not_take_what_a_killed_one_wrote(action: str, model: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", put(tmp_path / "other", {"z.safetensors": shard("z", 3)})
+    df11.convert(other, tmp_path / "other-out")
+    with pytest.raises(ZeroDivisionError):
+        df11.convert(model, out, on_file=lambda _: 1 / 0)
+    before = tree_bytes(out)
+    source = tmp_path / "other-out" if action == "restore" else other
+    commands.run(action, source, out).error(7, out, f"convert of '{model}'", "choose another target")
+    assert tree_bytes(out) == before
+    df11.convert(model, out)
+    assert set(tree_bytes(out)) == {"a.df11", "b.df11", "m.df11.index.json", "config.json", "df11-manifest.parquet"}
+    commands.run(action, source, tmp_path / "out").fine()  # It has ended: the folder is free.
