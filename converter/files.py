@@ -91,9 +91,9 @@ def assign(entries: Iterable[Entry], action: Action, originals: Mapping[str, str
     return sorted(found.values(), key=lambda one: order.index(one.kind))
 
 
-def target_names(entries: Iterable[Entry], action: Action, originals: Mapping[str, str]) -> set[str]:
-    """The names that all files of a folder would have in the target."""
-    return {_assign_one(entry.name, action, originals)[1] for entry in entries}
+def target_names(names: Iterable[str], action: Action, originals: Mapping[str, str]) -> set[str]:
+    """The names that files would have in the target."""
+    return {_assign_one(name, action, originals)[1] for name in names}
 
 
 def _assign_one(name: str, action: Action, originals: Mapping[str, str]) -> tuple[Kind | None, str]:

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import posixpath
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 from df11.converter.compare import Comparison
@@ -90,14 +90,14 @@ def make_plan(
     on_total(sum(one.entry.size for one in assignments if one.kind not in ("index", "attributes")))
     steps = builder.steps(assignments)
     builder.check_also({entry.name: entry for entry in listed})
-    everything = set() if name is not None else target_names(listed, action, originals)
-    everything |= {container_name(shard) if action == "convert" else shard for shard in _named(indexes, source.label)}
     ours = builder.removable()
-    stale = tuple(name for name in ours if name not in everything)
+    named = {container_name(shard) if action == "convert" else shard for shard in _named(indexes, source.label)}
+    there = named | target_names(_names_there(source, listed), action, originals)
+    stale = tuple(name for name in ours if there.isdisjoint({name, *_folders_of(name)}))
     planned = {step.name for step in steps}
     origin = Origin.of(source)
     rows = {} if manifest is None else {row.file: row for row in manifest.files}
-    left_out = tuple(name for name in ours if name in rows and name in everything and name not in planned)
+    left_out = tuple(name for name in ours if name in rows and name not in stale and name not in planned)
     if left_out and manifest is not None and (manifest.cast, _place(manifest.origin)) != (options.cast, _place(origin)):
         what = "this run leaves out a container of another conversion, by its source or cast"
         hint = "convert all of the model, or choose another target"
@@ -124,6 +124,15 @@ def make_plan(
 
 def _place(origin: Origin) -> tuple[str | None, str]:
     return origin.repository, origin.path
+
+
+def _names_there(source: Store, listed: Sequence[Entry]) -> list[str]:
+    # All that has a name in the source, also what cannot be read now: a link may lead to a disk that is away.
+    return [*(entry.name for entry in listed), *(name.removesuffix("/") for name in source.refused)]
+
+
+def _folders_of(name: str) -> list[str]:
+    return [str(folder) for folder in PurePosixPath(name).parents[:-1]]
 
 
 def _check_origin(manifest: Manifest, origin: Origin, target: Store) -> None:
