@@ -61,7 +61,6 @@ class Comparison:
         self._rows = {} if manifest is None else manifest.by_file()
         self._others = {} if manifest is None else dict(manifest.others)
         self._begun = begun
-        self._is_one_file = source.is_file
         self.names: Collection[str] = ()
         self.held: Mapping[str, Entry] = {}
 
@@ -219,7 +218,7 @@ class Comparison:
             return step
         if self._options.prove and row is not None and row.sha256 is not None:
             is_known = is_known and self._target.hashed(there).sha256 == row.sha256
-        if is_known or self._is_one_file:
+        if is_known:
             return dataclasses.replace(step, kept=True, source_sha256=sha256)
         return dataclasses.replace(step, kind="prove", source_sha256=sha256, least=0, expected=0, most=0)
 

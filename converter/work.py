@@ -234,7 +234,8 @@ def _verify_partial(writer: AtomicWriter, task: Task, progress: Progress) -> Non
 
 
 def _prove(task: Task, progress: Progress) -> Done:
-    # A container already on a disk: its whole content is decoded and checked, which also yields its rows.
+    # A container already on a disk: its whole content is decoded and checked, which also yields its rows. One that is
+    # to be kept must hold the source, whatever it says of itself.
     step = task.step
     started = time.monotonic()
     from_source = step.name == step.entry.name
@@ -242,7 +243,10 @@ def _prove(task: Task, progress: Progress) -> Done:
     path = Path(store.locate(step.name))
     hashed = store.hashed(store.entry(step.name)) if from_source else None
     told = progress if from_source else _quiet(progress)
+    against = task.source.locate(step.entry.name) if task.source.address is None and not from_source else None
     try:
+        if not from_source:
+            verify(path, against, threads=task.settings.threads, on_progress=told)
         tensors = scan(path, step.name, threads=task.settings.threads, progress=told)
     except (errors.FormatError, errors.DifferenceError):
         if from_source:
