@@ -57,8 +57,9 @@ class Comparison:
         self._source, self._target, self._action, self._options = source, target, action, options
         self._progress = progress
         self._indexes, self._originals = indexes, originals
-        self._files = {} if manifest is None else {row.file: row for row in manifest.files}
-        self._rows = {} if manifest is None else manifest.by_file()
+        known = {} if manifest is None else manifest.by_file()
+        self._files = {name: row for name, (row, _) in known.items()}
+        self._rows = {name: rows for name, (_, rows) in known.items()}
         self._others = {} if manifest is None else dict(manifest.others)
         self._begun = begun
         self.names: Collection[str] = ()

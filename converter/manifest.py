@@ -7,6 +7,7 @@ makes rows from containers.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -116,26 +117,15 @@ class Manifest:
         """The tensors of one file; none if the file is unknown."""
         return tuple(row for row in self.tensors if row.file == file)
 
-    def with_file(self, file: FileRow, rows: Iterable[TensorRow]) -> Manifest:
-        """The manifest with a file and its tensors, whose ``file`` is set. Replaces the file's entry or appends one."""
-        files = {known.file: known for known in self.files} | {file.file: file}
-        placed = tuple(row if row.file == file.file else dataclasses.replace(row, file=file.file) for row in rows)
-        return self._of(files.values(), {**self.by_file(), file.file: placed})
-
-    def ordered(self, files: Sequence[str]) -> Manifest:
-        """The manifest with just these files, as far as they exist, in this order."""
-        known = {file.file: file for file in self.files}
-        return self._of([known[name] for name in files if name in known], self.by_file())
-
-    def by_file(self) -> dict[str, tuple[TensorRow, ...]]:
-        """The tensors of each file that has any."""
-        rows: dict[str, list[TensorRow]] = {}
-        for row in self.tensors:
-            rows.setdefault(row.file, []).append(row)
-        return {file: tuple(of_file) for file, of_file in rows.items()}
-
-    def _of(self, files: Iterable[FileRow], rows: dict[str, tuple[TensorRow, ...]]) -> Manifest:
+    def holding(self, files: Iterable[tuple[FileRow, Sequence[TensorRow]]]) -> Manifest:
+        """The manifest with just these files and their tensors, in this order."""
         files = tuple(files)
-        return dataclasses.replace(
-            self, files=files, tensors=tuple(row for file in files for row in rows.get(file.file, ()))
-        )
+        rows = tuple(itertools.chain.from_iterable(tensors for _, tensors in files))
+        return dataclasses.replace(self, files=tuple(row for row, _ in files), tensors=rows)
+
+    def by_file(self) -> dict[str, tuple[FileRow, tuple[TensorRow, ...]]]:
+        """Each file and its tensors, by its name and in order."""
+        rows: dict[str, list[TensorRow]] = {file.file: [] for file in self.files}
+        for row in self.tensors:
+            rows[row.file].append(row)
+        return {file.file: (file, tuple(rows[file.file])) for file in self.files}
