@@ -159,9 +159,18 @@ class _Applied:
         is_made = plan.action == "convert" or (plan.action == "copy" and plan.target.versioned)
         self.has_manifest = is_made and not plan.source.is_file
         self.order = [step.name for step in plan.steps if step.name.endswith(DF11)]
-        self.manifest = dataclasses.replace(plan.manifest, origin=plan.origin, cast=plan.options.cast, tool=TOOL)
+        renamed = tuple(sorted(plan.renamed.items()))
+        self.manifest = dataclasses.replace(
+            plan.manifest, origin=plan.origin, cast=plan.options.cast, tool=TOOL, renamed=renamed
+        )
         # What is still to be replaced or removed is named until that has been done: the next run must know it.
         self.files = self.manifest.by_file()
+        for step in plan.steps:
+            if (
+                step.kept and step.original is not None and step.name in self.files
+            ):  # A shard may have got another name.
+                row, tensors = self.files[step.name]
+                self.files[step.name] = (dataclasses.replace(row, source_file=step.original), tensors)
         self.others = dict(self.manifest.others)
         self.named = sum(row.bytes for row in self.manifest.files)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from df11.converter.exponents import ExponentCounts
-from df11.formats import framing
+from df11.formats import errors, framing
+from df11.storage.entry import Entry
 from df11.storage.store import Store
 from df11.version import __version__
 
@@ -112,6 +113,13 @@ class Manifest:
     tensors: tuple[TensorRow, ...]
     others: tuple[tuple[str, str], ...] = ()
     """The other files that df11 wrote, with their SHA-256. One that still has it may be replaced."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """What files were called in the source if their names do not say it: index files, and missing shards in them."""
+
+    @property
+    def originals(self) -> dict[str, str]:
+        """What containers, and other files whose names do not say it, were called in the source."""
+        return dict(self.renamed) | {row.file: row.source_file for row in self.files}
 
     def rows_of(self, file: str) -> tuple[TensorRow, ...]:
         """The tensors of one file; none if the file is unknown."""
@@ -129,3 +137,37 @@ class Manifest:
         for row in self.tensors:
             rows[row.file].append(row)
         return {file.file: (file, tuple(rows[file.file])) for file in self.files}
+
+
+def read_manifest(store: Store) -> Manifest | None:
+    """The manifest of a store; None if it has none. Raises ManifestError if it cannot be read."""
+    entry = store.find([FILE_NAME]).get(FILE_NAME)
+    if entry is None:
+        return None
+    from df11.converter import parquet  # It imports pyarrow, which takes memory.
+
+    where = store.locate(FILE_NAME)
+    if entry.size > parquet.MAX_BYTES:
+        what = "too large for a manifest"
+        raise errors.ManifestError(what, file=where, expected=f"at most {parquet.MAX_BYTES} bytes")
+    with store.open(entry) as file:
+        data = b"".join(chunk.tobytes() for chunk in file.chunks())
+    if entry.is_hashed:
+        entry.check(Entry.of(FILE_NAME, data), where)
+    return parquet.from_bytes(data, where)
+
+
+def is_relative(name: object) -> bool:
+    """Whether this can be the name of a file in a manifest: it leads to a file in the folder, and is text."""
+    if not isinstance(name, str) or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        return False
+    return is_text(name)
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name is text. Other ones cannot be written to a manifest, nor have a file on the Hub."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -52,6 +52,8 @@ class Step:
     """The file in the source."""
     name: str
     """Its name in the target."""
+    original: str | None = None
+    """Of a container: the name of the shard that it is made from."""
     kept: bool = False
     """Whether the target already has it."""
     there: bool = False
@@ -87,6 +89,8 @@ class Plan:
     """What the target has under the relevant names."""
     manifest: Manifest
     """The target's manifest, or an empty one."""
+    renamed: Mapping[str, str]
+    """What the target's manifest is to say of names: see :attr:`Manifest.renamed`."""
     is_ours: bool
     """Whether the target has a manifest."""
     stale: tuple[str, ...]

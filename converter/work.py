@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from df11.converter.compare import already_there
-from df11.converter.files import DF11, SAFETENSORS
+from df11.converter.files import DF11
 from df11.converter.manifest import FileRow, TensorRow
 from df11.converter.pipeline import convert_file
 from df11.converter.plan import Plan, Step
@@ -161,7 +161,8 @@ def _convert(task: Task, progress: Progress) -> Done:
         started = time.monotonic()
         verify(path, threads=task.settings.threads, on_progress=lambda _: progress(0))
         seconds["verify"] = time.monotonic() - started
-    row = FileRow(step.name, result.output_bytes, None, step.entry.name, result.source_bytes, result.source_sha256)
+    original = step.original or step.entry.name
+    row = FileRow(step.name, result.output_bytes, None, original, result.source_bytes, result.source_sha256)
     rows = tuple(dataclasses.replace(row, file=step.name) for row in result.rows)
     return Done(step, path, Entry(step.name, result.output_bytes), row, rows, seconds=seconds)
 
@@ -256,8 +257,7 @@ def _prove(task: Task, progress: Progress) -> Done:
         _once(step, progress)(step.entry.size)
     with Container(path) as container:
         source, size = container.source, container.size
-    name = step.entry.name if not from_source else step.name.rpartition(".")[0] + SAFETENSORS
-    row = FileRow(step.name, size, None, name, source.bytes, source.sha256)
+    row = FileRow(step.name, size, None, step.original or step.entry.name, source.bytes, source.sha256)
     seconds = {"verify": time.monotonic() - started}
     return Done(step, path, hashed or Entry(step.name, size), row, tensors, seconds=seconds)
 

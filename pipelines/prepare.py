@@ -85,7 +85,7 @@ def prepare_push(source: Store, model: Model) -> Prepared:
         own = None
     origin, cast = (own.origin, own.cast) if own is not None else (Origin(), _cast_of(source, containers))
     options = Options(cast, model.include, (*model.exclude, *_NOT_COPIED), model.allow_missing, may_force=False)
-    plan = make_plan(source, open_store(model.target), "copy", options)
+    plan = make_plan(source, open_store(model.target), "copy", options, own=own)
     check_visibility(plan, model)
     return _prepared(dataclasses.replace(model, cast=cast), dataclasses.replace(plan, origin=origin))
 
