@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -19,7 +19,6 @@ from df11.converter.files import (
     SOURCE_SUFFIXES,
     Action,
     Assignment,
-    Completeness,
     assign,
     check_shards,
     container_name,
@@ -90,7 +89,8 @@ def make_plan(
         names = {one.entry.name: one.entry for one in assignments}
         indexes = {name: source.read(names[name]) for name in index_names(names)}
         kept = _kept_before(listed, manifest, action)
-        _check_assignments(source, assignments, indexes, action, options, kept, [entry.name for entry in listed])
+        all_names = {entry.name for entry in listed}
+        _check_assignments(source, assignments, indexes, action, options, kept, all_names, own)
         if manifest is not None and not options.force:
             _check_origin(manifest, Origin.of(source), target)
     run = _run_of(source, action)
@@ -204,7 +204,8 @@ def _own_manifest(source: Store, listed: Sequence[Entry], options: Options) -> M
         raise errors.ConflictError(what, file=source.label, hint=hint)
     suffix = f"shards and indexes get the suffix {SAFETENSORS}, whatever it was"
     if not any(entry.name == FILE_NAME and is_wanted(FILE_NAME, (), options.exclude) for entry in listed):
-        log.warning("%s: without %s, %s", source.label, FILE_NAME, suffix)
+        if any(entry.name.endswith(DF11) for entry in listed):
+            log.warning("%s: without %s, %s", source.label, FILE_NAME, suffix)
         return None
     try:
         manifest = read_manifest(source)
@@ -212,18 +213,7 @@ def _own_manifest(source: Store, listed: Sequence[Entry], options: Options) -> M
         error.hint = f"{error.hint or 'get it again'}, or leave it out: --exclude {FILE_NAME}; then {suffix}"
         raise
     assert manifest is not None
-    gone = {row.file for row in manifest.files}.difference(entry.name for entry in listed)
-    missing = sorted(name for name in gone if is_wanted(name, options.include, options.exclude))
-    found = Completeness(tuple((FILE_NAME, name) for name in missing), ())
-    if not options.allow_missing:
-        raise_if_missing(found, source.label)
-    _tell_missing(source, found)
     return manifest
-
-
-def _tell_missing(source: Store, found: Completeness) -> None:
-    for index, shard in found.missing:
-        log.warning("%s: names %s, which does not exist", source.locate(index), shard)
 
 
 def _kept_before(listed: Sequence[Entry], manifest: Manifest | None, action: Action) -> list[str]:
@@ -240,7 +230,8 @@ def _check_assignments(
     action: Action,
     options: Options,
     kept: Collection[str],
-    all_names: Collection[str],
+    all_names: Set[str],
+    own: Manifest | None,
 ) -> None:
     wanted = {"convert": ".safetensors", "restore": DF11, "copy": DF11}[action]
     names = [one.entry.name for one in assignments]
@@ -253,7 +244,7 @@ def _check_assignments(
     for name, error in source.refused.items():
         if is_wanted(name, options.include, options.exclude):
             raise error
-    if action == "convert" and any(entry == FILE_NAME for entry in all_names):
+    if action == "convert" and FILE_NAME in all_names:
         log.warning("%s: left out, as it is about another conversion", source.locate(FILE_NAME))
     for remark in source.remarks:
         log.warning("%s: %s", source.label, remark)
@@ -264,9 +255,14 @@ def _check_assignments(
         log.warning("%s%s: %s; --exclude leaves it out", source.locate(copies[0]), more, what)
     _check_pointers(source, assignments)
     found = check_shards(indexes, [*names, *kept], source.label)
+    rows = set() if own is None else {row.file for row in own.files}
+    gone = rows - all_names - {name for _, name in found.missing}
+    gone = {name for name in gone if is_wanted(name, options.include, options.exclude)}
+    found = dataclasses.replace(found, missing=(*found.missing, *((FILE_NAME, name) for name in sorted(gone))))
     if not options.allow_missing:
         raise_if_missing(found, source.label)
-    _tell_missing(source, found)
+    for index, shard in found.missing:
+        log.warning("%s: names %s, which does not exist", source.locate(index), shard)
     for name in sorted({*found.unnamed} & {*names} - {*copies}):
         log.warning("%s: the index beside it does not name this file", source.locate(name))
 

@@ -53,7 +53,7 @@ def check_described(row: FileRow | None, container: Container) -> None:
     """Raise a DifferenceError if a manifest's row is about another container than the one that has its name."""
     if row is not None and row.source_sha256 != container.source.sha256:
         what = "this container was made from another file than the manifest says"
-        hint = "convert the model again; without its manifest, the folder counts as it is"
+        hint = "convert the model again, or remove the manifest if this is meant to be so"
         raise errors.DifferenceError(
             what, file=container.path, expected=row.source_sha256, found=container.source.sha256, hint=hint
         )

@@ -171,24 +171,22 @@ def test_a_folder_of_its_name_is_in_the_way(tree, copied):
     assert caught.value.file == str(copied / FILE_NAME)
 
 
-def test_names_that_are_not_utf8(tmp_path):
-    source = sources.write(tmp_path / "source" / "a\udcff.safetensors", [sources.bf16("a", (10,))]).parent
-    (source / "b\udcff.txt").write_bytes(b"1")
-    df11.convert(source, tmp_path / "out")
-    data = (tmp_path / "out" / FILE_NAME).read_bytes()
-    manifest = parquet.read(tmp_path / "out")
-    assert [(file.file, file.source_file) for file in manifest.files] == [("a\\udcff.df11", "a\\udcff.safetensors")]
-    assert [name for name, _ in manifest.others] == ["b\\udcff.txt"]
-    df11.convert(source, tmp_path / "out")
-    assert (tmp_path / "out" / FILE_NAME).read_bytes() == data
-    assert (tmp_path / "out" / "a\udcff.df11").is_file()
+@pytest.mark.parametrize("name", ["a\udcff.safetensors", "b\udcff.txt", "c\udcff/d.json"])
+def test_names_that_are_not_utf8(name, tmp_path):
+    source = sources.write(tmp_path / "source" / "a.safetensors", [sources.bf16("a", (10,))]).parent
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_bytes((source / "a.safetensors").read_bytes())
+    line = commands.run("convert", source, tmp_path / "out").error(2, "not UTF-8", ascii(name)[1:-1], "--exclude")
+    assert line.isascii()
+    assert not (tmp_path / "out").exists()
+    commands.run("convert", source, tmp_path / "out", "--exclude", name).fine()
+    assert [file.file for file in parquet.read(tmp_path / "out").files] == ["a.df11"]
 
 
 def test_names_that_no_file_can_have(tree, copied):
     source, _, manifest = tree
-    row = FileRow("x\ud800.df11", 1, None, "x.safetensors", 1, "0" * 64)
-    forged = with_file(replace(manifest, others=(("y\ud800", "0" * 64),)), row, ())
-    data = parquet.to_bytes(forged).replace(b"\\\\ud800", b"\\ud800 ")  # The metadata is JSON: now an escape.
+    row = FileRow("x-ud800-.df11", 1, None, "x.safetensors", 1, "0" * 64)
+    data = parquet.to_bytes(with_file(manifest, row, ())).replace(b"x-ud800-", b"x\\ud800 ")  # JSON's escape.
     (copied / FILE_NAME).write_bytes(data)
     with pytest.raises(errors.ManifestError, match="Unicode"):
         parquet.read(copied)
