@@ -69,7 +69,7 @@ def make_plan(
     if source.contains(target):
         raise errors.UsageError("the target lies in the source", file=target.label, hint="choose another folder")
     if name is not None:
-        manifest, indexes, originals = None, {}, {}
+        manifest, indexes, originals, old_names = None, {}, {}, {}
         one: Assignment = Assignment("restore" if action == "restore" else "convert", listed[0], name)
         assignments = [one]
     else:
@@ -88,6 +88,9 @@ def make_plan(
             _check_text(source, assignments)
         names = {one.entry.name: one.entry for one in assignments}
         indexes = {name: source.read(names[name]) for name in index_names(names)}
+        old_names = {} if own is None else dict(own.renamed)
+        if action == "convert":
+            old_names = renamed(assignments, indexes, source.label)
         kept = _kept_before(listed, manifest, action)
         all_names = {entry.name for entry in listed}
         _check_assignments(source, assignments, indexes, action, options, kept, all_names, own)
@@ -115,12 +118,9 @@ def make_plan(
         hint = "convert all of the model, or choose another target"
         raise errors.UsageError(what, file=target.locate(left_out[0]), hint=hint)
     known = Manifest(origin, options.cast, "", (), ()) if manifest is None else manifest
-    old_names = {} if own is None else dict(own.renamed)
-    if action == "convert":
-        old_names = renamed(assignments, indexes, source.label)
-        if any(split_index_name(name) for name in ours if name not in stale and name not in planned):
-            # An index that this run leaves out stays, and needs what the manifest has said of it.
-            old_names = {name: old for name, old in known.renamed if name not in planned | named} | old_names
+    if any(split_index_name(name) for name in ours if name not in stale and name not in planned):
+        # An index that this run leaves out stays, and needs what the manifest has said of it.
+        old_names = {name: old for name, old in known.renamed if name not in planned | named} | old_names
     return Plan(
         source,
         target,
@@ -130,7 +130,7 @@ def make_plan(
         tuple(steps),
         builder.held,
         known,
-        old_names,
+        {name: old for name, old in old_names.items() if not (name.endswith(DF11) and name in planned.union(left_out))},
         manifest is not None,
         stale,
         builder.check_free,
