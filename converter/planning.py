@@ -121,6 +121,7 @@ def make_plan(
     if any(split_index_name(name) for name in ours if name not in stale and name not in planned):
         # An index that this run leaves out stays, and needs what the manifest has said of it.
         old_names = {name: old for name, old in known.renamed if name not in planned | named} | old_names
+    described = {name for name in (*planned, *left_out) if name.endswith(DF11)}  # By rows.
     return Plan(
         source,
         target,
@@ -130,7 +131,7 @@ def make_plan(
         tuple(steps),
         builder.held,
         known,
-        {name: old for name, old in old_names.items() if not (name.endswith(DF11) and name in planned.union(left_out))},
+        {name: old for name, old in old_names.items() if name not in described},
         manifest is not None,
         stale,
         builder.check_free,
