@@ -86,6 +86,8 @@ def make_plan(
         assignments = assign(entries, action, originals)
         if action == "convert":
             _check_text(source, assignments)
+        made = [FILE_NAME] if action == "convert" else []
+        check_together([*(one.name for one in assignments), *options.also, *made])
         names = {one.entry.name: one.entry for one in assignments}
         indexes = {name: source.read(names[name]) for name in index_names(names)}
         old_names = {} if own is None else dict(own.renamed)
@@ -103,24 +105,25 @@ def make_plan(
     stamp = {} if name is not None else target.stamp({*builder.names, FILE_NAME})
     on_total(sum(one.entry.size for one in assignments if one.kind not in ("index", "attributes")))
     steps = builder.steps(assignments)
-    check_together([*(step.name for step in steps), *options.also, *([FILE_NAME] if action == "convert" else ())])
     builder.check_also({entry.name: entry for entry in listed})
     ours = builder.removable()
     named = {container_name(shard) if action == "convert" else shard for _, shard in named_files(indexes, source.label)}
     there = named | target_names(_names_there(source, listed), action, originals)
     stale = tuple(name for name in ours if there.isdisjoint({name, *_folders_of(name)}))
     planned = {step.name for step in steps}
+    done_with = planned.union(stale)
+    staying = [name for name in ours if name not in done_with]
     origin = Origin.of(source)
     rows = {} if manifest is None else {row.file: row for row in manifest.files}
-    left_out = tuple(name for name in ours if name in rows and name not in stale and name not in planned)
+    left_out = tuple(name for name in staying if name in rows)
     if left_out and manifest is not None and (manifest.cast, _place(manifest.origin)) != (options.cast, _place(origin)):
         what = "this run leaves out a container of another conversion, by its source or cast"
         hint = "convert all of the model, or choose another target"
         raise errors.UsageError(what, file=target.locate(left_out[0]), hint=hint)
     known = Manifest(origin, options.cast, "", (), ()) if manifest is None else manifest
-    if any(split_index_name(name) for name in ours if name not in stale and name not in planned):
-        # An index that this run leaves out stays, and needs what the manifest has said of it.
-        old_names = {name: old for name, old in known.renamed if name not in planned | named} | old_names
+    if any(map(split_index_name, staying)):  # Such an index needs what the manifest has said of it.
+        named_now = planned | named
+        old_names = {name: old for name, old in known.renamed if name not in named_now} | old_names
     described = {name for name in (*planned, *left_out) if name.endswith(DF11)}  # By rows.
     return Plan(
         source,
