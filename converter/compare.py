@@ -16,7 +16,7 @@ from df11.converter.files import (
     container_name,
     index_names,
     is_shard,
-    shard_name,
+    original_name,
     with_attributes,
 )
 from df11.converter.index import rewrite_index
@@ -24,7 +24,7 @@ from df11.converter.manifest import FILE_NAME, Cast, FileRow, Manifest, TensorRo
 from df11.converter.pipeline import least_memory
 from df11.converter.plan import Options, Step
 from df11.converter.restore_file import restored_layout
-from df11.converter.scan import up_to_date
+from df11.converter.scan import check_described, up_to_date
 from df11.converter.source import Progress, Source
 from df11.formats import errors, layout
 from df11.formats.container import Container
@@ -51,17 +51,19 @@ class Comparison:
         manifest: Manifest | None,
         progress: Progress,
         indexes: Mapping[str, bytes],
-        originals: Mapping[str, str],
+        own: Manifest | None,
         begun: Mapping[str, tuple[Mark, ...]],
     ) -> None:
         self._source, self._target, self._action, self._options = source, target, action, options
         self._progress = progress
-        self._indexes, self._originals = indexes, originals
-        self._files = {} if manifest is None else {row.file: row for row in manifest.files}
-        self._rows = {} if manifest is None else manifest.by_file()
+        self._indexes = indexes
+        self._originals = {} if own is None else own.originals
+        self._described = {} if own is None else {row.file: row for row in own.files}
+        known = {} if manifest is None else manifest.by_file()
+        self._files = {name: row for name, (row, _) in known.items()}
+        self._rows = {name: rows for name, (_, rows) in known.items()}
         self._others = {} if manifest is None else dict(manifest.others)
         self._begun = begun
-        self._is_one_file = source.is_file
         self.names: Collection[str] = ()
         self.held: Mapping[str, Entry] = {}
 
@@ -143,8 +145,11 @@ class Comparison:
         return mark.of == "content" and has_content(self._target, there, Entry(mark.name, mark.size, mark.sha256))
 
     def _step(self, kind: Literal["convert", "restore", "prove", "copy"], one: Assignment) -> Step:
-        size = one.entry.size
-        return Step(kind, one.entry, one.name, there=one.name in self.held, least=size, most=size, expected=size)
+        size, original = one.entry.size, None
+        if one.name.endswith(DF11):
+            original = one.entry.name if kind == "convert" else original_name(one.entry.name, self._originals)
+        there = one.name in self.held
+        return Step(kind, one.entry, one.name, original, there=there, least=size, most=size, expected=size)
 
     # Whether an existing file may be replaced.
 
@@ -219,7 +224,7 @@ class Comparison:
             return step
         if self._options.prove and row is not None and row.sha256 is not None:
             is_known = is_known and self._target.hashed(there).sha256 == row.sha256
-        if is_known or self._is_one_file:
+        if is_known:
             return dataclasses.replace(step, kept=True, source_sha256=sha256)
         return dataclasses.replace(step, kind="prove", source_sha256=sha256, least=0, expected=0, most=0)
 
@@ -234,6 +239,7 @@ class Comparison:
         step = self._step("restore", one)
         there = self.held.get(one.name)
         with Container(self._source.locate(one.entry.name)) as container:
+            check_described(self._described.get(one.entry.name), container)
             wanted = restored_layout(container, bf16=self._options.bf16)
             size = wanted.size
             step = dataclasses.replace(step, least=size, most=size, expected=size, tensors=len(container))
@@ -276,7 +282,7 @@ class Comparison:
                     where = self._source.locate(one.entry.name)
                     raise errors.SafetensorsError(f"the index already names {DF11} files", file=where)
                 return container_name(shard)
-            known = shard_name(posixpath.normpath(folder + shard), self._originals)
+            known = original_name(posixpath.normpath(folder + shard), self._originals)
             return shard.removesuffix(DF11) + known[known.rindex(".") :] if shard.endswith(DF11) else shard
 
         data = rewrite_index(self._indexes[one.entry.name], rename, self._source.locate(one.entry.name))
@@ -295,7 +301,8 @@ class Comparison:
         if not kept:
             self.check_free(one.name)
         size = len(data)
-        return Step("write", one.entry, one.name, kept, there is not None, data, most=size, expected=size)
+        is_there = there is not None
+        return Step("write", one.entry, one.name, None, kept, is_there, data, most=size, expected=size)
 
 
 def _has_cast(rows: Sequence[TensorRow], cast: Cast) -> bool:

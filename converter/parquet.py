@@ -16,7 +16,7 @@ import numpy as np
 
 from df11.converter import parquet_bounds
 from df11.converter.exponents import COUNTED_WEIGHTS, ExponentCounts, has_exponents
-from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin, TensorRow
+from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin, TensorRow, is_relative
 from df11.formats import errors, framing, json_text, layout
 from df11.storage.paths import kind_of, read_file
 
@@ -95,12 +95,7 @@ def _cell(row: TensorRow, column: str) -> Any:
     value = getattr(row, column)
     if isinstance(value, ExponentCounts):
         return value.array()
-    return _text(value) if column == "file" else value
-
-
-def _text(path: str) -> str:
-    # A file name that is not UTF-8, in another spelling: Parquet could not hold it.
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value
 
 
 def _document(manifest: Manifest) -> dict[str, Any]:
@@ -111,20 +106,21 @@ def _document(manifest: Manifest) -> dict[str, Any]:
         "source": {
             "repository": origin.repository,
             "commit": origin.commit,
-            "path": _text(origin.path),
+            "path": origin.path,
             "private": origin.private,
         },
         "options": {"cast": manifest.cast},
         "files": [
             {
-                "file": _text(file.file),
+                "file": file.file,
                 "bytes": file.bytes,
                 "sha256": file.sha256,
-                "source": {"file": _text(file.source_file), "bytes": file.source_bytes, "sha256": file.source_sha256},
+                "source": {"file": file.source_file, "bytes": file.source_bytes, "sha256": file.source_sha256},
             }
             for file in manifest.files
         ],
-        "others": {_text(name): sha256 for name, sha256 in manifest.others},
+        "others": dict(manifest.others),
+        "renamed": dict(manifest.renamed),
     }
 
 
@@ -185,8 +181,9 @@ class _Reader:
         document = self._read_document()
         origin, cast, tool, files = self._check_document(document)
         others = self._check_others(document.get("others", {}))  # Files of 0.1 have none.
+        renamed = self._check_renamed(document.get("renamed", {}))
         self._check_columns()
-        return Manifest(origin, cast, tool, files, self._read_rows(files, cast), others)
+        return Manifest(origin, cast, tool, files, self._read_rows(files, cast), others, renamed)
 
     def _read_document(self) -> Any:
         raw = self._checked.metadata.get(METADATA_KEY)
@@ -232,7 +229,7 @@ class _Reader:
             _member(source, "bytes"),
             _member(source, "sha256"),
         )
-        if not (_is_relative(row.file) and _is_relative(row.source_file)):
+        if not (is_relative(row.file) and is_relative(row.source_file)):
             self._refuse(
                 "the name of a file must be relative to its model folder", found=repr((row.file, row.source_file))[:200]
             )
@@ -245,8 +242,13 @@ class _Reader:
     def _check_others(self, value: Any) -> tuple[tuple[str, str], ...]:
         if not isinstance(value, dict) or not all(map(_is_sha256, value.values())):
             self._refuse("others must map names to SHA-256")
-        if not all(map(_is_relative, value)):
+        if not all(map(is_relative, value)):
             self._refuse("the name of a file must be relative to its folder", found=repr(sorted(value))[:200])
+        return tuple(value.items())
+
+    def _check_renamed(self, value: Any) -> tuple[tuple[str, str], ...]:
+        if not isinstance(value, dict) or not all(map(is_relative, [*value, *value.values()])):
+            self._refuse("renamed must map names to names, relative to the folder", found=repr(value)[:200])
         return tuple(value.items())
 
     def _check_columns(self) -> None:
@@ -395,9 +397,3 @@ def _is_size(value: object) -> bool:
 
 def _is_sha256(value: object) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set(string.digits + "abcdef")
-
-
-def _is_relative(value: object) -> bool:
-    return (
-        isinstance(value, str) and "\0" not in value and all(part not in ("", ".", "..") for part in value.split("/"))
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,10 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from df11.converter.files import DF11, check_shards, container_name, index_names, is_shard, raise_if_missing, shard_name
+from df11.converter.files import (
+    DF11,
+    Completeness,
+    check_shards,
+    container_name,
+    index_names,
+    is_shard,
+    original_name,
+    raise_if_missing,
+)
 from df11.converter.kernels import cast_f32
+from df11.converter.manifest import FILE_NAME, read_manifest
 from df11.converter.ordered import ordered
 from df11.converter.restore_file import restore_file, restored_layout
+from df11.converter.scan import check_described
 from df11.converter.settings import thread_count
 from df11.converter.source import Progress, Source, ignore
 from df11.formats import errors, framing
@@ -56,46 +67,83 @@ def verify(
 ) -> VerifyReport:
     """Decode all of a `.df11` file or model folder and check every checksum; raises a Df11Error at the first damage.
 
-    An index that names a missing container is an error, too. With ``against``, the source file or folder, compare bit
-    for bit (F32 tensors that were cast are cast again), and raise a DifferenceError at the first difference. Progress
-    is in stored bytes.
+    A container that an index or the manifest names must be there, and be of the source that the manifest says; all
+    other files in the manifest must be as df11 wrote them. With ``against``, the source file or folder, compare bit for
+    bit (F32 tensors that were cast are cast again), and raise a DifferenceError at the first difference; each of its
+    shards must have a container. Progress is in stored bytes.
     """
     count = thread_count(threads)
     store = open_source(Path(path))
-    sources = _pair_sources(store, Path(path), against)
-    on_total(sum(entry.size for entry, _ in sources))
+    listed = {entry.name: entry for entry in store.list()}
+    manifest = None if store.is_file or FILE_NAME not in listed else read_manifest(store)
+    sources = _pair_sources(store, listed, Path(path), against, {} if manifest is None else manifest.originals)
+    rows = {} if manifest is None else {row.file: row for row in manifest.files}
+    others = {} if manifest is None else dict(manifest.others)
+    found = Completeness(tuple((FILE_NAME, name) for name in sorted(rows.keys() | others) if name not in listed), ())
+    raise_if_missing(found, store.label, may_allow=False)
+    on_total(sum(entry.size for entry, _ in sources) + sum(listed[name].size for name in others))
     tensors = size = 0
     for entry, source_path in sources:
         with ExitStack() as stack:
             container = stack.enter_context(Container(store.locate(entry.name)))
+            check_described(rows.get(entry.name), container)
             source = None if source_path is None else stack.enter_context(Source.local(source_path))
             _verify(container, source, count, on_progress)
             tensors += len(container)
             size += sum(_decoded_size(container.info(name)) for name in container.keys())
+    for name, sha256 in others.items():
+        _check_other(store, listed[name], sha256, on_progress)
     return VerifyReport(len(sources), tensors, size, against is not None)
 
 
-def _pair_sources(store: Store, path: Path, against: str | os.PathLike[str] | None) -> list[tuple[Entry, Path | None]]:
+def _check_other(store: Store, entry: Entry, sha256: str, progress: Progress) -> None:
+    def told(chunks: Iterator[Bytes]) -> Iterator[Bytes]:
+        for chunk in chunks:
+            yield chunk
+            progress(len(chunk))
+
+    with store.open(entry) as file:
+        found = Entry.of_chunks(entry.name, file.size, told(file.chunks()))
+    if found.sha256 != sha256:
+        what = "this is not the file that df11 wrote, by the manifest"
+        hint = "convert the model again, or get the file again"
+        raise errors.DifferenceError(
+            what, file=store.locate(entry.name), expected=f"SHA-256 {sha256}", found=found.sha256, hint=hint
+        )
+
+
+def _pair_sources(
+    store: Store,
+    listed: Mapping[str, Entry],
+    path: Path,
+    against: str | os.PathLike[str] | None,
+    originals: Mapping[str, str],
+) -> list[tuple[Entry, Path | None]]:
     # Each container, and the source to compare it with.
-    listed = store.list()
     if store.is_file:
-        return [(listed[0], None if against is None else Path(against))]
+        return [(entry, None if against is None else Path(against)) for entry in listed.values()]
     for name, error in store.refused.items():
         if name.endswith("/"):  # Files are read where they are: nothing of them gets anywhere.
             raise error
-    containers = [entry for entry in listed if entry.name.endswith(DF11)]
+    containers = [entry for entry in listed.values() if entry.name.endswith(DF11)]
     if not containers:
         raise errors.UsageError(f"no {DF11} file in this folder", file=path, hint="check the path")
-    by_name = {entry.name: entry for entry in listed}
-    indexes = {name: store.read(by_name[name]) for name in index_names(by_name)}
-    raise_if_missing(check_shards(indexes, by_name, store.label), store.label, may_allow=False)
+    indexes = {name: store.read(listed[name]) for name in index_names(listed)}
+    raise_if_missing(check_shards(indexes, listed, store.label), store.label, may_allow=False)
     if against is None:
         return [(entry, None) for entry in containers]
     source = open_source(Path(against))
     if source.is_file:
         raise errors.UsageError("--against names a file, but what is verified is a folder", file=against)
     names = {container_name(entry.name): entry.name for entry in source.list() if is_shard(entry.name)}
-    return [(entry, Path(source.locate(names.get(entry.name, shard_name(entry.name, {}))))) for entry in containers]
+    for name, shard in names.items():
+        if name not in listed:
+            what = f"this file is missing, but the source has {shard}"
+            raise errors.MissingError(what, file=store.locate(name), hint="convert it, or compare file by file")
+    return [
+        (entry, Path(source.locate(names.get(entry.name, original_name(entry.name, originals)))))
+        for entry in containers
+    ]
 
 
 def _decoded_size(info: TensorInfo) -> int:

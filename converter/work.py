@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from df11.converter.compare import already_there
-from df11.converter.files import DF11, SAFETENSORS
+from df11.converter.files import DF11
 from df11.converter.manifest import FileRow, TensorRow
 from df11.converter.pipeline import convert_file
 from df11.converter.plan import Plan, Step
@@ -172,7 +172,8 @@ def _convert(task: Task, progress: Progress) -> Done:
         started = time.monotonic()
         verify(path, threads=task.settings.threads, on_progress=lambda _: progress(0))
         seconds["verify"] = time.monotonic() - started
-    row = FileRow(step.name, result.output_bytes, None, step.entry.name, result.source_bytes, result.source_sha256)
+    original = step.original or step.entry.name
+    row = FileRow(step.name, result.output_bytes, None, original, result.source_bytes, result.source_sha256)
     rows = tuple(dataclasses.replace(row, file=step.name) for row in result.rows)
     return Done(step, path, Entry(step.name, result.output_bytes), row, rows, seconds=seconds)
 
@@ -245,7 +246,8 @@ def _verify_partial(writer: AtomicWriter, task: Task, progress: Progress) -> Non
 
 
 def _prove(task: Task, progress: Progress) -> Done:
-    # A container already on a disk: its whole content is decoded and checked, which also yields its rows.
+    # A container already on a disk: its whole content is decoded and checked, which also yields its rows. One that is
+    # to be kept must hold the source, whatever it says of itself.
     step = task.step
     started = time.monotonic()
     from_source = step.name == step.entry.name
@@ -253,7 +255,10 @@ def _prove(task: Task, progress: Progress) -> Done:
     path = Path(store.locate(step.name))
     hashed = store.hashed(store.entry(step.name)) if from_source else None
     told = progress if from_source else _quiet(progress)
+    against = task.source.locate(step.entry.name) if task.source.address is None and not from_source else None
     try:
+        if not from_source:
+            verify(path, against, threads=task.settings.threads, on_progress=told)
         tensors = scan(path, step.name, threads=task.settings.threads, progress=told)
     except (errors.FormatError, errors.DifferenceError):
         if from_source:
@@ -263,8 +268,7 @@ def _prove(task: Task, progress: Progress) -> Done:
         _once(step, progress)(step.entry.size)
     with Container(path) as container:
         source, size = container.source, container.size
-    name = step.entry.name if not from_source else step.name.rpartition(".")[0] + SAFETENSORS
-    row = FileRow(step.name, size, None, name, source.bytes, source.sha256)
+    row = FileRow(step.name, size, None, step.original or step.entry.name, source.bytes, source.sha256)
     seconds = {"verify": time.monotonic() - started}
     return Done(step, path, hashed or Entry(step.name, size), row, tensors, seconds=seconds)
 

@@ -86,8 +86,10 @@ def prepare_push(source: Store, model: Model) -> Prepared:
         origin, cast = own.origin, own.cast
     else:  # Whatever else the manifest is about, what was private in this folder may still be.
         origin, cast = Origin(private=None if own is None else own.origin.private), _cast_of(source, containers)
+        own = None
     options = Options(cast, model.include, (*model.exclude, *_NOT_COPIED), model.allow_missing, may_force=False)
-    plan = dataclasses.replace(make_plan(source, open_store(model.target), "copy", options), origin=origin)
+    plan = make_plan(source, open_store(model.target), "copy", options, own=own)
+    plan = dataclasses.replace(plan, origin=origin)
     check_visibility(plan, model)
     return _prepared(dataclasses.replace(model, cast=cast), plan)
 

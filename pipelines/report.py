@@ -72,8 +72,7 @@ def find_manifest(model: str | os.PathLike[str]) -> tuple[Manifest, str]:
     """The manifest of a converted model folder or file, and a name for it. See :func:`write_report`."""
     from df11.converter import parquet
     from df11.converter.files import list_containers
-    from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin
-    from df11.converter.planning import read_manifest
+    from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin, read_manifest
     from df11.converter.scan import scan
     from df11.converter.settings import thread_count
     from df11.formats.container import Container

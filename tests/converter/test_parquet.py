@@ -57,7 +57,7 @@ def test_the_documented_columns(tree):
     assert list(file.metadata.metadata) == [b"df11"]
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
     document = json.loads(file.metadata.metadata[b"df11"])
-    assert list(document) == ["version", "tool", "source", "options", "files", "others"]
+    assert list(document) == ["version", "tool", "source", "options", "files", "others", "renamed"]
     assert (document["version"], document["tool"]) == (1, f"df11 {df11.__version__}")
     assert document["source"] == {
         "repository": "owner/name",
@@ -294,6 +294,7 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("files/0/source/bytes", [..., -1]),
         ("files/0/source/sha256", [..., None, "x"]),
         ("others", [None, [], [["x", "0" * 64]], 1, "x"]),
+        ("renamed", [None, [], "x", {"x": 1}, {"x": "../y"}, {"/x": "y"}, {"": "y"}, {"x": None}]),
         ("others/config.json", [None, 1, "", "0" * 63, "0" * 65, "G" * 64, "F" * 64, ["0" * 64]]),
     ],
 )
@@ -322,8 +323,13 @@ def test_other_files_of_any_name(small):
     others = tuple((name, f"{number:064x}") for number, name in enumerate(("a/b/c.txt", "ключ 🗝", " ", "...", "a\\b")))
     manifest = replace(small, others=others)
     assert parquet.from_bytes(parquet.to_bytes(manifest), "x") == manifest
-    escaped = replace(small, others=(("a\udcff", "0" * 64),))
-    assert parquet.from_bytes(parquet.to_bytes(escaped), "x").others == (("a\\udcff", "0" * 64),)
+
+
+def test_names_of_any_kind(small):
+    names = (("a/b.df11", "a/b.sft"), ("ключ 🗝.df11.index.json", "ключ 🗝.sft.index.json"), ("\\udcff", "\\"))
+    assert parquet.from_bytes(parquet.to_bytes(replace(small, renamed=names)), "x").renamed == names
+    table, document = table_of(small)
+    assert parquet.from_bytes(written(table, changed(document, "renamed", ...)), "x") == small
 
 
 def test_files_of_the_first_release_name_no_others(small):
