@@ -290,5 +290,5 @@ def test_what_takes_the_place_of_the_journal_is_not_written_to(
 
 def test_a_journal_with_one_name_many_times_is_read_at_once(tmp_path: Path) -> None:
     line = f"content 1 {'0' * 64} x\n".encode()
-    (tmp_path / ".df11-run").write_bytes(line * 100_000 + line.replace(b"1", b"2", 1))
+    (tmp_path / ".df11-run").write_bytes(b"run convert s 1\n" + line * 100_000 + line.replace(b"1", b"2", 1))
     assert [mark.size for mark in journal.read(tmp_path / ".df11-run")[1]["x"]] == [1, 2]
