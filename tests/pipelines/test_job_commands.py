@@ -14,6 +14,7 @@ import df11
 from df11.converter import parquet
 from df11.converter.manifest import FILE_NAME
 from df11.storage import client as hub_client
+from df11.storage import limits
 from tests.support import commands, sources
 from tests.support.hub import models
 from tests.support.hub.repository import Repository
@@ -173,7 +174,7 @@ def test_an_index_that_is_none(hub: HubServer, source: Repository, tmp_path: Pat
 
 
 def test_a_silent_server(hub: HubServer, source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_client, "TIMEOUTS", {"connect": 5.0, "read": 0.3, "write": 5.0, "pool": 5.0})
+    monkeypatch.setattr(limits, "TIMEOUTS", {"connect": 5.0, "read": 0.3, "write": 5.0, "pool": 5.0})
     job = write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))
     hub.inject("POST", "/commit/", hang, times=99)
     commands.run("job", "run", "--quiet", job).error(5, "did not respond in time")
