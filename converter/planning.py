@@ -84,7 +84,7 @@ def make_plan(
         entries = [entry for entry in listed if is_wanted(entry.name, options.include, options.exclude)]
         originals = {} if own is None else own.originals
         assignments = assign(entries, action, originals)
-        if action == "convert":
+        if action == "convert" and not target.versioned:  # A repository says itself which names it cannot have.
             _check_text(source, assignments)
         made = [FILE_NAME] if action == "convert" else []
         check_together([*(one.name for one in assignments), *options.also, *made])
