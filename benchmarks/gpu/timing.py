@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from df11.runtime import gpu
-
 CACHES: Final = 2
 """The second-level cache counts as overwritten after this many times its size."""
 _HEAD_START: Final = 4_000_000
@@ -76,4 +74,18 @@ def cache_bytes() -> int:
 
 def cupy_stream(device: Any) -> Any:
     """For ``with``: CuPy launches on torch's current stream of the device, which must be CuPy's current device."""
-    return gpu.current_stream(importlib.import_module("cupy"), device)
+    torch: Any = importlib.import_module("torch")
+    cupy: Any = importlib.import_module("cupy")
+    pointer = torch.cuda.current_stream(device).cuda_stream
+    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 and later, where the other one is deprecated.
+        return cupy.cuda.Stream.from_external(_Handle(pointer))
+    return cupy.cuda.ExternalStream(pointer)
+
+
+class _Handle:
+    # A stream of another library, wrapped for CuPy.
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
