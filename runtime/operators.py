@@ -78,7 +78,8 @@ def _range(record: torch.Tensor, weights: int, segment_elements: int, first: int
     last = first + out.numel()
     if not 0 <= first <= last <= weights:
         raise errors.UsageError("no such weights", expected=f"within 0 to {weights}", found=(first, last))
-    return Range(record.data_ptr(), record.numel(), weights, segment_elements, first, last, out.data_ptr())
+    owner = record.untyped_storage()
+    return Range(record.data_ptr(), record.numel(), weights, segment_elements, first, last, out.data_ptr(), owner)
 
 
 @torch.library.custom_op("df11::decode", mutates_args=())
@@ -137,7 +138,8 @@ def gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, i
     out = record.new_empty([*ids.shape, *shape[1:]], dtype=torch.bfloat16)
     weights, row_weights = math.prod(shape), math.prod(shape[1:])
     check_record(record, weights, segment_elements)
-    matrix = Range(record.data_ptr(), record.numel(), weights, segment_elements, 0, weights, out.data_ptr())
+    owner = record.untyped_storage()
+    matrix = Range(record.data_ptr(), record.numel(), weights, segment_elements, 0, weights, out.data_ptr(), owner)
     decoder_of(record.device).gather_rows(matrix, numbers.data_ptr(), numbers.numel(), row_weights, shape[0])
     return out
 

@@ -55,8 +55,9 @@ SMALLEST: Final = Size(layers=1, tokens=16, steps=1, generated=3, vocabulary=100
 def randomize(model: nn.Module, device: torch.device) -> nn.Module:
     """Give a model on the meta device random BF16 weights with the statistics of trained ones."""
     model.to(torch.bfloat16).to_empty(device=device)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # to_empty makes two of a parameter that two modules share.
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()  # to_empty makes two of a parameter that two modules share.
     generator = torch.Generator(device).manual_seed(1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)

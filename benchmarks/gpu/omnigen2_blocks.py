@@ -35,8 +35,11 @@ class Attention(nn.Module):
         """Tokens [1, tokens, width]; rotary as for :func:`rotate`."""
         q, k, v = (layer(x).unflatten(-1, (-1, self.head)) for layer in (self.to_q, self.to_k, self.to_v))
         q, k = rotate(self.norm_q(q), rotary), rotate(self.norm_k(k), rotary)
-        mixed = functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), enable_gqa=True)
-        return self.to_out[1](self.to_out[0](mixed.transpose(1, 2).flatten(-2)))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        x = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(-2)
+        for layer in self.to_out:
+            x = layer(x)
+        return x
 
 
 class FeedForward(nn.Module):
@@ -51,7 +54,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [1, tokens, width]."""
-        return self.linear_2(functional.silu(self.linear_1(x).float()).to(x.dtype) * self.linear_3(x))
+        gated = functional.silu(self.linear_1(x).float()).to(x.dtype) * self.linear_3(x)
+        out: Tensor = self.linear_2(gated)
+        return out
 
 
 class ModulatedNorm(nn.Module):
@@ -85,10 +90,12 @@ class Block(nn.Module):
         """Tokens [1, tokens, width]."""
         if not self.modulated:
             x = x + self.norm2(self.attn(self.norm1(x), rotary))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            plain: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            return plain
         normed, gate, mlp_scale, mlp_gate = self.norm1(x, time)
         x = x + gate.tanh() * self.norm2(self.attn(normed, rotary))
-        return x + mlp_gate.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + mlp_scale)))
+        out: Tensor = x + mlp_gate.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + mlp_scale)))
+        return out
 
 
 class Transformer(nn.Module):
@@ -96,10 +103,13 @@ class Transformer(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        sizes = [config[name] for name in ("hidden_size", "num_attention_heads", "num_kv_heads", "multiple_of")]
+        names = ("hidden_size", "num_attention_heads", "num_kv_heads", "multiple_of", "norm_eps")
+        width, heads, kv_heads, multiple_of, eps = (config[name] for name in names)
 
         def blocks(count: str, *, modulated: bool = True) -> nn.ModuleList:
-            return nn.ModuleList([Block(*sizes, config["norm_eps"], modulated=modulated) for _ in range(config[count])])
+            return nn.ModuleList(
+                Block(width, heads, kv_heads, multiple_of, eps, modulated=modulated) for _ in range(config[count])
+            )
 
         self.context_refiner = blocks("num_refiner_layers", modulated=False)
         self.noise_refiner = blocks("num_refiner_layers")
