@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -82,9 +83,9 @@ def write(ptx: str) -> tuple[Path, Path]:
         ("decode.cu", code),
         ("kernels.h", "".join(f"CUDA_ON_CPU_KERNEL({kernel})\n" for kernel in kernels)),
     ):
-        path = folder / name
-        if not path.exists():
-            path.write_text(text, encoding="utf-8")
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False, encoding="utf-8") as file:
+            file.write(text)
+        Path(file.name).replace(folder / name)  # Others may be reading it.
     return folder / "decode.cu", folder / "kernels.h"
 
 
@@ -196,6 +197,8 @@ class _Kernel:
         operation, kind = ".".join(words[:-1]), _TYPES[words[-1]]
         if kind.startswith("s") and operation not in _SIGNED and operation in {"div", "rem", "mul.hi", "shr"}:
             raise PtxError("signed")
+        if operation == "mul.hi" and kind != "u32":
+            raise PtxError("the upper half of 128 bits")
         kind = kind if operation in _SIGNED else kind.replace("s", "u")
         values = [self._value(operand, kind) for operand in operands[1:]]
         if operation == "selp":

@@ -115,7 +115,14 @@ def test_what_is_noticed(kernel: str, n: int, blocks: int, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["sin.approx.f32 %f1, %f2;", "shf.r.clamp.b32 %r1, %r2, %r3, %r4;", "bar.sync 1;", "div.s32 %r1, %r2, %r3;"]
+    "line",
+    [
+        "sin.approx.f32 %f1, %f2;",
+        "shf.r.clamp.b32 %r1, %r2, %r3, %r4;",
+        "bar.sync 1;",
+        "div.s32 %r1, %r2, %r3;",
+        "mul.hi.u64 %r1, %r2, %r3;",
+    ],
 )
 def test_what_is_not_known_is_an_error(line: str) -> None:
     text = f".visible .entry toy(\n\t.param .u32 toy_param_0\n)\n{{\n\t{line}\n\tret;\n\n}}\n"
