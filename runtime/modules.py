@@ -241,7 +241,8 @@ class CompressedModule(nn.Module):
     def prefetch_state(self) -> object:
         """Which record ``weight`` has, and whether it has been written to since."""
         payload = self.payload()
-        return payload.data_ptr(), payload._version
+        # A tensor made in inference mode counts no writes, and raises if asked.
+        return payload.data_ptr(), None if payload.is_inference() else payload._version
 
     def prefetch_into(self, out: torch.Tensor) -> None:
         """Launch the decoding of ``weight`` on the current stream, into BF16 [elements]."""

@@ -400,6 +400,15 @@ def test_decoding_ahead_sees_new_records(model: Model, original: Model) -> None:
     assert not torch.equal(model(IDS), original(IDS))
 
 
+def test_decoding_ahead_in_inference_mode(model: Model, original: Model) -> None:
+    with torch.inference_mode():
+        model = copy.deepcopy(model)  # as moving it to a GPU would, this makes tensors that count no writes
+        prefetcher = modules.enable_prefetch(model, torch.device("cpu"), Immediate())
+        for _ in range(3):
+            assert torch.equal(model(IDS), original(IDS))
+    assert prefetcher.hits > prefetcher.misses
+
+
 def test_records_elsewhere(path: Path, original: Model) -> None:
     model = runtime.load_model(empty(), path, "cpu", cpu_offload=True)
     assert torch.equal(model(IDS), original(IDS))

@@ -3,7 +3,7 @@
 ComfyUI moves, patches, merges, saves and casts weights in many places. To all of them, a weight here is a tensor like
 any other: it has the shape and dtype of what it decodes to, and computations see the decoded values. Only three things
 are special: it moves between devices as a record, it counts as many bytes as the record has, and it cannot be written
-to, only replaced, which is what LoRAs do.
+to, only replaced. LoRAs change what a layer has decoded (patching.py).
 """
 
 from __future__ import annotations
@@ -22,9 +22,17 @@ from df11.runtime import CompressedTensor, warm_up
 from df11.runtime.model import load_tensor
 from df11.runtime.modules import DecodedWeight
 
-FOLDER = "diffusion_models_df11"
-"""ComfyUI's name for the `.df11` files in its folders of diffusion models."""
-folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.folder_names_and_paths["diffusion_models"][0], {".df11"})
+from .patching import keep_compressed  # noqa: TID252 - ComfyUI chooses the name of this folder
+
+
+def list_folder(kind: str) -> str:
+    """Let ComfyUI list the `.df11` files in its folders of a kind; returns its name for them."""
+    name = f"{kind}_df11"
+    folder_paths.folder_names_and_paths[name] = (folder_paths.folder_names_and_paths[kind][0], {".df11"})
+    return name
+
+
+FOLDER = list_folder("diffusion_models")
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
 
@@ -173,6 +181,13 @@ def state_dict(path: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def ready(patcher: Any) -> None:
+    """Prepare a ModelPatcher that has just been loaded."""
+    keep_compressed(patcher)
+    if patcher.load_device.type == "cuda":
+        warm_up(patcher.load_device)
+
+
 class LoadDiffusionModelDf11:
     """A diffusion model from a `.df11` file in ``models/diffusion_models``."""
 
@@ -199,8 +214,7 @@ class LoadDiffusionModelDf11:
                 file=path,
                 hint="it must be a diffusion model that ComfyUI can load",
             )
-        if model.load_device.type == "cuda":
-            warm_up(model.load_device)
+        ready(model)
         return (model,)
 
 
