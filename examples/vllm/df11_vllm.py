@@ -29,6 +29,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
@@ -159,12 +160,14 @@ class Df11LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Encode the weight. vLLM calls this as soon as a layer is complete, and once more at the end."""
-        if "weight" in layer._parameters:
-            encode(layer, "weight")
+        if "weight" in layer._parameters and not encode(layer, "weight"):
+            layer.quant_method = UnquantizedLinearMethod()
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Inputs [..., in] to [..., out]."""
-        return nn.functional.linear(x, weight_of(layer, "weight", x), bias)
+        if x.device.type == "cpu":
+            return linear_on_cpu(x, *held(layer, "weight"), bias)
+        return nn.functional.linear(x, decode(*held(layer, "weight"), x, None), bias)
 
 
 class Df11MoEMethod(UnquantizedFusedMoEMethod):
@@ -209,7 +212,7 @@ class _Decoded:
     def __enter__(self) -> None:
         for name in _EXPERTS:
             if name not in self._layer._parameters:
-                setattr(self._layer, name, weight_of(self._layer, name, self._x, self._ids))
+                setattr(self._layer, name, decode(*held(self._layer, name), self._x, self._ids))
 
     def __exit__(self, *_: object) -> None:
         for name in _EXPERTS:
@@ -217,29 +220,26 @@ class _Decoded:
                 delattr(self._layer, name)
 
 
-def encode(layer: nn.Module, name: str) -> None:
-    """Replace a BF16 parameter [..., rows, columns] by records, one for each matrix, unless that saves no memory."""
+def encode(layer: nn.Module, name: str) -> bool:
+    """Replace a BF16 parameter [..., rows, columns] by records, one for each matrix; False if that saves no memory."""
     weight = layer._parameters[name].data
     values = weight.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         records = encode_records(list(values.reshape(math.prod(weight.shape[:-2]), -1)), threads)
     if sum(map(len, records)) >= weight.nbytes:
-        return
+        return False
     delattr(layer, name)
     data = torch.from_numpy(np.concatenate(records)).to(weight.device)
     layer.register_parameter(name + RECORDS, nn.Parameter(data, requires_grad=False))
-    setattr(layer, name + "_shape", list(weight.shape))
     setattr(layer, name + "_sizes", [len(record) for record in records])
+    setattr(layer, name + "_shape", list(weight.shape))
     warm_up(weight.device)  # A CUDA graph cannot capture the compilation of kernels.
+    return True
 
 
-def weight_of(layer: nn.Module, name: str, x: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-    """A weight, decoded if it is compressed; see :func:`decode`."""
-    if name in layer._parameters:
-        return getattr(layer, name)
-    return decode(
-        getattr(layer, name + RECORDS), getattr(layer, name + "_sizes"), getattr(layer, name + "_shape"), x, ids
-    )
+def held(layer: nn.Module, name: str) -> tuple[torch.Tensor, list[int], list[int]]:
+    """The records of a weight, their sizes in bytes, and its shape."""
+    return getattr(layer, name + RECORDS), getattr(layer, name + "_sizes"), getattr(layer, name + "_shape")
 
 
 @torch.library.custom_op("df11_vllm::decode", mutates_args=())
@@ -282,3 +282,27 @@ def _(
     ids: torch.Tensor | None,  # noqa: ARG001
 ) -> torch.Tensor:
     return records.new_empty(shape, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("df11_vllm::linear_on_cpu", mutates_args=())
+def linear_on_cpu(
+    x: torch.Tensor, records: torch.Tensor, sizes: list[int], shape: list[int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Inputs [..., in] by a weight of ``shape`` [out, in]: decode it and, as vLLM's product on the CPU does, pack it."""
+    layer = nn.Module()
+    layer.weight = nn.Parameter(decode(records, sizes, shape, x, None), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    product: torch.Tensor = layer.cpu_linear(x, layer.weight, layer.bias)
+    return product
+
+
+@linear_on_cpu.register_fake
+def _(
+    x: torch.Tensor,
+    records: torch.Tensor,  # noqa: ARG001
+    sizes: list[int],  # noqa: ARG001
+    shape: list[int],
+    bias: torch.Tensor | None,  # noqa: ARG001
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
