@@ -1,4 +1,4 @@
-"""vLLM plugin for models in `.df11` files: linear layers and experts keep records and decode weights only for a product.
+"""vLLM plugin for models in `.df11` files: linear layers and experts hold records and decode weights for each product.
 
 It has two parts. The *loader* (``--load-format df11``) reads the files and hands vLLM's model decoded BF16 tensors,
 like vLLM's own loader. The *quantization methods* (``--quantization df11``) let vLLM fill a layer with BF16 weights as
@@ -39,7 +39,7 @@ from df11.converter.encode import encode_records
 from df11.formats import errors, layout
 from df11.formats.container import Container
 from df11.runtime import load, warm_up
-from df11.runtime.model import files_of
+from df11.runtime.model import SMALL, files_of
 
 NAME = "df11"
 RECORDS = "_df11"
@@ -87,7 +87,7 @@ class Df11ModelLoader(BaseModelLoader):
             missing = [name for name, value in parameters.items() if id(value) not in filled]
         if missing:
             raise errors.MissingError(
-                f"weights of {len(missing)} layers or parameters are not in the files",
+                f"the files lack weights of {len(missing)} layers or parameters",
                 file=model_config.model,
                 tensor=missing[0],
             )
@@ -221,8 +221,10 @@ class _Decoded:
 
 
 def encode(layer: nn.Module, name: str) -> bool:
-    """Replace a BF16 parameter [..., rows, columns] by records, one for each matrix; False if that saves no memory."""
+    """Replace a BF16 parameter [..., rows, columns] by records, one for each matrix; False if that does not pay."""
     weight = layer._parameters[name].data
+    if weight.numel() < SMALL:
+        return False
     values = weight.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         records = encode_records(list(values.reshape(math.prod(weight.shape[:-2]), -1)), threads)
@@ -288,7 +290,7 @@ def _(
 def linear_on_cpu(
     x: torch.Tensor, records: torch.Tensor, sizes: list[int], shape: list[int], bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Inputs [..., in] by a weight of ``shape`` [out, in]: decode it and, as vLLM's product on the CPU does, pack it."""
+    """Inputs [..., in] by a weight [out, in] of ``shape``, decoded and packed for vLLM's product on the CPU."""
     layer = nn.Module()
     layer.weight = nn.Parameter(decode(records, sizes, shape, x, None), requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
