@@ -11,9 +11,7 @@ quantization: until the first tensor arrives, a weight takes no memory.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -38,7 +36,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from df11.converter.encode import encode_records
 from df11.formats import errors, layout
 from df11.formats.container import Container
-from df11.runtime import load, warm_up
+from df11.runtime import cpu, load, warm_up
 from df11.runtime.model import SMALL, files_of
 
 NAME = "df11"
@@ -216,7 +214,7 @@ class _Decoded:
 
     def __exit__(self, *_: object) -> None:
         for name in _EXPERTS:
-            if name not in self._layer._parameters:
+            if name in self._layer.__dict__:  # Not if another thread with a part of the batch was here first.
                 delattr(self._layer, name)
 
 
@@ -226,8 +224,7 @@ def encode(layer: nn.Module, name: str) -> bool:
     if weight.numel() < SMALL:
         return False
     values = weight.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        records = encode_records(list(values.reshape(math.prod(weight.shape[:-2]), -1)), threads)
+    records = encode_records(list(values.reshape(math.prod(weight.shape[:-2]), -1)), cpu.pool())
     if sum(map(len, records)) >= weight.nbytes:
         return False
     delattr(layer, name)
