@@ -10,7 +10,6 @@ quantization: until the first tensor arrives, a weight takes no memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -219,12 +218,15 @@ class _Decoded:
 
 
 def encode(layer: nn.Module, name: str) -> bool:
-    """Replace a BF16 parameter [..., rows, columns] by records, one for each matrix; False if that does not pay."""
+    """Replace a BF16 parameter by records: one, or one for each expert if it has three dimensions or more.
+
+    False if that does not pay.
+    """
     weight = layer._parameters[name].data
     if weight.numel() < SMALL:
         return False
     values = weight.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
-    records = encode_records(list(values.reshape(math.prod(weight.shape[:-2]), -1)), cpu.pool())
+    records = encode_records(list(values.reshape(len(weight) if weight.dim() > 2 else 1, -1)), cpu.pool())
     if sum(map(len, records)) >= weight.nbytes:
         return False
     delattr(layer, name)
@@ -249,14 +251,14 @@ def decode(
     x: torch.Tensor,  # noqa: ARG001
     ids: torch.Tensor | None,
 ) -> torch.Tensor:
-    """BF16 of ``shape``, [..., rows, columns], from a record of ``sizes[i]`` bytes for each matrix.
+    """BF16 of ``shape`` from records of ``sizes`` bytes, one behind the other.
 
     ``x`` is what will be multiplied: as it is an input, no compiler decodes a weight before its turn. ``ids``: the
-    matrices that will be read, in any order and number, negative ones apart; the others are left as they are in memory.
+    experts that will be read, in any order and number, negative ones apart; other experts are whatever the memory held.
     A CUDA graph runs again for other ids, so all are decoded while one is captured.
     """
     out = records.new_empty(shape, dtype=torch.bfloat16)
-    matrices = out.view(len(sizes), *shape[-2:])
+    matrices = out.view(len(sizes), -1)
     used = range(len(sizes))
     if ids is not None and not (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         used = [number for number in ids.unique().tolist() if number >= 0]
@@ -264,7 +266,7 @@ def decode(
     count = len(used)
     torch.ops.df11.decode_into(
         [parts[number] for number in used],
-        [math.prod(shape[-2:])] * count,
+        [matrices.shape[1]] * count,
         [layout.DEFAULT_SEGMENT_WEIGHTS] * count,
         [0] * count,
         [matrices[number] for number in used],
