@@ -10,7 +10,7 @@ quantization: until the first tensor arrives, a weight takes no memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -243,6 +243,16 @@ def held(layer: nn.Module, name: str) -> tuple[torch.Tensor, list[int], list[int
     return getattr(layer, name + RECORDS), getattr(layer, name + "_sizes"), getattr(layer, name + "_shape")
 
 
+def used(ids: torch.Tensor | None, count: int) -> Sequence[int]:
+    """Which of ``count`` experts to decode: those in ``ids`` (any shape), where negative ones mean none.
+
+    All without ``ids``, and while a CUDA graph is captured, which runs again for other ids.
+    """
+    if ids is None or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return range(count)
+    return [number for number in ids.unique().tolist() if number >= 0]
+
+
 @torch.library.custom_op("df11_vllm::decode", mutates_args=())
 def decode(
     records: torch.Tensor,
@@ -254,22 +264,17 @@ def decode(
     """BF16 of ``shape`` from records of ``sizes`` bytes, one behind the other.
 
     ``x`` is what will be multiplied: as it is an input, no compiler decodes a weight before its turn. ``ids``: the
-    experts that will be read, in any order and number, negative ones apart; other experts are whatever the memory held.
-    A CUDA graph runs again for other ids, so all are decoded while one is captured.
+    experts that will be read, see :func:`used`; others are whatever the memory held.
     """
     out = records.new_empty(shape, dtype=torch.bfloat16)
     matrices = out.view(len(sizes), -1)
-    used = range(len(sizes))
-    if ids is not None and not (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
-        used = [number for number in ids.unique().tolist() if number >= 0]
-    parts = records.split(sizes)
-    count = len(used)
+    parts, numbers = records.split(sizes), used(ids, len(sizes))
     torch.ops.df11.decode_into(
-        [parts[number] for number in used],
-        [matrices.shape[1]] * count,
-        [layout.DEFAULT_SEGMENT_WEIGHTS] * count,
-        [0] * count,
-        [matrices[number] for number in used],
+        [parts[number] for number in numbers],
+        [matrices.shape[1]] * len(numbers),
+        [layout.DEFAULT_SEGMENT_WEIGHTS] * len(numbers),
+        [0] * len(numbers),
+        [matrices[number] for number in numbers],
     )
     return out
 

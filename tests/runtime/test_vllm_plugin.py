@@ -293,6 +293,13 @@ def test_all_experts_are_decoded_where_the_choice_is_unknown(plugin: ModuleType,
         compressed.quant_method.apply_monolithic(compressed, x, USED.float())
 
 
+def test_a_cuda_graph_decodes_all_experts(plugin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = SimpleNamespace(is_cuda=True, unique=torch.tensor([[2, 0], [0, 2]]).unique)
+    for capturing, expected in [(True, [0, 1, 2, 3]), (False, [0, 2])]:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=capturing: answer)
+        assert list(plugin.used(on_gpu, 4)) == expected
+
+
 def test_experts_are_not_moved_between_processes() -> None:
     assert (
         not REGISTERED["df11 Df11Config"]()
