@@ -184,6 +184,27 @@ def target_of(source: str) -> str:
     return f"{FUSED.get(module, (module,))[0]}.{kind}"
 
 
+def test_no_layer_is_bf16_for_longer_than_it_takes(
+    plugin: ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, waiting = Model(config()), []
+
+    def tensors(_path: str) -> Iterator[tuple[str, torch.Tensor]]:
+        for pair in found:
+            weights = [
+                getattr(model.get_submodule(name.split(".")[0]), name.split(".")[1][:-5], None) for name in COMPRESSED
+            ]
+            assert all(weight is None or weight.is_meta for weight in weights)
+            waiting.append(sum(weight is not None for weight in weights))
+            yield pair
+
+    found = sorted(plugin.tensors(str(path)), key=lambda pair: pair[0] != "qkv.bias")  # A bias may come first.
+    monkeypatch.setattr(plugin, "tensors", tensors)
+    loader().load_model(model, path)
+    assert waiting == sorted(waiting, reverse=True)
+    assert set(waiting) == {5, 4, 2, 1, 0}  # Two weights are experts' and become complete together.
+
+
 def test_a_tensor_that_the_model_changes_is_compressed_as_changed(plugin: ModuleType, path: Path) -> None:  # noqa: ARG001
     outputs = []
     for chosen in (None, config()):
