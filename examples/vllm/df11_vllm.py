@@ -120,7 +120,7 @@ class Df11Config(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Linear layers and experts; embeddings, output layers and attention stay as without a quantization method."""
         if isinstance(layer, RoutedExperts):
-            return Df11MoEMethod(layer.moe_config)
+            return Df11MoEMethod(layer.moe_config) if layer.params_dtype == torch.bfloat16 else None
         if not isinstance(layer, LinearBase):
             return None
         if layer.params_dtype != torch.bfloat16 or prefix.endswith("kv_b_proj"):  # Latent attention reads its weight.

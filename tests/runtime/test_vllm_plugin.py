@@ -238,6 +238,8 @@ def test_other_layers_stay_as_they_are(plugin: ModuleType, path: Path) -> None: 
     model = loader().load_model(Model(config(), dtype=torch.float32), path)
     assert isinstance(model.down.quant_method, UnquantizedLinearMethod)
     assert "down.weight_df11" not in sizes_of(model)
+    in_f32 = RoutedExperts(config(), EXPERTS, HIDDEN, INNER, dtype=torch.float32)
+    assert type(in_f32.quant_method) is vllm_stand_in.UnquantizedFusedMoEMethod
     layer = LinearBase(config(), HIDDEN, {None: INNER}, prefix="model.layers.0.self_attn.kv_b_proj")
     assert isinstance(layer.quant_method, UnquantizedLinearMethod)
     assert config().get_quant_method(nn.Embedding(4, 4), "embed") is None

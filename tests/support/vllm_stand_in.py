@@ -187,24 +187,24 @@ class RoutedExperts(nn.Module):
         *,
         rank: int = 0,
         ranks: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
         expert_map: torch.Tensor | None = None,
         dp_size: int = 1,
     ) -> None:
         super().__init__()
-        self.rank, self.ranks, self.expert_map = rank, ranks, expert_map
+        self.rank, self.ranks, self.expert_map, self.params_dtype = rank, ranks, expert_map, dtype
         self.moe_config = SimpleNamespace(
             moe_parallel_config=SimpleNamespace(dp_size=dp_size, pcp_size=1, sp_size=1, tp_size=ranks)
         )
-        self.quant_method = (
-            UnquantizedFusedMoEMethod(self.moe_config) if config is None else config.get_quant_method(self, "experts")
-        )
+        chosen = None if config is None else config.get_quant_method(self, "experts")
+        self.quant_method = chosen or UnquantizedFusedMoEMethod(self.moe_config)
         local = experts if expert_map is None else int((expert_map >= 0).sum())
         self.quant_method.create_weights(
             layer=self,
             num_experts=local,
             hidden_size=hidden,
             intermediate_size=inner // ranks,
-            params_dtype=torch.bfloat16,
+            params_dtype=dtype,
             weight_loader=self.weight_loader,
         )
 
