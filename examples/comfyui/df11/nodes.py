@@ -20,7 +20,7 @@ from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import CompressedTensor, warm_up
 from df11.runtime.model import load_tensor
-from df11.runtime.modules import DecodedWeight
+from df11.runtime.weight import CompressedWeight
 
 FOLDER = "diffusion_models_df11"
 """ComfyUI's name for the `.df11` files in its folders of diffusion models."""
