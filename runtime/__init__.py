@@ -62,6 +62,8 @@ _EXTENDED = {
     "accelerate.utils.offload": ("df11.runtime.for_others", "install_disk"),
     "peft.utils.other": ("df11.runtime.for_others", "install_peft"),
     "safetensors.torch": ("df11.runtime.for_others", "install_safetensors"),
+    "sentence_transformers.base.modules.module": ("df11.runtime.for_others", "install_sentence_transformers"),
+    "sentence_transformers.models.Module": ("df11.runtime.for_others", "install_sentence_transformers"),
     "torch.distributed.fsdp._fully_shard._fsdp_param": ("df11.runtime.for_others", "install_fsdp"),
 }
 

@@ -119,8 +119,13 @@ class CompressedTensor:
         return sum(piece.elements for piece in self.pieces) == self.elements
 
     @property
-    def _is_one_record(self) -> bool:
-        return len(self.pieces) == 1 and self.pieces[0].elements == self.elements
+    def _only_record(self) -> torch.Tensor | None:
+        # The record, if there is just one and all of it belongs to the tensor.
+        piece = self.pieces[0] if len(self.pieces) == 1 else None
+        if piece is None or piece.elements != self.elements:
+            return None
+        whole = piece.size == self.record.shape[0]
+        return _aligned(self.record if whole else self.record[piece.begin : piece.begin + piece.size])
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> CompressedTensor:
         """The same on another device."""
@@ -138,8 +143,7 @@ class CompressedTensor:
         """
         from df11.runtime import operators
 
-        if out is None and self._is_one_record:
-            record = _aligned(self.record)
+        if out is None and (record := self._only_record) is not None:
             decoded: torch.Tensor = operators.decode(record, list(self.shape), self.segment_elements, background)
             return decoded
         if out is None:
@@ -208,9 +212,8 @@ class CompressedTensor:
         """Rows ``start`` to ``stop`` (exclusive) of the first dimension. Tiles outside of them are not decoded."""
         from df11.runtime import operators
 
-        if not self._is_one_record:
+        if (record := self._only_record) is None:
             return self.narrow(start, stop).decode(background=background)
-        record = _aligned(self.record)
         decoded: torch.Tensor = operators.decode_rows(
             record, list(self.shape), self.segment_elements, start, stop, background
         )
@@ -225,11 +228,10 @@ class CompressedTensor:
 
         from df11.runtime import operators
 
-        if len(self.shape) > 2 or not self._is_one_record:
+        if len(self.shape) > 2 or (record := self._only_record) is None:
             wanted, places = torch.unique(ids, return_inverse=True)
             rows = [self.rows(row, row + 1) for row in wanted.tolist()]
             return (torch.cat(rows) if rows else self.rows(0, 0))[places]
-        record = _aligned(self.record)
         decoded: torch.Tensor = operators.gather_rows(record, list(self.shape), self.segment_elements, ids)
         return decoded
 

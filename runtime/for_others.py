@@ -1,13 +1,15 @@
-"""Functions of accelerate, peft, safetensors and torch's FSDP that compressed weights would mislead, wrapped."""
+"""Functions of accelerate, peft, safetensors, sentence-transformers and torch's FSDP that compressed weights need wrapped."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from df11.runtime import loading, weight
+from df11.runtime.model import plain
 from df11.runtime.modules import is_compressed, materialize
 from df11.runtime.weight import CompressedWeight
 
@@ -75,3 +77,31 @@ def _sharding(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, param, *args, **kwargs)
 
     return init
+
+
+def install_sentence_transformers(library: Any) -> None:
+    """``Module`` of sentence-transformers, which reads the weights of its own layers by file name."""
+    library.Module.load_torch_weights = classmethod(_finding(library.Module.load_torch_weights.__func__))
+
+
+def _finding(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(cls, *args, **kwargs)
+        except ValueError:  # There is neither of the two files that it knows.
+            call = dict(signature.bind(cls, *args, **kwargs).arguments)
+            model = call.pop("model", None)
+            call.pop(next(iter(signature.parameters)))
+            path = cls.load_file_path(filename="model.df11", **call)
+            if path is None:
+                raise
+            state = {name: plain(value) for name, value in loading.read_all(path).items()}
+            if model is None:
+                return state
+            model.load_state_dict(state)
+            return model
+
+    return load

@@ -159,7 +159,10 @@ def _placing(original: Callable[..., Any]) -> Callable[..., Any]:
         with ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in files]
             stack.enter_context(loading.expecting(model, containers))
-            return original(model, *args, **kwargs)
+            found = original(model, *args, **kwargs)
+        if files and len(set(found.values())) == 1:  # accelerate sets it for several devices only.
+            model.hf_device_map = dict(found)
+        return found
 
     return get_device_map
 
