@@ -64,9 +64,7 @@ class CompressedTensor:
         piece = Piece(0, record.numel(), elements, segment_elements, 0, (0,) * len(shape), tuple(shape))
         self._set(record, tuple(shape), torch.bfloat16, (piece,))
 
-    def _set(
-        self, record: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, pieces: tuple[Piece, ...]
-    ) -> None:
+    def _set(self, record: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, pieces: tuple[Piece, ...]) -> None:
         self.record, self.shape, self.dtype, self.pieces = record, shape, dtype, pieces
         self.prefetcher = self._kept = None
 

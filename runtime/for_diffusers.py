@@ -194,9 +194,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
         loading.check_some_fit(folder, len(call["loaded_keys"]), len(unexpected))
         loading.settle(model)
         if to_disk:
-            index = loading.disk_index(
-                model, lambda name: _device(name, devices) == "disk", call.get("offload_folder")
-            )
+            index = loading.disk_index(model, lambda name: _device(name, devices) == "disk", call.get("offload_folder"))
         return model, missing, unexpected, mismatched, index, messages
 
     return load

@@ -1,4 +1,4 @@
-"""Functions of accelerate, peft, safetensors, sentence-transformers and torch's FSDP that compressed weights need wrapped."""
+"""What else must know of compressed weights: accelerate, peft, safetensors, sentence-transformers, torch's FSDP."""
 
 from __future__ import annotations
 

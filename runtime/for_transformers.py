@@ -244,9 +244,8 @@ def _finalizing(library: Any, original: Callable[..., Any]) -> Callable[..., Any
 
             kept = loading.settle(model, lambda name: not on_disk(name))
             state.disk_index.update(loading.disk_index(model, on_disk, load_config.disk_offload_folder))
-        other_sizes = {name for name, *_ in info.mismatched_keys}
-        decoded = {name for file, name in state.read - kept} - other_sizes
-        if decoded:
+        decoded = {name for _, name in state.read - kept}
+        if len(decoded) > len(info.mismatched_keys):  # which have been read, and left out
             warnings.warn(
                 f"{state.folder}: {len(decoded)} of {len(state.read)} compressed tensors are held decoded,"
                 f" as transformers changes them while loading; the first is {min(decoded)}",

@@ -1,4 +1,4 @@
-"""What transformers' and diffusers' loaders need of containers: tensors, dtypes, sizes, and records that stay on disk."""
+"""What transformers' and diffusers' loaders need of containers: tensors, dtypes, sizes, records that stay on disk."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def settle(model: nn.Module, is_mapped: Callable[[str], bool] = lambda _: False)
     to memory: if someone truncates a mapped file, the process dies.
     """
     kept: set[tuple[str, str]] = set()
-    done: dict[int, nn.Parameter] = {}
+    done: dict[int, Any] = {}
     for prefix, module in model.named_modules():
         for name, weight in weights_of(module).items():
             if id(weight) not in done:
@@ -115,7 +115,7 @@ def settle(model: nn.Module, is_mapped: Callable[[str], bool] = lambda _: False)
 
 
 def disk_index(model: nn.Module, on_disk: Callable[[str], bool], folder: str | None) -> dict[str, dict[str, Any]]:
-    """The index that tells accelerate where the tensors of modules on disk are.
+    """Move parameters and buffers of modules to the disk; returns the index that tells accelerate where they are.
 
     Records stay in the containers they came from; the others go to ``folder``.
     """
@@ -136,6 +136,11 @@ def disk_index(model: nn.Module, on_disk: Callable[[str], bool], folder: str | N
         else:
             Path(folder).mkdir(parents=True, exist_ok=True)
             offload_weight(models.plain(value.data), name, folder, index)
+    away: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, weight in weights_of(module).items():
+            if on_disk(f"{prefix}.{name}" if prefix else name):
+                setattr(module, name, away.setdefault(id(weight), nn.Parameter(weight.to("meta"), requires_grad=False)))
     return index
 
 

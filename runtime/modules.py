@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ class CompressedModule:
 
 def weights_of(module: nn.Module) -> dict[str, CompressedWeight]:
     """The compressed weights that a module itself has."""
-    return {name: value for name, value in module._parameters.items() if isinstance(value, CompressedWeight)}
+    parameters: dict[str, Any] = dict(module._parameters)
+    return {name: value for name, value in parameters.items() if isinstance(value, CompressedWeight)}
 
 
 def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule]]:

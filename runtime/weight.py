@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Final, NamedTuple
 
@@ -46,12 +47,12 @@ class ViewStep(NamedTuple):
     function: Any
     arguments: tuple[Any, ...]
     options: tuple[tuple[str, Any], ...] = ()
-    index: int | None = None
+    part: int | None = None
 
     def __call__(self, values: Any) -> Any:
         """Make the view."""
         made = self.function(values, *self.arguments, **dict(self.options))
-        return made if self.index is None else made[self.index]
+        return made if self.part is None else made[self.part]
 
 
 class _FlattensParameters:
@@ -205,14 +206,14 @@ class CompressedWeight(torch.Tensor):
 
     # It is frozen, and moves as its record.
 
-    def requires_grad_(self, requires_grad: bool = True) -> CompressedWeight:  # noqa: FBT001, FBT002 - torch's
+    def requires_grad_(self, requires_grad: bool = True) -> CompressedWeight:
         """No effect: it is frozen."""
         if requires_grad and self._is_param:
             warnings.warn(f"compressed weights are not trained; to train one, {HINT}", stacklevel=2)
         return self
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """False."""
         return False
 
@@ -221,9 +222,9 @@ class CompressedWeight(torch.Tensor):
         self.requires_grad_(wanted)
 
     @property
-    def data(self) -> CompressedWeight:  # type: ignore[override]
+    def data(self) -> CompressedWeight:
         """The same weight, not a parameter. It may be set to one that has been moved."""
-        return self.detach()
+        return self.detach()  # type: ignore[return-value]
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
@@ -236,8 +237,10 @@ class CompressedWeight(torch.Tensor):
 
     def holds(self, values: torch.Tensor) -> bool:
         """Whether these are its values, to the bit."""
-        if isinstance(values, CompressedWeight) and values.compressed is self.compressed:
-            return values._views == self._views
+        if isinstance(values, CompressedWeight):
+            if values.compressed is self.compressed and values._views == self._views:
+                return True
+            values = values.decode()
         if values.shape != self.shape or values.is_meta:
             return False
         mine = self.decode()
@@ -284,7 +287,7 @@ class CompressedWeight(torch.Tensor):
         Libraries that only compare addresses get one that is its own but of no memory, so that nothing is decoded.
         """
         if _only_compares(sys._getframe(1)):
-            return self._address + self.storage_offset() * self.element_size()
+            return self._address + int(self.storage_offset()) * self.element_size()
         return self._kept().data_ptr()
 
     def untyped_storage(self) -> Any:
@@ -315,7 +318,7 @@ class CompressedWeight(torch.Tensor):
 
     def is_shared(self) -> bool:
         """Whether the record is in shared memory."""
-        return self.compressed.record.is_shared()
+        return bool(self.compressed.record.is_shared())
 
 
 _OWN: Final = frozenset({"compressed", "_views", "_form", "_memory"})
@@ -357,8 +360,10 @@ def _schema(function: Any) -> tuple[tuple[tuple[str, int], ...], bool, bool]:
         and not written
         and any(found.alias_info is not None for found in function._schema.returns)
     )
-    return written, is_view, torch._C._dispatch_has_kernel_for_dispatch_key(
-        function.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+    return (
+        written,
+        is_view,
+        torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), torch._C.DispatchKey.CompositeImplicitAutograd),
     )
 
 
@@ -367,7 +372,7 @@ def _views(weight: CompressedWeight, function: Any, arguments: tuple[Any, ...], 
     forms = step(weight.form)
     if isinstance(forms, torch.Tensor):
         return weight.view_by(step)
-    return [weight.view_by(step._replace(index=index)) for index in range(len(forms))]
+    return [weight.view_by(step._replace(part=part)) for part in range(len(forms))]
 
 
 _NOBODYS_MEMORY: Final = 1 << 62
@@ -398,10 +403,8 @@ class _NoStorage(NamedTuple):
     def nbytes(self) -> int:
         return self.bytes
 
-    size = nbytes
 
-
-_joining: Final = []
+_joining: Final = ContextVar("df11_joining", default=False)
 
 
 @contextmanager
@@ -410,16 +413,16 @@ def joining() -> Iterator[None]:
 
     Elsewhere it is decoded, as its owner may want to change it.
     """
-    _joining.append(None)
+    token = _joining.set(True)
     try:
         yield
     finally:
-        _joining.pop()
+        _joining.reset(token)
 
 
 def is_joining() -> bool:
     """Whether weights are joined now."""
-    return bool(_joining)
+    return _joining.get()
 
 
 from df11.runtime import weight_operations  # noqa: E402 - it imports this module, and fills HANDLERS

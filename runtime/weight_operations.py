@@ -169,7 +169,9 @@ def _select(matrix: Any, dimension: int, index: Any) -> Any:
 
 @_handles(_aten.unbind.int)
 def _unbind(matrix: Any, dimension: int = 0) -> Any:
-    return [_select(matrix, 0, row) for row in range(matrix.shape[0])] if _narrows(matrix, dimension) else NotImplemented
+    return (
+        [_select(matrix, 0, row) for row in range(matrix.shape[0])] if _narrows(matrix, dimension) else NotImplemented
+    )
 
 
 @_handles(_aten.slice.Tensor)
@@ -178,9 +180,7 @@ def _slice(matrix: Any, dimension: int = 0, start: Any = None, end: Any = None, 
         return NotImplemented
     first, last, _ = slice(start, end).indices(matrix.shape[0])
     form = _aten.slice.Tensor(matrix.form, 0, start, end)
-    return CompressedWeight.of(
-        matrix.compressed.narrow(first, max(first, last)), matrix.device, matrix._views, form
-    )
+    return CompressedWeight.of(matrix.compressed.narrow(first, max(first, last)), matrix.device, matrix._views, form)
 
 
 def _narrows(matrix: CompressedWeight, dimension: int) -> bool:
@@ -293,10 +293,10 @@ for _name in _LIKE:
 
 
 @_handles(_aten.copy_.default)
-def _copy(matrix: Any, values: Any, non_blocking: bool = False) -> Any:  # noqa: ARG001, FBT001, FBT002
+def _copy(matrix: Any, values: Any, non_blocking: bool = False) -> Any:  # noqa: ARG001
     if not isinstance(matrix, CompressedWeight):
         return NotImplemented
-    if values.is_meta or not matrix.holds(values.expand(matrix.shape)):
+    if not matrix.holds(values if values.shape == matrix.shape else values.expand(matrix.shape)):
         raise FrozenWeightError("copy_ of other values")
     return matrix
 
