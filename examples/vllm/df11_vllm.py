@@ -24,6 +24,7 @@ from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import CompressedTensor, warm_up
 from df11.runtime.model import files_of, load_tensor
+from df11.runtime.weight import CompressedWeight
 
 NAME = "df11"
 RECORD = "df11_record"
@@ -43,11 +44,11 @@ def tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
     for file in files_of(path):
         with Container(file) as container:
             for name in container.keys():
-                parameter, geometry = load_tensor(container, name, _CPU, _CPU)
-                if geometry is None:
-                    yield name, parameter.data
+                value = load_tensor(container, name, _CPU, _CPU)
+                if not isinstance(value, CompressedWeight):
+                    yield name, value
                     continue
-                compressed = CompressedTensor(parameter.data, geometry.shape, geometry.segment_elements)
+                compressed = value.compressed
                 values = compressed.decode()
                 setattr(values, RECORD, (compressed, values._version))
                 yield name, values

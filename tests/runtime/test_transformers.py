@@ -434,6 +434,7 @@ def test_device_maps(name: str, folders: tuple[Path, Path], original: Any, tmp_p
         )
     model.save_pretrained(tmp_path / "saved")
     plain = load(folders[0], offload_folder=str(tmp_path / "offload2"), **MAPS[name])
+    logits(plain)
     plain.save_pretrained(tmp_path / "plain")
     assert files(tmp_path / "saved") == files(tmp_path / "plain")
 
