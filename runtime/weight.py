@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map
 
 from df11.formats import errors
@@ -102,9 +103,9 @@ class CompressedWeight(torch.Tensor):
         compressed: CompressedTensor,
         device: torch.device | None = None,
         views: tuple[ViewStep, ...] = (),
-        form: torch.Tensor | None = None,
+        form: Any = None,
     ) -> CompressedWeight:
-        """A weight on a device, by default the record's. ``form``: the view as a tensor without memory."""
+        """A weight on a device, by default the record's. ``form``: a view's, as of a tensor without memory."""
         shape = compressed.shape if form is None else form.shape
         options: dict[str, Any] = {"dtype": compressed.dtype, "device": device or compressed.device}
         if form is not None:
@@ -142,6 +143,8 @@ class CompressedWeight(torch.Tensor):
     def decode(self) -> torch.Tensor:
         """The values: a new tensor."""
         values = self.here.decode()
+        if self.is_traced:
+            _decode_again_in_backward()
         for step in self._views:
             values = step(values)
         return values
@@ -271,6 +274,9 @@ class CompressedWeight(torch.Tensor):
         """As of the decoded tensor."""
         return self.decode().tolist()
 
+    def __format__(self, spec: str) -> str:
+        return format(self.decode(), spec) if self.dim() == 0 else super().__format__(spec)
+
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.decode().__array__(*args, **kwargs)
 
@@ -341,6 +347,19 @@ def _rebuild(compressed: CompressedTensor, device: torch.device, others: dict[st
     made = CompressedWeight.of(compressed, device)
     made.__dict__.update(others)
     return made
+
+
+def _decode_again_in_backward() -> None:
+    # A compiler saves what custom operators return for the backward pass, unless they are marked.
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    tracers = [mode.tracer for mode in _get_current_dispatch_mode_stack() if hasattr(mode, "tracer")]
+    for tracer in tracers:
+        for node in reversed(tracer.graph.nodes):
+            if node.op == "call_function" and getattr(node.target, "namespace", None) == "df11":
+                if "recompute" in node.meta:
+                    break
+                node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
 
 
 @functools.cache

@@ -201,11 +201,25 @@ def _transpose(matrix: Any, first: int, second: int) -> Any:
 
 @_handles(_aten.t.default)
 def _t(matrix: Any) -> Any:
-    if matrix.is_traced:  # A product of a large one is compiled in slices, too.
-        return NotImplemented
     if _is_transposed(matrix):
         return CompressedWeight.of(matrix.compressed, matrix.device)
-    return NotImplemented
+    if not matrix.is_traced or not _is_large(matrix) or matrix._views:
+        return NotImplemented
+    # A product of a large one is compiled in slices, too.
+    return CompressedWeight.of(matrix.compressed, matrix.device, (ViewStep(_aten.t.default, ()),), _Transposed(matrix))
+
+
+class _Transposed:
+    # The form of a view that is made while a compiler traces, when tensors without memory would be traced, too.
+    def __init__(self, matrix: CompressedWeight) -> None:
+        self.shape, self.dtype = matrix.shape[::-1], matrix.dtype
+        self._stride = matrix.stride()[::-1]
+
+    def stride(self) -> tuple[int, ...]:
+        return self._stride
+
+    def storage_offset(self) -> int:
+        return 0
 
 
 # The same, elsewhere.
