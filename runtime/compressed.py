@@ -51,6 +51,7 @@ class CompressedTensor:
     pieces: tuple[Piece, ...]
     prefetcher: Prefetcher | None
     _kept: torch.Tensor | None
+    _part_of: tuple[CompressedTensor, int] | None
 
     def __init__(
         self, record: torch.Tensor, shape: Sequence[int], segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS
@@ -66,7 +67,7 @@ class CompressedTensor:
 
     def _set(self, record: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, pieces: tuple[Piece, ...]) -> None:
         self.record, self.shape, self.dtype, self.pieces = record, shape, dtype, pieces
-        self.prefetcher = self._kept = None
+        self.prefetcher = self._kept = self._part_of = None
 
     @classmethod
     def of_pieces(
@@ -177,6 +178,9 @@ class CompressedTensor:
 
     def kept(self, device: torch.device) -> torch.Tensor:
         """The decoded values at one address, which stay in memory as long as this tensor: for who reads there."""
+        if self._part_of is not None:
+            whole, start = self._part_of
+            return whole.kept(device)[start : start + self.shape[0]]
         if self._kept is None or self._kept.device != device:
             self._kept = self.to(device).decode()
         return self._kept
@@ -191,7 +195,7 @@ class CompressedTensor:
         here.decode(out)
 
     def __getstate__(self) -> dict[str, Any]:  # Buffers and streams stay behind.
-        return {**self.__dict__, "prefetcher": None, "_kept": None}
+        return {**self.__dict__, "prefetcher": None, "_kept": None, "_part_of": None}
 
     def narrow(self, start: int, stop: int) -> CompressedTensor:
         """Rows ``start`` to ``stop`` (exclusive) of the first dimension; it shares the record."""
@@ -204,7 +208,9 @@ class CompressedTensor:
                 first = piece.first + (low - piece.start[0]) * math.prod(piece.shape[1:])
                 box = (low - start, *piece.start[1:]), (high - low, *piece.shape[1:])
                 kept.append(replace(piece, first=first, start=box[0], shape=box[1]))
-        return self._with(self.record, tuple(kept), (stop - start, *self.shape[1:]))
+        made = self._with(self.record, tuple(kept), (stop - start, *self.shape[1:]))
+        made._part_of = self, start
+        return made
 
     def rows(self, start: int, stop: int, *, background: bool = False) -> torch.Tensor:
         """Rows ``start`` to ``stop`` (exclusive) of the first dimension. Tiles outside of them are not decoded."""

@@ -164,6 +164,8 @@ class CompressedWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._get_tracing_state() is not None and function.__name__ not in _ATTRIBUTES:
+            return function(*tree_map(_values, args), **tree_map(_values, kwargs or {}))  # into TorchScript
         if function is nn.functional.linear and not torch.compiler.is_compiling():
             result = weight_operations.linear(*args, **(kwargs or {}))
             if result is not NotImplemented:
@@ -330,6 +332,8 @@ class CompressedWeight(torch.Tensor):
 _OWN: Final = frozenset({"compressed", "_views", "_form", "_memory"})
 """Attributes of a weight; others may be set by anybody, and are copied with it."""
 
+_ATTRIBUTES: Final = frozenset({"__get__", "__set__", "detach", "size", "dim", "stride", "numel"})
+
 HANDLERS: Final[dict[Any, Callable[..., Any]]] = {}
 """Operations that have better ways than the three rules. They return NotImplemented for what is left to the rules."""
 
@@ -444,4 +448,5 @@ def is_joining() -> bool:
     return _joining.get()
 
 
-from df11.runtime import weight_operations  # noqa: E402 - it imports this module, and fills HANDLERS
+# They import this module: one fills HANDLERS, the other extends torch.
+from df11.runtime import torchscript, weight_operations  # noqa: E402, F401

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import importlib.util
 import io
 import pickle
+import sys
+import unittest
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,6 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from torch.testing._internal.common_methods_invocations import op_db
 
 from df11.runtime import cpu, weight_operations
 from df11.runtime.compressed import CompressedTensor, joined
@@ -24,6 +27,16 @@ from df11.runtime.weight import CompressedWeight, FrozenWeightError, joining
 from tests.support import records
 
 BF16 = torch.bfloat16
+
+
+def torchs_operators() -> list[Any]:
+    """torch's list of operators with samples of arguments. Its module wants a package that the list does not need."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("expecttest") is None:
+            patch.setitem(sys.modules, "expecttest", SimpleNamespace(TestCase=unittest.TestCase))
+        from torch.testing._internal.common_methods_invocations import op_db
+
+    return list(op_db)
 
 
 def compressed(values: torch.Tensor) -> CompressedTensor:
@@ -150,19 +163,22 @@ SKIPPED = {"empty_like", "empty_strided", "new_empty", "new_empty_strided", "emp
 WRITES = {"normal", "uniform", "exponential", "cauchy", "geometric", "log_normal", "bernoulli_"}
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 @pytest.mark.filterwarnings("ignore")
 def test_torchs_own_list_of_operators(part: int) -> None:
     """With a compressed first argument each gives what it gives with the plain one; its in-place form is refused."""
     calls = refused = 0
-    for operator in op_db[part::4]:
+    for operator in torchs_operators()[part::2]:
         if BF16 not in operator.supported_dtypes("cpu") or operator.name in SKIPPED:
             continue
         samples = [
             sample
             for sample in operator.sample_inputs("cpu", BF16, requires_grad=False)
-            if type(sample.input) is torch.Tensor and sample.input.numel() and sample.input.dtype == BF16
-        ][:2]
+            if type(sample.input) is torch.Tensor
+            and sample.input.numel()
+            and sample.input.dtype == BF16
+            and sample.input.layout is torch.strided
+        ][:1]
         for sample in samples:
             plain = sample.input.contiguous()
             try:
@@ -187,14 +203,19 @@ def test_torchs_own_list_of_operators(part: int) -> None:
                 except (RuntimeError, TypeError, ValueError, IndexError):
                     pass  # torch's own refusal, of dtypes for example.
             same(weight, plain, operator.name)
-    assert calls > 200
-    assert refused > 30
+    assert calls > 150
+    assert refused > 40
 
 
 def same(found: Any, expected: Any, name: str) -> None:
     if isinstance(expected, torch.Tensor):
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
-        torch.testing.assert_close(found + 0, expected + 0, rtol=0, atol=0, equal_nan=True, msg=name)
+        if expected.layout is not torch.strided:
+            found, expected = found.to_dense(), expected.to_dense()
+        if expected.is_floating_point() or expected.is_complex():
+            torch.testing.assert_close(found.clone(), expected.clone(), rtol=0, atol=0, equal_nan=True, msg=name)
+        else:
+            assert torch.equal(found, expected), name
     elif isinstance(expected, (tuple, list)):
         assert len(found) == len(expected), name
         for one, other in zip(found, expected, strict=True):
@@ -229,6 +250,7 @@ def through_torchscript(weight: CompressedWeight, folder: Path) -> torch.Tensor:
     layer = nn.Linear(256, 300, bias=False, dtype=BF16)
     layer.weight = weight
     torch.jit.trace(layer, torch.zeros(1, 256, dtype=BF16)).save(folder / "x.pt")
+    assert layer.weight is weight
     return torch.jit.load(folder / "x.pt")(torch.eye(256, dtype=BF16)).t()  # type: ignore[no-any-return]
 
 
@@ -297,17 +319,18 @@ def test_pickles_stay_small(weight: CompressedWeight) -> None:
 def test_only_what_is_used_is_decoded(decodes: list[int]) -> None:
     plain = random(6, 64, 256)
     experts = coded(plain)
-    for found, expected, size in (
-        (experts[2], plain[2], 1),
-        (experts[-1], plain[-1], 1),
-        (experts[1:3], plain[1:3], 2),
-        (experts[1:3][1], plain[2], 1),
-        (experts.transpose(1, 2)[4], plain.transpose(1, 2)[4], 1),
-        (experts.unbind()[5].t(), plain[5].t(), 1),
-        (experts[torch.tensor([3, 0, 3])], plain[[3, 0, 3]], 2),
-        (experts[4:4], plain[4:4], 0),
-    ):
-        assert torch.equal(found, expected)
+    used: dict[Callable[[torch.Tensor], torch.Tensor], int] = {
+        lambda experts: experts[2]: 1,
+        lambda experts: experts[-1]: 1,
+        lambda experts: experts[1:3]: 2,
+        lambda experts: experts[1:3][1]: 1,
+        lambda experts: experts.transpose(1, 2)[4]: 1,
+        lambda experts: experts.unbind()[5].t(): 1,
+        lambda experts: experts[torch.tensor([3, 0, 3])]: 2,
+        lambda experts: experts[4:4]: 0,
+    }
+    for part, size in used.items():
+        assert torch.equal(part(experts), part(plain))
         assert sum(decodes) == size * 64 * 256
         decodes.clear()
 
@@ -372,9 +395,7 @@ DERIVED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         lambda x: torch.utils.checkpoint.checkpoint(linear, x, matrix, use_reentrant=False)
     ),
     "convolution": lambda matrix: gradient(lambda x: nn.functional.conv1d(x.t()[None], matrix[:, :, None])),
-    "in inference mode": lambda matrix: torch.inference_mode()(
-        lambda: matrix.t()[3] * 2 + matrix @ random(256, 3)[0, 0]
-    )(),
+    "in inference mode": lambda matrix: torch.inference_mode()(lambda: matrix.t()[3] * 2 + matrix.reshape(-1)[7])(),
 }
 
 
@@ -385,6 +406,7 @@ def gradient(function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("what", DERIVED)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # which torch's own jvp uses
 def test_derivatives(what: str, weight: CompressedWeight, plain: torch.Tensor) -> None:
     assert torch.equal(DERIVED[what](weight), DERIVED[what](plain))
 
@@ -471,4 +493,4 @@ def test_large_matrices_are_decoded_in_slices(
             one.float().pow(2).sum().backward()
         exact = 2 * right.detach().float() @ plain.float()
         errors = [(gradient - exact).norm() / exact.norm() for gradient in (found.grad, expected.grad)]  # type: ignore[operator]
-        assert errors[0] < 1.2 * errors[1]  # Summed in F32, as in one product.
+        assert errors[0] < 1.5 * errors[1]  # Summed in F32, as in one product.
