@@ -64,6 +64,7 @@ _EXTENDED = {
     "safetensors.torch": ("df11.runtime.for_others", "install_safetensors"),
     "sentence_transformers.base.modules.module": ("df11.runtime.for_others", "install_sentence_transformers"),
     "sentence_transformers.models.Module": ("df11.runtime.for_others", "install_sentence_transformers"),
+    "torch.distributed.fsdp._flat_param": ("df11.runtime.for_others", "install_flat_fsdp"),
     "torch.distributed.fsdp._fully_shard._fsdp_param": ("df11.runtime.for_others", "install_fsdp"),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 from df11.runtime import loading, weight
 from df11.runtime.model import plain
 from df11.runtime.modules import is_compressed, materialize
-from df11.runtime.weight import CompressedWeight
+from df11.runtime.weight import CompressedWeight, FrozenWeightError
 
 
 def install_sizes(library: Any) -> None:
@@ -75,6 +75,21 @@ def _sharding(original: Callable[..., Any]) -> Callable[..., Any]:
             message = "fully_shard: compressed weights are sharded decoded; pass them as ignored_params to keep them"
             warnings.warn(message, stacklevel=2)
         original(self, param, *args, **kwargs)
+
+    return init
+
+
+def install_flat_fsdp(library: Any) -> None:
+    """The older FSDP joins parameters and writes to them; it refuses compressed ones."""
+    library.FlatParamHandle.__init__ = _refusing(library.FlatParamHandle.__init__)
+
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def init(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        if any(isinstance(param, CompressedWeight) for param in params):
+            raise FrozenWeightError("FullyShardedDataParallel: pass compressed weights as ignored_states")
+        original(self, params, *args, **kwargs)
 
     return init
 

@@ -184,7 +184,7 @@ def test_torchs_own_list_of_operators(part: int) -> None:
             try:
                 torch.manual_seed(0)
                 expected = operator(plain.clone(), *sample.args, **sample.kwargs)
-            except (RuntimeError, NotImplementedError, TypeError):
+            except Exception:
                 continue
             weight = coded(plain)
             torch.manual_seed(0)
