@@ -277,7 +277,7 @@ class CompressedWeight(torch.Tensor):
         return self.decode().tolist()
 
     def __format__(self, spec: str) -> str:
-        return format(self.decode(), spec) if self.dim() == 0 else super().__format__(spec)
+        return format(self.decode(), spec) if self.dim() == 0 else super().__format__(spec)  # type: ignore[no-untyped-call]
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.decode().__array__(*args, **kwargs)

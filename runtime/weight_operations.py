@@ -100,7 +100,7 @@ def _addmm(bias: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     return _by_rows(a, b, bias.decode() if isinstance(bias, CompressedWeight) else bias)
 
 
-@_handles(_aten._grouped_mm.default)
+@_handles(*([_aten._grouped_mm.default] if hasattr(_aten, "_grouped_mm") else []))  # torch 2.8 and later
 def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     # Experts of a layer, of which only those with tokens are decoded.
     if not isinstance(b, CompressedWeight) or isinstance(a, CompressedWeight) or offs is None or b.is_traced:
