@@ -28,6 +28,7 @@ from df11 import runtime
 from df11.runtime import modules
 from df11.runtime.model import SMALL
 from df11.runtime.prefetch import CudaStreams
+from df11.runtime.weight import CompressedWeight
 
 PREDICTIONS: Final = 2
 """A step predicts twice, with the text and without, for guidance."""
@@ -70,17 +71,14 @@ def randomize(model: nn.Module, device: torch.device) -> nn.Module:
 
 def compress(model: nn.Module) -> None:
     """Compress the large weights of a model in place, as ``load_model`` would have loaded them."""
-    records: dict[int, tuple[nn.Parameter, modules.Geometry]] = {}
+    made: dict[int, nn.Parameter] = {}
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter.numel() >= SMALL and parameter.dtype == torch.bfloat16:
-                if id(parameter) not in records:
-                    made = weights.compress(parameter.data)
-                    records[id(parameter)] = (
-                        nn.Parameter(made.record, requires_grad=False),
-                        modules.Geometry(made.shape, made.segment_elements),
-                    )
-                modules.compress_parameter(module, name, *records[id(parameter)])
+                if id(parameter) not in made:
+                    weight = CompressedWeight.of(weights.compress(parameter.data))
+                    made[id(parameter)] = nn.Parameter(weight, requires_grad=False)
+                setattr(module, name, made[id(parameter)])
 
 
 def differing(found: torch.Tensor, expected: torch.Tensor) -> int:

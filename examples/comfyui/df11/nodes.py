@@ -20,7 +20,7 @@ from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import CompressedTensor, warm_up
 from df11.runtime.model import load_tensor
-from df11.runtime.modules import DecodedWeight
+from df11.runtime.weight import CompressedWeight
 
 from .patching import keep_compressed  # noqa: TID252 - ComfyUI chooses the name of this folder
 
@@ -113,23 +113,15 @@ class Df11Weight(torch.Tensor):
             return torch.empty(
                 size, dtype=kwargs.get("dtype") or torch.bfloat16, device=kwargs.get("device") or args[0].device
             )
-        result = function(*_decoded(args), **_decoded(kwargs))
         if isinstance(args[0], Df11Weight) and any(value.alias_info is not None for value in function._schema.returns):
-            return _guarded(result, args[0])
-        return result
+            return function(CompressedWeight.of(args[0].compressed), *args[1:], **kwargs)  # a view, as frozen as this
+        return function(*_decoded(args), **_decoded(kwargs))
 
 
 def _read_only(what: str) -> errors.UsageError:
     return errors.UsageError(
         f"{what}: the weight is compressed and cannot be written to", hint="load the .safetensors file instead"
     )
-
-
-def _guarded(result: Any, weight: Df11Weight) -> Any:
-    # A view of decoded values: writes to it would be lost.
-    if isinstance(result, (list, tuple)):
-        return type(result)(_guarded(part, weight) for part in result)
-    return DecodedWeight.of(result, torch.nn.Parameter(weight.compressed.record, requires_grad=False))
 
 
 def _decoded(value: Any) -> Any:
@@ -173,11 +165,10 @@ def state_dict(path: str) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     with Container(path) as container:
         for name in container.keys():
-            parameter, geometry = load_tensor(container, name, _CPU, _CPU)
-            value = parameter.data
-            if geometry is not None:
-                value = Df11Weight(CompressedTensor(value, geometry.shape, geometry.segment_elements))
-            tensors[name] = torch.nn.Parameter(value, requires_grad=False) if geometry is not None else value
+            value = load_tensor(container, name, _CPU, _CPU)
+            if isinstance(value, CompressedWeight):
+                value = torch.nn.Parameter(Df11Weight(value.compressed), requires_grad=False)
+            tensors[name] = value
     return tensors
 
 
