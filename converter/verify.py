@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -34,6 +35,9 @@ from df11.formats.container import Container, TensorInfo
 from df11.formats.record import Bytes, Record, Scratch, Weights
 from df11.storage.entry import Entry
 from df11.storage.store import Store, open_source
+
+EDITED: Final = frozenset({"README.md", ".gitattributes"})
+"""Files that people edit in a converted folder or on the Hub. No weights depend on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,9 @@ def verify(
     """Decode all of a `.df11` file or model folder and check every checksum; raises a Df11Error at the first damage.
 
     A container that an index or the manifest names must be there, and be of the source that the manifest says; all
-    other files in the manifest must be as df11 wrote them. With ``against``, the source file or folder, compare bit for
-    bit (F32 tensors that were cast are cast again), and raise a DifferenceError at the first difference; each of its
-    shards must have a container. Progress is in stored bytes.
+    other files in the manifest must be as df11 wrote them, but for those in EDITED. With ``against``, the source file
+    or folder, compare bit for bit (F32 tensors that were cast are cast again), and raise a DifferenceError at the first
+    difference; each of its shards must have a container. Progress is in stored bytes.
     """
     count = thread_count(threads)
     store = open_source(Path(path))
@@ -78,7 +82,7 @@ def verify(
     manifest = None if store.is_file or FILE_NAME not in listed else read_manifest(store)
     sources = _pair_sources(store, listed, Path(path), against, {} if manifest is None else manifest.originals)
     rows = {} if manifest is None else {row.file: row for row in manifest.files}
-    others = {} if manifest is None else dict(manifest.others)
+    others = {} if manifest is None else {name: sha256 for name, sha256 in manifest.others if name not in EDITED}
     found = Completeness(tuple((FILE_NAME, name) for name in sorted(rows.keys() | others) if name not in listed), ())
     raise_if_missing(found, store.label, may_allow=False)
     on_total(sum(entry.size for entry, _ in sources) + sum(listed[name].size for name in others))
