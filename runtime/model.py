@@ -180,7 +180,9 @@ def _compare(
         lines.append(f"dtypes differ: {some(dtypes)}")
     if lines:
         hint = "call model.to(torch.bfloat16) first" if dtypes and len(lines) == 1 else None
-        if hint is None and hasattr(type(model), "from_pretrained"):  # It renames and merges what old files and other programs name.
+        if hint is None and hasattr(
+            type(model), "from_pretrained"
+        ):  # It renames and merges what old files and other programs name.
             hint = f"{type(model).__name__}.from_pretrained loads whatever its library can load into this model"
         raise MismatchError(f"the model and the container differ; {'; '.join(lines)}", file=path, hint=hint)
 
