@@ -92,7 +92,14 @@ class _Extender(importlib.abc.MetaPathFinder):
 
 def _extend(module: ModuleType) -> None:
     home, install = _EXTENDED[module.__name__]
-    getattr(importlib.import_module(home), install)(module)
+    function = getattr(importlib.import_module(home), install)
+    try:
+        function(module)
+    except AttributeError as error:  # The library must remain usable.
+        import warnings
+
+        library = module.__name__.partition(".")[0]
+        warnings.warn(f"df11 does not know this version of {library}: {error}", stacklevel=2)
 
 
 sys.meta_path.insert(0, _Extender())

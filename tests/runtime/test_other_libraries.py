@@ -436,6 +436,11 @@ def test_lora_on_experts(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found[0][2], found[1][2], strict=True))
 
 
+def test_a_library_that_has_changed() -> None:
+    with pytest.warns(UserWarning, match=r"does not know this version of peft: .*ModulesToSaveWrapper"):
+        runtime._extend(ModuleType("peft.utils.other"))
+
+
 def test_a_safetensors_that_reads_in_another_way() -> None:
     """Where it is not known how a library reads bytes, its questions for addresses get those of decoded values."""
     library = SimpleNamespace(__name__="unknown.torch")
