@@ -147,6 +147,12 @@ class CompressedTensor:
             return decoded
         if out is None:
             out = self.record.new_empty(self.shape, dtype=self.dtype)
+        elif out.dtype != self.dtype or not out.is_contiguous() or out.numel() != self.elements:
+            raise errors.UsageError(
+                "the output must be contiguous",
+                expected=f"{self.elements} weights, {self.dtype}",
+                found=f"{tuple(out.shape)}, {out.dtype}",
+            )
         self._decode_pieces(out.view(self.shape), background)
         return out
 
