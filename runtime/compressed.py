@@ -50,6 +50,7 @@ class CompressedTensor:
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
     prefetcher: Prefetcher | None
+    _record_size: int
     _kept: torch.Tensor | None
     _part_of: tuple[CompressedTensor, int] | None
 
@@ -67,6 +68,7 @@ class CompressedTensor:
 
     def _set(self, record: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, pieces: tuple[Piece, ...]) -> None:
         self.record, self.shape, self.dtype, self.pieces = record, shape, dtype, pieces
+        self._record_size = record.numel()  # A tracer would record the question, if it were asked later.
         self.prefetcher = self._kept = self._part_of = None
 
     @classmethod
@@ -123,7 +125,7 @@ class CompressedTensor:
         piece = self.pieces[0] if len(self.pieces) == 1 else None
         if piece is None or piece.elements != self.elements:
             return None
-        whole = piece.size == self.record.shape[0]
+        whole = piece.size == self._record_size
         return _aligned(self.record if whole else self.record[piece.begin : piece.begin + piece.size])
 
     def to(self, device: str | torch.device, *, non_blocking: bool = False) -> CompressedTensor:
