@@ -1,0 +1,306 @@
+"""A checkpoint in DFloat11's layout: its config.json and the headers of its files, checked; nothing is decoded yet.
+
+docs/dfloat11.md describes the layout. A **unit** is six tensors that hold the weights of one or more linear layers, or
+of an embedding, laid end to end.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from df11.converter.dfloat11.architectures import known_parts, known_shape, tied_units
+from df11.converter.dfloat11.patterns import Pattern
+from df11.converter.source import Source
+from df11.formats import errors, framing, json_text
+from df11.storage.entry import Entry
+from df11.storage.file import File
+
+CONFIG_KEY: Final = "dfloat11_config"
+CODES: Final = "encoded_exponent"
+PARTS: Final[Mapping[str, str]] = {
+    "luts": "U8",
+    CODES: "U8",
+    "sign_mantissa": "U8",
+    "output_positions": "U8",
+    "gaps": "U8",
+    "split_positions": "I64",
+}
+"""The tensors of a unit, and their dtypes."""
+THREADS: Final = 512
+"""Threads of a block, in every published checkpoint."""
+THREAD_BYTES: Final = 8
+"""Bytes of code that a thread decodes."""
+MOST_ROWS: Final = 18
+"""Rows of luts: 17 tables, and the lengths."""
+MOST_PARTS: Final = 1024
+MOST_PATTERNS: Final = 1024
+_MOST_MATCHING: Final = 4_000_000
+"""Characters of unit names, times patterns."""
+_ATTRIBUTES: Final = re.compile(r"(?!__)\w+(\.(?!__)\w+)*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What config.json says: all of it, and what is DFloat11's."""
+
+    document: Mapping[str, Any]
+    threads: int
+    patterns: tuple[tuple[Pattern, tuple[str, ...]], ...] | None
+    """None if there is no config.json, for a file alone."""
+
+
+ALONE: Final = Config({}, THREADS, None)
+"""For a file without a config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor in a file of the checkpoint."""
+
+    file: Entry
+    entry: framing.Entry
+    start: int
+    """Its first byte in the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A unit whose sizes have been checked against each other."""
+
+    name: str
+    threads: int
+    places: Mapping[str, Place]
+    parts: tuple[framing.Entry, ...]
+    """The BF16 tensors that it holds; ``start`` and ``end`` in bytes of the decoded unit."""
+    label: str
+    """The file in messages."""
+
+    @property
+    def weights(self) -> int:
+        """Weights of all parts."""
+        return self.places["sign_mantissa"].entry.size
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of code."""
+        return self.places[CODES].entry.size
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of code."""
+        return -(-self.code_bytes // (THREAD_BYTES * self.threads))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of code in a block."""
+        return THREAD_BYTES * self.threads
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all six tensors."""
+        return sum(place.entry.size for place in self.places.values())
+
+    def problem(self, what: str, **details: Any) -> errors.CheckpointError:
+        """The error for something wrong with it."""
+        return errors.CheckpointError(what, file=self.label, tensor=self.name, **details)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Units and plain tensors, each by its name."""
+
+    config: Config
+    units: Mapping[str, Unit]
+    plain: Mapping[str, Place]
+
+
+def read_config(data: bytes, where: str) -> Config | None:
+    """What config.json says, or None if it is not of a DFloat11 checkpoint. Raises CheckpointError."""
+    try:
+        document = json_text.parse(data, what="config.json", where={"file": where}, error=errors.CheckpointError)
+    except errors.Df11Error:
+        if b'"dfloat11_config"' in data:
+            raise
+        return None
+    found = document.get(CONFIG_KEY) if isinstance(document, dict) else None
+    if found is None:
+        return None
+
+    def need(condition: bool, what: str, value: object) -> None:
+        if not condition:
+            raise errors.CheckpointError(f"{CONFIG_KEY}: {what}", file=where, found=errors.shortened(repr(value)))
+
+    need(isinstance(found, dict), "not an object", found)
+    threads, size, patterns = (found.get(key) for key in ("threads_per_block", "bytes_per_thread", "pattern_dict"))
+    is_one = isinstance(threads, list) and len(threads) == 1 and type(threads[0]) is int
+    need(is_one and threads[0] in (32, 64, 128, 256, 512, 1024), "threads_per_block must be [32] to [1024]", threads)
+    need(type(size) is int and size == THREAD_BYTES, "bytes_per_thread must be 8", size)
+    need(isinstance(patterns, dict) and len(patterns) <= MOST_PATTERNS, "pattern_dict is no object, or too large", 0)
+    read = []
+    for text, attributes in patterns.items():
+        is_list = isinstance(attributes, list) and len(attributes) <= MOST_PARTS
+        need(is_list and all(isinstance(one, str) for one in attributes), "a pattern needs a list of names", text)
+        for one in attributes:
+            need(_ATTRIBUTES.fullmatch(one) is not None, "not the name of a layer", one)
+        need(len({*attributes}) == len(attributes), "a pattern names a layer twice", text)
+        read.append((Pattern(text, file=where), tuple(attributes)))
+    return Config(document, threads[0], tuple(read))
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes by the names of tensors."""
+
+
+def read_checkpoint(
+    files: Sequence[Entry],
+    config: Config,
+    shapes: Shapes,
+    open_file: Callable[[Entry], File],
+    max_memory: int | None,
+) -> Checkpoint:
+    """Read the headers of the files of a checkpoint. ``shapes``: those of the original model, as far as they are given.
+
+    Raises a Df11Error for whatever breaks a rule of the layout.
+    """
+    places: dict[str, Place] = {}
+    labels: dict[str, str] = {}
+    splits: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with Source(open_file(file), max_memory=max_memory) as source:
+            for entry in source.header.entries:
+                if entry.name in places:
+                    what = f"this tensor is in {labels[entry.name]}, too"
+                    raise errors.CheckpointError(what, file=source.path, tensor=entry.name)
+                places[entry.name] = Place(file, entry, source.header.data_start + entry.start)
+                labels[entry.name] = source.path
+                if entry.name.rpartition(".")[2] == "split_positions":
+                    splits[entry.name] = _read_splits(source, entry)
+    names = [name.rpartition(".")[0] for name in places if name.rpartition(".")[2] == CODES]
+    patterns = config.patterns or ()
+    if sum(map(len, names)) * len(patterns) > _MOST_MATCHING:
+        what = "pattern_dict has too many patterns for so many units"
+        raise errors.CheckpointError(what, file=labels[_joined(names[0], CODES)], found=len(patterns))
+    units, plain = {}, dict(places)
+    for name in names:
+        label = labels[_joined(name, CODES)]
+        own = {part: plain.pop(_joined(name, part), None) for part in PARTS}
+        missing = [part for part, place in own.items() if place is None]
+        if missing:
+            what = f"this unit has no {missing[0]}"
+            raise errors.CheckpointError(what, file=label, tensor=name)
+        found = {part: place for part, place in own.items() if place is not None}
+        unit = Unit(name, config.threads, found, (), label)
+        _check_sizes(unit)
+        cuts = splits[_joined(name, "split_positions")]
+        parts = _cut(unit, _attributes(unit, config, len(cuts) + 1), cuts)
+        shaped = tuple(_shaped(unit, one, config, shapes, places) for one in parts)
+        units[name] = Unit(name, config.threads, found, shaped, label)
+    lost = [name for name in plain if name.rpartition(".")[2] in PARTS]
+    if lost:
+        what = f"a part of a unit that has no {CODES}"
+        raise errors.CheckpointError(what, file=labels[lost[0]], tensor=lost[0])
+    taken: set[str] = {*plain}
+    for unit in units.values():
+        for part in unit.parts:
+            if part.name in taken:
+                raise unit.problem(f"its weights {errors.shortened(part.name)} are in the checkpoint twice")
+            taken.add(part.name)
+    return Checkpoint(config, units, plain)
+
+
+def _joined(unit: str, part: str) -> str:
+    return f"{unit}.{part}" if unit else part
+
+
+def _read_splits(source: Source, entry: framing.Entry) -> tuple[int, ...]:
+    if entry.dtype != "I64" or len(entry.shape) != 1 or entry.elements >= MOST_PARTS:
+        what = f"split_positions must be I64, of one dimension and fewer than {MOST_PARTS} numbers"
+        raise errors.CheckpointError(what, file=source.path, tensor=entry.name, found=(entry.dtype, entry.shape))
+    out = np.empty(entry.size, np.uint8)
+    source.read(entry.start, out)
+    return tuple(map(int, out.view(np.int64)))
+
+
+def _check_sizes(unit: Unit) -> None:
+    """Raise CheckpointError unless dtypes, shapes and sizes of its tensors fit each other."""
+    for part, place in unit.places.items():
+        entry = place.entry
+        dimensions = 2 if part == "luts" else 1
+        if entry.dtype != PARTS[part] or len(entry.shape) != dimensions:
+            expected = f"{PARTS[part]} of {dimensions} dimensions"
+            raise unit.problem(f"dtype or shape of {part}", expected=expected, found=(entry.dtype, entry.shape))
+    rows, width = unit.places["luts"].entry.shape
+    if width != 256 or not 2 <= rows <= MOST_ROWS:
+        what = "luts must have 256 columns, and 2 to 18 rows: there are 16 pointers to tables besides the first"
+        raise unit.problem(what, found=(rows, width))
+    weights, size = unit.weights, unit.code_bytes
+    if not (0 < weights < 1 << 31 and 0 < size < 1 << 31):
+        raise unit.problem("weights and bytes of code must be from 1 to 2^31 - 1", found=(weights, size))
+    if not weights <= 8 * size <= 32 * weights + 7:
+        what = "the codes of so many weights take another number of bytes"
+        raise unit.problem(what, expected=f"{-(-weights // 8)} to {4 * weights}", found=size)
+    positions = unit.places["output_positions"].entry.size
+    if positions not in (4 * unit.blocks, 4 * (unit.blocks + 1)):
+        raise unit.problem("bytes of output_positions", expected=4 * (unit.blocks + 1), found=positions)
+    gaps, needed = unit.places["gaps"].entry.size, -(-5 * unit.blocks * unit.threads // 8)
+    if gaps < needed:
+        raise unit.problem("bytes of gaps", expected=needed, found=gaps)
+
+
+def _attributes(unit: Unit, config: Config, count: int) -> tuple[str, ...]:
+    # What pattern_dict says about a unit of so many parts.
+    if config.patterns is None:
+        known = known_parts(unit.name, count)
+        if known is None and count > 1:
+            hint = "put the checkpoint's config.json beside the file"
+            raise unit.problem("nothing says which layers this unit has, and no model is known with it", hint=hint)
+        return known or ()
+    found = {parts: pattern for pattern, parts in config.patterns if pattern.matches(unit.name)}
+    if len(found) != 1:
+        what = "several patterns of pattern_dict match this unit" if found else "no pattern of pattern_dict matches it"
+        raise unit.problem(what)
+    parts = next(iter(found))
+    if max(len(parts), 1) != count:
+        raise unit.problem("split_positions does not fit pattern_dict", expected=f"{len(parts)} parts", found=count)
+    return parts
+
+
+def _cut(unit: Unit, attributes: Sequence[str], cuts: Sequence[int]) -> Iterable[framing.Entry]:
+    ends = [*cuts, unit.weights]
+    position = 0
+    for attribute, end in zip(attributes or ("",), ends, strict=True):
+        if not position < end <= unit.weights:
+            raise unit.problem("split_positions must rise within the weights", found=errors.shortened(str(ends)))
+        name = _joined(_joined(unit.name, attribute) if attribute else unit.name, "weight")
+        yield framing.Entry(name, "BF16", (end - position,), 2 * position, 2 * end)
+        position = end
+
+
+def _shaped(
+    unit: Unit, part: framing.Entry, config: Config, shapes: Shapes, places: Mapping[str, Place]
+) -> framing.Entry:
+    # With the shape that the original, a bias or config.json tells.
+    elements = part.elements
+    tied = [first for first, second in tied_units(config.document) if second == unit.name]
+    bias = places.get(part.name.removesuffix("weight") + "bias")
+    rows = bias.entry.elements if bias is not None and len(bias.entry.shape) == 1 else None
+    shape = next((shapes[one] for one in (part.name, *(f"{first}.weight" for first in tied)) if one in shapes), None)
+    if shape is None and rows and elements % rows == 0:
+        shape = (rows, elements // rows)
+    if shape is None:
+        attribute = part.name.removesuffix("weight").removeprefix(unit.name).strip(".")
+        shape = known_shape(unit.name, attribute, elements, config.document)
+    if shape is None:
+        what = f"nothing tells the shape of {errors.shortened(part.name)}"
+        hint = "name the original model, whose headers do: --shapes hf://OWNER/NAME, or a file or folder"
+        raise unit.problem(what, hint=hint)
+    if math.prod(shape) != elements or (rows is not None and shape[0] != rows):
+        what = f"the shape of {errors.shortened(part.name)} does not fit"
+        raise unit.problem(what, expected=f"{elements} weights" + (f", {rows} rows" if rows else ""), found=shape)
+    return framing.Entry(part.name, part.dtype, shape, part.start, part.end)
