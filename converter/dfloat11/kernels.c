@@ -74,7 +74,7 @@ enum df11_dfloat11_status df11_dfloat11_build(const uint8_t *luts, unsigned rows
                 = entry < DFLOAT11_EXPONENTS && is_whole(table->rows[row], byte, lengths[entry]);
         }
     for (uint64_t window = 0; window <= WINDOW_MASK; window++) {
-        uint64_t found = 0;
+        uint64_t found = 0, ends = 0xFFFF; /* a code that is not there ends nowhere */
         unsigned bits = 0, count = 0, exponent = 0;
         for (; count < 4 && bits < DFLOAT11_WINDOW; count++) {
             unsigned length = step(table, window << (64 - DFLOAT11_WINDOW + bits), &exponent);
@@ -82,8 +82,9 @@ enum df11_dfloat11_status df11_dfloat11_build(const uint8_t *luts, unsigned rows
                 break;
             found |= (uint64_t)exponent << (8 * count);
             bits += length;
+            ends &= ~((uint64_t)(15 - bits) << (4 * count));
         }
-        table->steps[window] = found | (uint64_t)count << 32 | (uint64_t)bits << 40;
+        table->steps[window] = found | (uint64_t)count << 32 | ends << 40 | (uint64_t)bits << 56;
     }
     return DFLOAT11_OK;
 }
@@ -95,6 +96,17 @@ static unsigned gap_of(const uint8_t *gaps, uint64_t thread)
     if ((bit & 7) > 3)
         two |= gaps[(bit >> 3) + 1];
     return two >> (11 - (bit & 7)) & 31;
+}
+
+/* Of an entry of table->steps: how many codes start before bit `left`, which is at most WINDOW, and where they end. */
+ALWAYS_INLINE unsigned codes_before(uint64_t entry, unsigned left, unsigned *bits)
+{
+    unsigned ends = (unsigned)(entry >> 40) & 0xFFFF, several = (unsigned)(entry >> 32) & 0xFF;
+    unsigned count = 1u + ((ends & 15) < left) + ((ends >> 4 & 15) < left) + ((ends >> 8 & 15) < left);
+    if (count > several)
+        count = several;
+    *bits = ends >> (4 * count - 4) & 15;
+    return count;
 }
 
 /* One block: its exponents. `position`: the bit where the next code starts. */
@@ -109,32 +121,42 @@ ALWAYS_INLINE enum df11_dfloat11_status decode_block(const struct df11_dfloat11_
 
     for (uint64_t thread = first; thread < first + all->threads; thread++) {
         uint64_t end = (thread + 1) * DFLOAT11_THREAD_BITS;
+        unsigned gap = gap_of(all->gaps, thread);
         if (last && found == count)
             break;
-        if (at != thread * DFLOAT11_THREAD_BITS + gap_of(all->gaps, thread))
+        if (at != thread * DFLOAT11_THREAD_BITS + gap)
             return DFLOAT11_BAD_GAP;
-        while (at + DFLOAT11_WINDOW <= end && found + 4 <= count) {
-            uint64_t entry = table->steps[bits_at(codes, at) >> (64 - DFLOAT11_WINDOW)];
-            unsigned several = (unsigned)(entry >> 32) & 0xFF;
+        uint64_t window = load_big_endian(codes + 8 * thread) << gap;
+        unsigned several, bits, left = DFLOAT11_THREAD_BITS - gap;
+        /* Of most of its codes all bits are in the thread's own word. */
+        while (left >= DFLOAT11_WINDOW && count - found >= 4) {
+            uint64_t entry = table->steps[window >> (64 - DFLOAT11_WINDOW)];
             uint32_t four = (uint32_t)entry;
-            if (UNLIKELY(!several)) {
-                unsigned exponent = 0, length = step(table, bits_at(codes, at), &exponent);
-                if (!length)
-                    return DFLOAT11_BAD_CODE;
-                exponents[found++] = (uint8_t)exponent;
-                at += length;
-                continue;
-            }
+            if (UNLIKELY(!(entry >> 56)))
+                break;
             memcpy(exponents + found, &four, sizeof four);
-            found += several;
-            at += entry >> 40;
+            found += (unsigned)(entry >> 32) & 0xFF;
+            window <<= entry >> 56;
+            left -= (unsigned)(entry >> 56);
         }
+        at = end - left;
         while (at < end && found < count) {
-            unsigned exponent = 0, length = step(table, bits_at(codes, at), &exponent);
-            if (!length)
-                return DFLOAT11_BAD_CODE;
-            exponents[found++] = (uint8_t)exponent;
-            at += length;
+            window = bits_at(codes, at);
+            uint64_t entry = table->steps[window >> (64 - DFLOAT11_WINDOW)];
+            if (UNLIKELY(!(entry >> 56) || count - found < 4)) {
+                unsigned exponent = 0;
+                several = 1;
+                if (!(bits = step(table, window, &exponent)))
+                    return DFLOAT11_BAD_CODE;
+                exponents[found] = (uint8_t)exponent;
+            } else {
+                uint32_t four = (uint32_t)entry;
+                memcpy(exponents + found, &four, sizeof four);
+                left = end - at < DFLOAT11_WINDOW ? (unsigned)(end - at) : DFLOAT11_WINDOW;
+                several = codes_before(entry, left, &bits);
+            }
+            found += several;
+            at += bits;
         }
         if (at < end && !last)
             return DFLOAT11_BAD_POSITION;

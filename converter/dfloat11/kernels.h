@@ -27,7 +27,8 @@ enum df11_dfloat11_status {
 
 /* What the tables say, in a form to decode with. */
 struct df11_dfloat11_table {
-    uint64_t steps[1 << DFLOAT11_WINDOW]; /* up to four exponents, how many, and their bits, from the lowest byte on */
+    uint64_t steps[1 << DFLOAT11_WINDOW]; /* of up to four codes: the exponents; how many, in bits 32 to 39; where each ends, in
+                                           * four bits, from bit 40 on; all their bits, in bits 56 to 63 */
     uint8_t rows[DFLOAT11_TABLES][DFLOAT11_ROW];
     uint8_t usable[DFLOAT11_TABLES][DFLOAT11_ROW]; /* whether all bits that a code leaves open lead to its exponent */
     uint8_t lengths[DFLOAT11_ROW];
