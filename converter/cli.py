@@ -55,6 +55,15 @@ def convert_command(
     include: Include = None,
     exclude: Exclude = None,
     allow_missing: AllowMissing = False,
+    shapes: Annotated[
+        str | None,
+        Option(
+            "--shapes",
+            metavar="ORIGINAL",
+            help="Of a DFloat11 checkpoint: the original model, whose headers tell shapes; a path, or hf://owner/name.",
+            show_default=False,
+        ),
+    ] = None,
     cast: Annotated[
         str | None, Option("--cast", metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)
     ] = None,
@@ -90,6 +99,7 @@ def convert_command(
             include=include or (),
             exclude=exclude or (),
             allow_missing=allow_missing,
+            shapes=shapes,
             verify=verify,
             resume=resume,
             force=force,

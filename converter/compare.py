@@ -22,14 +22,16 @@ from df11.converter.files import (
 from df11.converter.index import rewrite_index
 from df11.converter.manifest import FILE_NAME, Cast, FileRow, Manifest, TensorRow
 from df11.converter.pipeline import least_memory
+from df11.converter.output import original_files
 from df11.converter.plan import Options, Step
 from df11.converter.restore_file import restored_layout
 from df11.converter.scan import up_to_date
 from df11.converter.source import Progress, Source
 from df11.formats import errors, layout
-from df11.formats.container import Container
+from df11.formats.container import Container, OriginalFile
 from df11.storage.entry import Entry
 from df11.storage.journal import Mark
+from df11.storage.overlay import Overlay
 from df11.storage.store import Store, has_content, same_content
 
 log: Final = logging.getLogger("df11")
@@ -196,7 +198,7 @@ class Comparison:
             return step
         if not has_content(self._target, there, _entry_of(row)):
             return step
-        sha256, step = self._source_sha256(step)
+        sha256, step = self._source_sha256(step, row.source_sha256, row.made_from)
         return dataclasses.replace(step, kept=True) if sha256 == row.source_sha256 else step
 
     def _compare_by_container(self, step: Step, there: Entry) -> Step:
@@ -204,7 +206,7 @@ class Comparison:
         path = self._target.locate(step.name)
         try:
             with Container(path) as container:
-                stored, cast = container.source, self._options.cast
+                stored, cast, made_from = container.source, self._options.cast, container.made_from
                 row = self._files.get(step.name)
                 is_known = row is not None and _describes(row, step, there, container)
                 is_known = is_known and up_to_date(self._rows.get(step.name, ()), container)
@@ -214,7 +216,7 @@ class Comparison:
             return step
         if stored.bytes != step.entry.size or stored.cast != cast:
             return step
-        sha256, step = self._source_sha256(step)
+        sha256, step = self._source_sha256(step, stored.sha256, made_from)
         if sha256 != stored.sha256:
             return step
         if self._options.prove and row is not None and row.sha256 is not None:
@@ -223,9 +225,12 @@ class Comparison:
             return dataclasses.replace(step, kept=True, source_sha256=sha256)
         return dataclasses.replace(step, kind="prove", source_sha256=sha256, least=0, expected=0, most=0)
 
-    def _source_sha256(self, step: Step) -> tuple[str, Step]:
+    def _source_sha256(self, step: Step, known: str, made_from: tuple[OriginalFile, ...]) -> tuple[str | None, Step]:
+        # Of a file that is made from others, ``known`` if these are the ones that it was made from before.
         if step.entry.sha256 is not None:
             return step.entry.sha256, step
+        if isinstance(self._source, Overlay) and (sources := self._source.made_from(step.entry)):
+            return (known if original_files(sources) == made_from else None), step
         with Source(self._source.open(step.entry), max_memory=self._options.max_memory) as source:
             sha256 = source.sha256(self._progress)
         return sha256, dataclasses.replace(step, counted=True, source_sha256=sha256)

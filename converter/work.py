@@ -160,7 +160,15 @@ def _convert(task: Task, progress: Progress) -> Done:
         started = time.monotonic()
         verify(path, threads=task.settings.threads, on_progress=lambda _: progress(0))
         seconds["verify"] = time.monotonic() - started
-    row = FileRow(step.name, result.output_bytes, None, step.entry.name, result.source_bytes, result.source_sha256)
+    row = FileRow(
+        step.name,
+        result.output_bytes,
+        None,
+        step.entry.name,
+        result.source_bytes,
+        result.source_sha256,
+        result.made_from,
+    )
     rows = tuple(dataclasses.replace(row, file=step.name) for row in result.rows)
     return Done(step, path, Entry(step.name, result.output_bytes), row, rows, seconds=seconds)
 
@@ -247,9 +255,9 @@ def _prove(task: Task, progress: Progress) -> Done:
     if not from_source:
         _once(step, progress)(step.entry.size)
     with Container(path) as container:
-        source, size = container.source, container.size
+        source, size, made_from = container.source, container.size, container.made_from
     name = step.entry.name if not from_source else step.name.rpartition(".")[0] + SAFETENSORS
-    row = FileRow(step.name, size, None, name, source.bytes, source.sha256)
+    row = FileRow(step.name, size, None, name, source.bytes, source.sha256, made_from)
     seconds = {"verify": time.monotonic() - started}
     return Done(step, path, hashed or Entry(step.name, size), row, tensors, seconds=seconds)
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from df11.formats import errors
+from df11.storage.entry import Entry
 from df11.storage.paths import open_regular
 
 Bytes = npt.NDArray[np.uint8]
@@ -29,6 +30,8 @@ class File(ABC):
     size: int
     memory: int = 0
     """Bytes of memory that reading takes, besides the caller's buffers."""
+    sources: tuple[Entry, ...] = ()
+    """The files that this one is made from while it is read; none if it is one itself."""
 
     def __enter__(self) -> Self:
         return self
@@ -59,6 +62,10 @@ class File(ABC):
         return errors.ConflictError(
             "the source changed while it was being read", file=self.label, tensor=tensor, hint=hint
         )
+
+    def hashed_sources(self) -> tuple[Entry, ...]:
+        """The files that this one is made from, with their SHA-256."""
+        return self.sources
 
     def chunks(self, start: int = 0) -> Iterator[Bytes]:
         """The bytes from ``start`` on, in order; each chunk is valid until the next one."""

@@ -23,8 +23,8 @@ class Made(Protocol):
         """Bytes."""
 
     @property
-    def sources(self) -> Sequence[str]:
-        """Names of the files that it is made from."""
+    def sources(self) -> tuple[Entry, ...]:
+        """The files that it is made from, as the other store lists them."""
 
     def open(self, store: Store, label: str) -> File:
         """The file, made from those of the other store. ``label``: its name in messages."""
@@ -82,8 +82,7 @@ class Overlay(Store):
     def made_from(self, entry: Entry) -> tuple[Entry, ...]:
         """The files that a file is made from, with their SHA-256."""
         made = self._made.get(entry.name)
-        listed = {} if made is None else {one.name: one for one in self._store.list()}
-        return () if made is None else tuple(hashed(self._store, listed[name]) for name in made.sources)
+        return () if made is None else tuple(hashed(self._store, one) for one in made.sources)
 
     def mode(self, entry: Entry) -> int:
         """Permissions of a file: of a made one, those of any new file."""

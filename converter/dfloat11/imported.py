@@ -81,9 +81,10 @@ class Shard:
         return self.pieces[-1].end if self.pieces else len(self.head)
 
     @property
-    def sources(self) -> Sequence[str]:
+    def sources(self) -> tuple[Entry, ...]:
         """The files of the checkpoint that hold its tensors."""
-        return sorted({place.file.name for piece in self.pieces for place in _places(piece)})
+        found = {place.file.name: place.file for piece in self.pieces for place in _places(piece)}
+        return tuple(found[name] for name in sorted(found))
 
     def open(self, store: Store, label: str) -> File:
         """The file."""
@@ -100,6 +101,7 @@ class ImportedFile(File):
     def __init__(self, shard: Shard, store: Store, label: str) -> None:
         self.label = label
         self.size = shard.size
+        self.sources = shard.sources
         self._shard = shard
         self._files = _Files(store)
         self._starts = [piece.start for piece in shard.pieces]
@@ -128,9 +130,9 @@ class ImportedFile(File):
         """Raise a ConflictError if a file of the checkpoint has changed since it was opened."""
         self._files.check_unchanged()
 
-    def made_from(self) -> tuple[Entry, ...]:
+    def hashed_sources(self) -> tuple[Entry, ...]:
         """The files of the checkpoint, with their SHA-256."""
-        return self._files.hashed(self._shard.sources)
+        return self._files.hashed(self.sources)
 
     def read(self, position: int, out: Bytes) -> None:
         """Fill ``out`` with the bytes from ``position`` on."""
@@ -184,7 +186,7 @@ class _Files:
     def memory(self, shard: Shard) -> int:
         # Of two streams, codes and signs, at the most.
         most = 0
-        for entry in {place.file.name: place.file for piece in shard.pieces for place in _places(piece)}.values():
+        for entry in shard.sources:
             with self._store.open(entry) as file:
                 most = max(most, 2 * file.memory)
             if self._store.address is None:
@@ -208,11 +210,8 @@ class _Files:
             file.stop()
         return file
 
-    def hashed(self, names: Sequence[str]) -> tuple[Entry, ...]:
-        listed = {entry.name: entry for entry in self._store.list()}
-        return tuple(
-            listed[name] if listed[name].sha256 is not None else self.window(listed[name]).hashed() for name in names
-        )
+    def hashed(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
+        return tuple(entry if entry.sha256 is not None else self.window(entry).hashed() for entry in entries)
 
     def check_unchanged(self) -> None:
         for window in self._windows.values():
