@@ -220,6 +220,51 @@ def restore_command(
         event("done", files=len(report.files), bytes=sum(file.bytes for file in report.files), copied=report.copied)
 
 
+def export_command(
+    model: ContainerPath,
+    out: Annotated[Path, Argument(metavar="OUT", help="A file for a file, a folder for a folder.")],
+    to: Annotated[
+        str | None, Option("--to", metavar="LAYOUT", help="dfloat11 or safetensors.", show_default=False)
+    ] = None,
+    patterns: Annotated[
+        Path | None,
+        Option(
+            "--patterns",
+            metavar="FILE",
+            help="For dfloat11, of a model that is not known: a JSON file with its pattern_dict.",
+            show_default=False,
+        ),
+    ] = None,
+    file_per_unit: Annotated[bool, Option("--file-per-unit", help="For dfloat11: a file for each unit.")] = False,
+    threads: Threads = None,
+    force: Force = False,
+    json_lines: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a converted model as DFloat11's loaders read it, or as plain safetensors files."""
+    del debug
+    from df11.converter.export import export
+
+    with Bar("export", quiet=quiet) as bar:
+        report = export(
+            model,
+            out,
+            to or "",
+            patterns=patterns,
+            file_per_unit=file_per_unit,
+            threads=threads,
+            force=force,
+            on_total=bar.total,
+            on_progress=bar.advance,
+        )
+    if json_lines:
+        for file in report.files:
+            event("file", **asdict(file))
+        event("done", files=len(report.files), bytes=report.bytes, units=report.units, seconds=round(report.seconds, 3))
+    say(f"{len(report.files)} files, {report.bytes:,} bytes in {report.seconds:.1f} s", quiet=quiet)
+
+
 def inspect_command(path: ContainerPath, json_lines: Json = False, debug: Debug = False) -> None:
     """List tensors, sizes and the source's hash."""
     del debug
@@ -237,5 +282,6 @@ COMMANDS: Final[dict[str, Command]] = {
     "convert": convert_command,
     "verify": verify_command,
     "restore": restore_command,
+    "export": export_command,
     "inspect": inspect_command,
 }

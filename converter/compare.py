@@ -113,7 +113,7 @@ class Comparison:
         """
         known = {**self._files, **self._begun, **self._others}
         shards = [name for name in known if name.endswith(DF11)]
-        if self._action == "restore":  # Of what is finished nothing is known: it is the user's.
+        if self._action in ("restore", "export"):  # Of what is finished nothing is known: it is the user's.
             shards += [name for name in self._begun if is_shard(name)]
         names = [*shards, *(name for name in index_names(known) if DF11 in name)]
         return [name for name in names if name in self.held and self._is_ours(name, self.held[name])]

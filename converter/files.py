@@ -29,8 +29,10 @@ _BY_NAME: Final = re.compile(
 )
 """Small files that peft and diffusers look up by these names and read themselves."""
 
-Action = Literal["convert", "restore", "copy"]
-"""What happens to a model folder: shards into containers, containers into shards, or everything copied."""
+Action = Literal["convert", "restore", "copy", "export"]
+"""What happens to a model folder: shards into containers, containers into shards, or everything copied.
+
+An export copies, too: its source shows the files of another layout, which are made while they are copied."""
 Kind = Literal["convert", "restore", "copy", "index", "attributes"]
 
 
@@ -97,7 +99,7 @@ def target_names(entries: Iterable[Entry], action: Action, originals: Mapping[st
 
 
 def _assign_one(name: str, action: Action, originals: Mapping[str, str]) -> tuple[Kind | None, str]:
-    if action == "copy":
+    if action in ("copy", "export"):
         return "copy", name
     if name == FILE_NAME:
         return None, name

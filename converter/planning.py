@@ -17,6 +17,7 @@ from df11.converter.files import (
     SOURCE_SUFFIXES,
     Action,
     Assignment,
+    Kind,
     assign,
     check_shards,
     container_name,
@@ -62,14 +63,15 @@ def make_plan(
         raise errors.UsageError("the target lies in the source", file=target.label, hint="choose another folder")
     if name is not None:
         manifest, indexes, originals = None, {}, {}
-        one: Assignment = Assignment("restore" if action == "restore" else "convert", listed[0], name)
+        kinds: dict[Action, Kind] = {"restore": "restore", "export": "copy"}
+        one: Assignment = Assignment(kinds.get(action, "convert"), listed[0], name)
         assignments = [one]
     else:
         if target.is_file:
             raise errors.UsageError("the target is a file", file=target.label, hint="name a folder")
         target.refresh()
         # A folder that is restored to has none: what lies there by this name is about another one.
-        manifest = None if action == "restore" else _known_manifest(target)
+        manifest = None if action in ("restore", "export") else _known_manifest(target)
         check_foreign(target, manifest)
         originals = _originals(source, listed) if action == "restore" else {}
         entries = [entry for entry in listed if is_wanted(entry.name, options.include, options.exclude)]
@@ -212,9 +214,9 @@ def _check_assignments(
     kept: Collection[str],
     all_names: Collection[str],
 ) -> None:
-    wanted = {"convert": ".safetensors", "restore": DF11, "copy": DF11}[action]
+    wanted = DF11 if action in ("restore", "copy") else ".safetensors"
     names = [one.entry.name for one in assignments]
-    is_one = is_shard if action == "convert" else lambda name: name.endswith(DF11)
+    is_one = is_shard if wanted != DF11 else lambda name: name.endswith(DF11)
     if not any(map(is_one, names)) and not (action == "convert" and any(one.endswith(".safetensors") for one in names)):
         hint = "check the path"
         if options.include or options.exclude:

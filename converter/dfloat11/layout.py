@@ -185,11 +185,11 @@ def read_checkpoint(
     patterns = config.patterns or ()
     if sum(map(len, names)) * len(patterns) > _MOST_MATCHING:
         what = "pattern_dict has too many patterns for so many units"
-        raise errors.CheckpointError(what, file=labels[_joined(names[0], CODES)], found=len(patterns))
+        raise errors.CheckpointError(what, file=labels[joined(names[0], CODES)], found=len(patterns))
     units, plain = {}, dict(places)
     for name in names:
-        label = labels[_joined(name, CODES)]
-        own = {part: plain.pop(_joined(name, part), None) for part in PARTS}
+        label = labels[joined(name, CODES)]
+        own = {part: plain.pop(joined(name, part), None) for part in PARTS}
         missing = [part for part, place in own.items() if place is None]
         if missing:
             what = f"this unit has no {missing[0]}"
@@ -197,7 +197,7 @@ def read_checkpoint(
         found = {part: place for part, place in own.items() if place is not None}
         unit = Unit(name, config.threads, found, (), label)
         _check_sizes(unit)
-        cuts = splits[_joined(name, "split_positions")]
+        cuts = splits[joined(name, "split_positions")]
         parts = _cut(unit, _attributes(unit, config, len(cuts) + 1), cuts)
         shaped = tuple(_shaped(unit, one, config, shapes, places) for one in parts)
         units[name] = Unit(name, config.threads, found, shaped, label)
@@ -214,7 +214,8 @@ def read_checkpoint(
     return Checkpoint(config, units, plain)
 
 
-def _joined(unit: str, part: str) -> str:
+def joined(unit: str, part: str) -> str:
+    """The name of a part of a unit; the model itself, whose name is empty, may be one."""
     return f"{unit}.{part}" if unit else part
 
 
@@ -277,7 +278,7 @@ def _cut(unit: Unit, attributes: Sequence[str], cuts: Sequence[int]) -> Iterable
     for attribute, end in zip(attributes or ("",), ends, strict=True):
         if not position < end <= unit.weights:
             raise unit.problem("split_positions must rise within the weights", found=errors.shortened(str(ends)))
-        name = _joined(_joined(unit.name, attribute) if attribute else unit.name, "weight")
+        name = joined(joined(unit.name, attribute) if attribute else unit.name, "weight")
         yield framing.Entry(name, "BF16", (end - position,), 2 * position, 2 * end)
         position = end
 
