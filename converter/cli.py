@@ -156,8 +156,13 @@ def _summary(report: ConversionReport) -> str:
 def verify_command(
     path: ContainerPath,
     against: Annotated[
-        Path | None,
-        Option("--against", metavar="SRC", help="Also compare with this source, bit for bit.", show_default=False),
+        str | None,
+        Option(
+            "--against",
+            metavar="SRC",
+            help="Also compare with this source, bit for bit: a path, or hf://owner/name on the Hub.",
+            show_default=False,
+        ),
     ] = None,
     threads: Threads = None,
     json_lines: Json = False,

@@ -21,8 +21,8 @@ from df11.converter.files import (
 )
 from df11.converter.index import rewrite_index
 from df11.converter.manifest import FILE_NAME, Cast, FileRow, Manifest, TensorRow
-from df11.converter.pipeline import least_memory
 from df11.converter.output import original_files
+from df11.converter.pipeline import least_memory
 from df11.converter.plan import Options, Step
 from df11.converter.restore_file import restored_layout
 from df11.converter.scan import up_to_date

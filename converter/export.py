@@ -14,7 +14,7 @@ from df11.converter.convert import open_target
 from df11.converter.dfloat11.exported import MadeFile, Tensor, count_unit, plain_tensors
 from df11.converter.dfloat11.layout import CONFIG_KEY, THREAD_BYTES, THREADS, read_config
 from df11.converter.dfloat11.selection import Patterns, Selection, select
-from df11.converter.files import DF11, SAFETENSORS, index_names, shard_name
+from df11.converter.files import CONFIG, DF11, SAFETENSORS, index_names, shard_name
 from df11.converter.index import rewrite_index
 from df11.converter.manifest import FILE_NAME
 from df11.converter.options import DEFAULT_MEMORY
@@ -30,7 +30,6 @@ from df11.storage.paths import read_file
 from df11.storage.store import MAX_WHOLE_BYTES, open_source
 
 Layout = Literal["dfloat11", "safetensors"]
-CONFIG: Final = "config.json"
 VERSION: Final = "0.5.0"
 """What dfloat11_config says: the release whose encoder writes this layout. No loader looks at it."""
 MODEL_TYPE: Final = "llama"
@@ -131,15 +130,14 @@ class _Maker:
 
     def plain(self) -> Overlay:
         """With a safetensors file for each container."""
-        made, texts = {}, {}
+        made: dict[str, MadeFile] = {}
+        texts: dict[str, bytes] = {}
         for folder in self._folders:
             made |= self._plain_files(folder)
             texts |= self._plain_indexes(folder)
         return self._overlay(made, texts)
 
-    def dfloat11(
-        self, patterns: Patterns | None, on_total: Callable[[int], None], *, file_per_unit: bool
-    ) -> Overlay:
+    def dfloat11(self, patterns: Patterns | None, on_total: Callable[[int], None], *, file_per_unit: bool) -> Overlay:
         """With checkpoints of DFloat11, of models that are known or have tensors that ``patterns`` fit."""
         made: dict[str, MadeFile] = {}
         texts: dict[str, bytes] = {}

@@ -20,6 +20,7 @@ from df11.storage.store import open_source
 SAFETENSORS: Final = ".safetensors"
 SOURCE_SUFFIXES: Final = (SAFETENSORS, ".sft")
 DF11: Final = ".df11"
+CONFIG: Final = "config.json"
 ATTRIBUTES: Final = ".gitattributes"
 ATTRIBUTES_LINE: Final = b"\n*.df11 filter=lfs diff=lfs merge=lfs -text\n"
 """Added to the copy of a .gitattributes file, so that git keeps containers in LFS like shards."""

@@ -227,7 +227,7 @@ class _Reader:
             _member(source, "file"),
             _member(source, "bytes"),
             _member(source, "sha256"),
-            tuple(map(self._check_original, value.get("made_from", ()))),
+            tuple(map(self._check_original, value.get("made_from", ()) if isinstance(value, dict) else ())),
         )
         if not (_is_relative(row.file) and _is_relative(row.source_file)):
             self._refuse(

@@ -60,7 +60,10 @@ def limited_lengths(counts: Counts, limit: int) -> npt.NDArray[np.int64]:
     """
     if len(counts) == 1:
         return np.ones(1, np.int64)
-    single = [(int(count), place, row) for place, (count, row) in enumerate(zip(counts, np.eye(len(counts), dtype=np.int64), strict=True))]
+    single = [
+        (int(count), place, row)
+        for place, (count, row) in enumerate(zip(counts, np.eye(len(counts), dtype=np.int64), strict=True))
+    ]
     level = sorted(single, key=lambda item: item[:2])
     for _ in range(limit - 1):
         packages = [

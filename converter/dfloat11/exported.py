@@ -77,9 +77,7 @@ class Unit:
         yield "sign_mantissa", (self.weights,)
 
 
-def count_unit(
-    store: Store, name: str, parts: Sequence[Tensor], threads: int, progress: Progress
-) -> Unit:
+def count_unit(store: Store, name: str, parts: Sequence[Tensor], threads: int, progress: Progress) -> Unit:
     """Read a unit and choose its code. Raises CheckpointError if that layout cannot hold it."""
     total = np.zeros(256, np.int64)
     for part in parts:

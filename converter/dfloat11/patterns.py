@@ -139,7 +139,11 @@ class Pattern:
             inside, closed, _ = self.text[self._at + 1 :].partition("}")
             least, comma, most = inside.partition(",")
             digits = [part for part in (least, most) if part]
-            if not closed or not digits or not all(part.isascii() and part.isdigit() and len(part) < 3 for part in digits):
+            if (
+                not closed
+                or not digits
+                or not all(part.isascii() and part.isdigit() and len(part) < 3 for part in digits)
+            ):
                 self._refuse("braces that do not count")
             self._at += len(inside) + 2
             found = int(least or 0), (int(most) if most else None) if comma else int(least)

@@ -25,7 +25,7 @@ from df11.converter.dfloat11.layout import (
     read_checkpoint,
     read_config,
 )
-from df11.converter.files import SAFETENSORS, SOURCE_SUFFIXES, is_shard
+from df11.converter.files import CONFIG, SAFETENSORS, SOURCE_SUFFIXES, is_shard
 from df11.converter.index import split_index_name
 from df11.converter.source import Source
 from df11.formats import errors, framing
@@ -37,14 +37,11 @@ from df11.storage.store import MAX_WHOLE_BYTES, Store, open_source
 
 log: Final = logging.getLogger("df11")
 
-CONFIG: Final = "config.json"
 SHARD_BYTES: Final = 5_000_000_000
 """Decoded bytes of a file, about; a unit is not divided."""
 
 
-def decoded(
-    store: Store, *, shapes: str | os.PathLike[str] | None = None, max_memory: int | None = None
-) -> Store:
+def decoded(store: Store, *, shapes: str | os.PathLike[str] | None = None, max_memory: int | None = None) -> Store:
     """The same store, or, if it holds DFloat11 checkpoints, one with the models that they decode to.
 
     ``shapes``: the original model, whose headers say what shapes its tensors have. Raises a Df11Error if a checkpoint
@@ -86,9 +83,8 @@ def checkpoints(store: Store) -> dict[str, tuple[list[Entry], Config]]:
     """The DFloat11 checkpoints in a store: by folder (with a slash at its end, or ""), their files and config.json."""
     listed = store.list()
     if store.is_file:
-        config = _config_beside(store)
-        is_one = is_shard(listed[0].name) and (config is not None or _has_codes(store, listed[0]))
-        return {"": (list(listed), config or ALONE)} if is_one and _has_codes(store, listed[0]) else {}
+        is_one = is_shard(listed[0].name) and _has_codes(store, listed[0])
+        return {"": (list(listed), _config_beside(store) or ALONE)} if is_one else {}
     found: dict[str, tuple[list[Entry], Config]] = {}
     for entry in listed:
         folder, name = _folder(entry.name), posixpath.basename(entry.name)

@@ -29,7 +29,9 @@ class Selection:
     """Those that match the units."""
 
 
-def select(tensors: Mapping[str, Tensor], config: Mapping[str, Any], patterns: Patterns | None, where: str) -> Selection:
+def select(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], patterns: Patterns | None, where: str
+) -> Selection:
     """The units of a model with these tensors; none if no known model has such, and no ``patterns`` are given.
 
     Raises CheckpointError for given patterns that do not fit the model.
@@ -78,7 +80,11 @@ def _match(
             wanted = [joined(joined(name, part) if part else name, "weight") for part in parts or ("",)]
             missing = [one for one in wanted if one not in tensors or not _fits(tensors[one])]
             if must and (missing or name in units):
-                what = f"no matrix in BF16 has the name {errors.shortened(missing[0])}" if missing else "two patterns match"
+                what = (
+                    f"no matrix in BF16 has the name {errors.shortened(missing[0])}"
+                    if missing
+                    else "two patterns match"
+                )
                 raise errors.CheckpointError(what, file=where, tensor=name, found=errors.shortened(pattern.text))
             if not missing and name not in units:
                 units[name] = tuple(tensors[one] for one in wanted)

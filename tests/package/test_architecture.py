@@ -68,6 +68,7 @@ PLACES = {
     r"\.(read_text|read_bytes|write_text|write_bytes)\(": {
         "storage/hub.py",
         "storage/local.py",
+        "converter/dfloat11/architectures.py",  # A table of this package.
         "runtime/gpu.py",  # The kernel's source, of this package.
         "runtime/omnigen2_classes.py",  # Modules that are imported right after.
     },
