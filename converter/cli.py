@@ -271,13 +271,17 @@ def export_command(
 
 
 def inspect_command(path: ContainerPath, json_lines: Json = False, debug: Debug = False) -> None:
-    """List tensors, sizes and the source's hash."""
+    """List tensors, sizes and the source's hash; of a DFloat11 checkpoint, its units."""
     del debug
+    from df11.converter.dfloat11 import describe as dfloat11
     from df11.converter.files import list_containers
     from df11.converter.inspect import as_text, describe
     from df11.formats.container import Container
 
-    for file in list_containers(path):
+    checkpoints = dfloat11.describe(path)
+    for checkpoint in checkpoints:
+        print_line(json.dumps(checkpoint) if json_lines else dfloat11.as_text(checkpoint))
+    for file in [] if checkpoints else list_containers(path):
         with Container(file) as container:
             description = describe(container)
         print_line(json.dumps(description) if json_lines else as_text(description))

@@ -160,11 +160,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 def read_checkpoint(
     files: Sequence[Entry],
     config: Config,
-    shapes: Shapes,
+    shapes: Shapes | None,
     open_file: Callable[[Entry], File],
     max_memory: int | None,
 ) -> Checkpoint:
-    """Read the headers of the files of a checkpoint. ``shapes``: those of the original model, as far as they are given.
+    """Read the headers of the files of a checkpoint.
+
+    ``shapes``: those of the original model, as far as they are given; None: nobody asks for them, and tensors are flat.
 
     Raises a Df11Error for whatever breaks a rule of the layout.
     """
@@ -199,7 +201,7 @@ def read_checkpoint(
         _check_sizes(unit)
         cuts = splits[joined(name, "split_positions")]
         parts = _cut(unit, _attributes(unit, config, len(cuts) + 1), cuts)
-        shaped = tuple(_shaped(unit, one, config, shapes, places) for one in parts)
+        shaped = tuple(one if shapes is None else _shaped(unit, one, config, shapes, places) for one in parts)
         units[name] = Unit(name, config.threads, found, shaped, label)
     lost = [name for name in plain if name.rpartition(".")[2] in PARTS]
     if lost:
