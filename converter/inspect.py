@@ -66,7 +66,8 @@ def as_text(description: dict[str, Any]) -> str:
         f"{errors.printable(description['path'], errors.MOST_OF_A_PATH)}: {description['bytes']:,} bytes, "
         f"{ratio:.4f} of {source['bytes']:,} bytes of source{cast}"
     )
-    lines.append(f"source SHA-256 {source['sha256']}")
+    what = "SHA-256 of what was decoded" if "made_from" in description else "source SHA-256"
+    lines.append(f"{what} {source['sha256']}")
     for file in description.get("made_from", ()):
         name = errors.printable(file["file"], WIDEST)
         lines.append(f"decoded from DFloat11's {name}, {file['bytes']:,} bytes, SHA-256 {file['sha256']}")

@@ -23,11 +23,8 @@ def refuse_dfloat11(source: object, config: object) -> None:
         is_here = is_address(name) or os.path.exists(name)  # noqa: PTH110 - Path.exists raises for a name too long
         origin = name if is_here else f"hf://{name}"
         target = f"{name.rstrip('/').rpartition('/')[2]}-df11"
-        raise errors.UsageError(
-            "this is a checkpoint of DFloat11, another layout",
-            file=name,
-            hint=f"import it: df11-convert {origin} {target}",
-        )
+        hint = f"import it: df11-convert {origin} {target}"
+        raise errors.UsageError("this is a checkpoint of DFloat11, another layout", file=name, hint=hint)
 
 
 def refuse_dfloat11_folder(folder: str | os.PathLike[str]) -> None:

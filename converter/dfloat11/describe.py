@@ -65,17 +65,17 @@ def as_text(description: dict[str, Any]) -> str:
     """The same for people: a table of the units, and the totals."""
     rows = [("unit", "tensors", "weights", "bytes", *COLUMNS.values(), "bits/weight")]
     units = description["units"]
-    for unit in units:
-        rows.append(
-            (
-                errors.printable(unit["name"], WIDEST),
-                str(len(unit["tensors"])),
-                f"{unit['weights']:,}",
-                f"{unit['stored_bytes']:,}",
-                *(f"{unit['parts'][name]:.3f}" for name in COLUMNS.values()),
-                f"{unit['bits_per_weight']:.2f}",
-            )
+    rows += [
+        (
+            errors.printable(unit["name"], WIDEST),
+            str(len(unit["tensors"])),
+            f"{unit['weights']:,}",
+            f"{unit['stored_bytes']:,}",
+            *(f"{unit['parts'][name]:.3f}" for name in COLUMNS.values()),
+            f"{unit['bits_per_weight']:.2f}",
         )
+        for unit in units
+    ]
     weights, stored = (sum(unit[key] for unit in units) for key in ("weights", "stored_bytes"))
     plain = description["plain"]
     where = errors.printable(description["path"], errors.MOST_OF_A_PATH)

@@ -68,7 +68,7 @@ def test_from_pretrained_says_how_to_import_it(model, checkpoint):
         assert len(str(caught.value).splitlines()) == 1
     for file in checkpoint.glob("*model.safetensors"):  # What is in no unit: transformers then finds no file.
         file.unlink()
-    with pytest.raises((errors.UsageError, OSError), match="df11-convert|no file named diffusion"):
+    with pytest.raises((errors.UsageError, OSError), match=r"df11-convert|no file named diffusion"):
         type(model).from_pretrained(checkpoint)
 
 
