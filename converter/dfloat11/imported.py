@@ -351,11 +351,14 @@ class _UnitReader:
         signs = np.empty(len(out), np.uint8)
         self._signs.read(int(self._positions[first]), signs)
         each = 5 * unit.threads // 8  # 8 threads have 5 bytes; one more byte has the gap of the thread behind.
+        gaps = self._small("gaps", first * each, (end - first) * each + 1)
+        if not first and gaps[0] >> 3:
+            raise unit.problem("gaps: the first code of all must start with the first bit")
         status, where = kernels.decode_blocks(
             self._table,
             codes,
             8 * (unit.code_bytes - start),
-            self._small("gaps", first * each, (end - first) * each + 1),
+            gaps,
             self._positions[first : end + 1],
             unit.threads,
             signs,

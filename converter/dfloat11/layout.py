@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -200,7 +200,7 @@ def read_checkpoint(
         unit = Unit(name, config.threads, found, (), label)
         _check_sizes(unit)
         cuts = splits[joined(name, "split_positions")]
-        parts = _cut(unit, _attributes(unit, config, len(cuts) + 1), cuts)
+        parts = list(_cut(unit, _attributes(unit, config, len(cuts) + 1), cuts))
         shaped = tuple(one if shapes is None else _shaped(unit, one, config, shapes, places) for one in parts)
         units[name] = Unit(name, config.threads, found, shaped, label)
     lost = [name for name in plain if name.rpartition(".")[2] in PARTS]
@@ -274,7 +274,7 @@ def _attributes(unit: Unit, config: Config, count: int) -> tuple[str, ...]:
     return parts
 
 
-def _cut(unit: Unit, attributes: Sequence[str], cuts: Sequence[int]) -> Iterable[framing.Entry]:
+def _cut(unit: Unit, attributes: Sequence[str], cuts: Sequence[int]) -> Iterator[framing.Entry]:
     ends = [*cuts, unit.weights]
     position = 0
     for attribute, end in zip(attributes or ("",), ends, strict=True):
