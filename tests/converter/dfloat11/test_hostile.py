@@ -255,8 +255,26 @@ def test_patterns_match_as_python_matches_them(text, names):
 
 @pytest.mark.parametrize(
     "text",
-    ["(", ")", "a)", "*", "a**", "[a", "a\\", "\\1", "\\b", "(?P<x>a)", "(?i)a", "a^b", "a{x}", "a{3,1}", "a{100}"]
-    + ["(" * 30 + "a" + ")" * 30, "((a{99}){99}){99}", "a" * 1001],
+    [
+        *(
+            "(",
+            ")",
+            "a)",
+            "*",
+            "a**",
+            "[a",
+            "a\\",
+            "\\1",
+            "\\b",
+            "(?P<x>a)",
+            "(?i)a",
+            "a^b",
+            "a{x}",
+            "a{3,1}",
+            "a{100}",
+        ),
+        *("(" * 30 + "a" + ")" * 30, "((a{99}){99}){99}", "a" * 1001),
+    ],
     ids=lambda text: text[:10],
 )
 def test_other_patterns_are_refused(text):

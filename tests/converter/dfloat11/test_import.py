@@ -232,7 +232,7 @@ def test_a_tree_of_models(block, original, tmp_path):
 # A single file.
 
 
-def test_a_single_file(block, original, tmp_path):
+def test_a_single_file(original, tmp_path):
     one = [tensor for file in block_files().values() for tensor in file]
     with_config = dfloat11.write(tmp_path / "one", {"m.safetensors": one}, dfloat11.config(PATTERNS)) / "m.safetensors"
     df11.convert(with_config, tmp_path / "x.df11", shapes=original)
