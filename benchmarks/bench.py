@@ -32,7 +32,15 @@ SECTIONS: Final[dict[str, Callable[[Bench], None]]] = {
 }
 DEFAULT: Final = ("start", "cores", "convert", "sizes", "memory")
 SHARED_MEMORY: Final = Path("/dev/shm")
-ROOM: Final = {"start": 3e8, "cores": 2e8, "convert": 16.5e9, "sizes": 1.6e9, "memory": 11e9, "dfloat11": 3e9, "job": 15e9}
+ROOM: Final = {
+    "start": 3e8,
+    "cores": 2e8,
+    "convert": 16.5e9,
+    "sizes": 1.6e9,
+    "memory": 11e9,
+    "dfloat11": 3e9,
+    "job": 15e9,
+}
 """Bytes that a section needs in its folder at a time; scaled by --size."""
 ON_DISK: Final = ("job", "omnigen2")
 """Sections that measure a real disk."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from df11.converter.dfloat11.architectures import known_parts, known_shape, tied_units
-from df11.converter.dfloat11.patterns import Pattern
+from df11.converter.dfloat11.patterns import Budget, Pattern
 from df11.converter.source import Source
 from df11.formats import errors, framing, json_text
 from df11.storage.entry import Entry
@@ -40,8 +40,6 @@ MOST_ROWS: Final = 18
 """Rows of luts: 17 tables, and the lengths."""
 MOST_PARTS: Final = 1024
 MOST_PATTERNS: Final = 1024
-_MOST_MATCHING: Final = 4_000_000
-"""Characters of unit names, times patterns."""
 _ATTRIBUTES: Final = re.compile(r"(?!__)\w+(\.(?!__)\w+)*", re.ASCII)
 
 
@@ -142,14 +140,14 @@ def read_config(data: bytes, where: str) -> Config | None:
     need(is_one and threads[0] in (32, 64, 128, 256, 512, 1024), "threads_per_block must be [32] to [1024]", threads)
     need(type(size) is int and size == THREAD_BYTES, "bytes_per_thread must be 8", size)
     need(isinstance(patterns, dict) and len(patterns) <= MOST_PATTERNS, "pattern_dict is no object, or too large", 0)
-    read = []
+    read, budget = [], Budget()
     for text, attributes in patterns.items():
         is_list = isinstance(attributes, list) and len(attributes) <= MOST_PARTS
         need(is_list and all(isinstance(one, str) for one in attributes), "a pattern needs a list of names", text)
         for one in attributes:
             need(_ATTRIBUTES.fullmatch(one) is not None, "not the name of a layer", one)
         need(len({*attributes}) == len(attributes), "a pattern names a layer twice", text)
-        read.append((Pattern(text, file=where), tuple(attributes)))
+        read.append((Pattern(text, file=where, budget=budget), tuple(attributes)))
     return Config(document, threads[0], tuple(read))
 
 
@@ -184,10 +182,6 @@ def read_checkpoint(
                 if entry.name.rpartition(".")[2] == "split_positions":
                     splits[entry.name] = _read_splits(source, entry)
     names = [name.rpartition(".")[0] for name in places if name.rpartition(".")[2] == CODES]
-    patterns = config.patterns or ()
-    if sum(map(len, names)) * len(patterns) > _MOST_MATCHING:
-        what = "pattern_dict has too many patterns for so many units"
-        raise errors.CheckpointError(what, file=labels[joined(names[0], CODES)], found=len(patterns))
     units, plain = {}, dict(places)
     for name in names:
         label = labels[joined(name, CODES)]

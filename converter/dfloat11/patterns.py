@@ -31,12 +31,24 @@ _CLASSES: Final[dict[str, _Test]] = {
 }
 
 
-class Pattern:
-    """A regular expression that names are matched against as a whole. Raises CheckpointError if it is none."""
+class Budget:
+    """What all patterns of one file may take together: states that are made, and states that are visited."""
 
-    def __init__(self, text: str, *, file: str) -> None:
+    def __init__(self) -> None:
+        self.states = 20_000
+        self.visits = 2_000_000
+
+
+class Pattern:
+    """A regular expression that names are matched against as a whole. Raises CheckpointError if it is none.
+
+    ``budget``: that of the file it comes from.
+    """
+
+    def __init__(self, text: str, *, file: str, budget: Budget | None = None) -> None:
         self.text = text
         self._file = file
+        self._budget = budget or Budget()
         self._at = 0
         self._tests: list[tuple[_Test, int]] = []
         """For each state: what the next character must be, and the state after it."""
@@ -59,6 +71,7 @@ class Pattern:
         for character in name:
             if not states:
                 return False
+            self._visit(1)
             known = self._known.get((states, character))
             if known is None:
                 found = {self._tests[one][1] for one in states if self._tests[one][0](character)}
@@ -71,19 +84,26 @@ class Pattern:
     def _closure(self, states: set[int]) -> frozenset[int]:
         waiting, found = list(states), set(states)
         while waiting:
+            self._visit(1)
             for other in self._free[waiting.pop()]:
                 if other not in found:
                     found.add(other)
                     waiting.append(other)
         return frozenset(found)
 
+    def _visit(self, count: int) -> None:
+        self._budget.visits -= count
+        if self._budget.visits < 0:
+            self._refuse("it and those before it take too long to match")
+
     def _refuse(self, why: str) -> NoReturn:
         what = f"pattern_dict: a pattern cannot be read: {why}"
         raise errors.CheckpointError(what, file=self._file, found=errors.shortened(self.text))
 
     def _state(self, test: _Test = lambda _: False, to: int = 0) -> int:
-        if len(self._free) == MOST_STATES:
-            self._refuse("it is too large")
+        self._budget.states -= 1
+        if len(self._free) == MOST_STATES or self._budget.states < 0:
+            self._refuse("it is too large, or those before it are")
         self._tests.append((test, to))
         self._free.append([])
         return len(self._free) - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -286,15 +285,19 @@ def test_a_pattern_never_goes_back():
     assert not Pattern("(a+)+(a|a)*(a*)*b", file="x").matches("a" * 20_000)
 
 
-def test_many_patterns_for_many_units_are_refused(tmp_path):
-    names = [f"{'x' * 200}{number}" for number in range(30)]
-    stored = [one for name in names for one in dfloat11.tensors(name, dfloat11.encode([gaussian(30, 1)], THREADS))]
-    patterns = {f"a{number}": [] for number in range(1000)}
-    path = dfloat11.write(tmp_path / "in", {"a.safetensors": stored}, dfloat11.config(patterns, THREADS))
-    with pytest.raises(errors.CheckpointError, match="too many patterns"):
-        df11.convert(path, tmp_path / "out")
-    document = json.loads((path / "config.json").read_text())
-    document["dfloat11_config"]["pattern_dict"] = {f"a{number}": [] for number in range(2000)}
-    (path / "config.json").write_text(json.dumps(document))
+def test_patterns_that_are_large_together_are_refused(tmp_path):
+    patterns = {f"{number}(a{{99}}){{39}}": [] for number in range(1000)}
     with pytest.raises(errors.CheckpointError, match="too large"):
-        df11.convert(path, tmp_path / "out")
+        convert(written(tmp_path, good(), pattern_dict=patterns), tmp_path)
+
+
+def test_a_pattern_that_visits_many_states_is_refused():
+    pattern = Pattern("(.?){99}" * 3, file="x")
+    with pytest.raises(errors.CheckpointError, match="take too long to match"):
+        for number in range(1000):
+            pattern.matches("".join(chr(500 + number + place) for place in range(100)))
+
+
+def test_there_may_be_only_so_many_patterns(tmp_path):
+    with pytest.raises(errors.CheckpointError, match="too large"):
+        convert(written(tmp_path, good(), pattern_dict={f"a{number}": [] for number in range(2000)}), tmp_path)
