@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from df11.converter.dfloat11.architectures import tied_units
+from df11.converter.dfloat11.recognise import decoded
 from df11.converter.files import (
     CONFIG,
     DF11,
@@ -89,8 +90,16 @@ def verify(
             tensors += len(container)
             size += sum(_decoded_size(container.info(name)) for name in container.keys())
     if source is not None and imported:
+        shapes = {name: shape for entry in imported for name, shape in _shapes(store, entry)}
+        source = decoded(source, known=shapes)  # It may be the checkpoint itself.
         _compare_originals(store, imported, source, count, on_progress)
     return VerifyReport(len(containers), tensors, size, against is not None)
+
+
+def _shapes(store: Store, entry: Entry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    with Container(store.locate(entry.name)) as container:
+        for name in container.keys():
+            yield name, container.info(name).shape
 
 
 def _is_imported(store: Store, entry: Entry) -> bool:

@@ -30,6 +30,8 @@ class File(ABC):
     size: int
     memory: int = 0
     """Bytes of memory that reading takes, besides the caller's buffers."""
+    state: object = None
+    """By what it can be seen that another file has taken its place, or has been written to."""
     sources: tuple[Entry, ...] = ()
     """The files that this one is made from while it is read; none if it is one itself."""
 
@@ -83,8 +85,8 @@ class LocalFile(File):
     def __init__(self, path: str | os.PathLike[str], *, label: str | None = None) -> None:
         self.label = label or os.fspath(path)
         self._file = open_regular(path)
-        self._state = self._now()
-        self.size = self._state[0]
+        self.state: tuple[int, int, int] = self._now()
+        self.size = self.state[0]
 
     def close(self) -> None:
         """Close the file."""
@@ -97,7 +99,7 @@ class LocalFile(File):
 
     def check_unchanged(self) -> None:
         """Raise a ConflictError if the file is not the one that was opened."""
-        if self._now() != self._state:
+        if self._now() != self.state:
             raise self.changed()
 
     def _now(self) -> tuple[int, int, int]:

@@ -42,6 +42,7 @@ class Overlay(Store):
     ) -> None:
         self._store = store
         self._made, self._texts = dict(made), dict(texts)
+        self._hashes: dict[str, Entry] = {}
         self._hidden = frozenset(hidden) | made.keys() | texts.keys()
         self.label = store.label
         self.address: Address | None = store.address
@@ -82,7 +83,10 @@ class Overlay(Store):
     def made_from(self, entry: Entry) -> tuple[Entry, ...]:
         """The files that a file is made from, with their SHA-256."""
         made = self._made.get(entry.name)
-        return () if made is None else tuple(hashed(self._store, one) for one in made.sources)
+        for one in () if made is None else made.sources:
+            if one.name not in self._hashes:
+                self._hashes[one.name] = _hashed(self._store, one)
+        return () if made is None else tuple(self._hashes[one.name] for one in made.sources)
 
     def mode(self, entry: Entry) -> int:
         """Permissions of a file: of a made one, those of any new file."""
@@ -137,7 +141,7 @@ class Overlay(Store):
         return errors.UsageError("this is only read", file=self.label)
 
 
-def hashed(store: Store, entry: Entry) -> Entry:
-    """The entry with its SHA-256, which a repository does not list for small files."""
+def _hashed(store: Store, entry: Entry) -> Entry:
+    # With its SHA-256, which a repository does not list for small files.
     entry = store.hashed(entry)
     return entry if entry.sha256 is not None else Entry.of(entry.name, store.read(entry))

@@ -47,15 +47,20 @@ class Piece:
         return self.start + self.entry.size
 
 
+Hashes = dict[tuple[str, object], Entry]
+"""Files whose SHA-256 is known, by name and state: several shards may be made from one file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A file that is made: its header, and the tensors behind it."""
 
     head: bytes
     pieces: tuple[Piece, ...]
+    hashes: Hashes
 
     @classmethod
-    def of(cls, units: Sequence[Unit], plain: Sequence[Place]) -> Shard:
+    def of(cls, units: Sequence[Unit], plain: Sequence[Place], hashes: Hashes) -> Shard:
         """The file with all tensors of these units, then others, those of large elements first."""
         found: list[tuple[framing.Entry, Unit | Place]] = [(part, unit) for unit in units for part in unit.parts]
         found += [
@@ -73,7 +78,7 @@ class Shard:
             Piece(len(head) + placed.start, entry, origin)
             for placed, (entry, origin) in zip(entries, found, strict=True)
         ]
-        return cls(head, tuple(pieces))
+        return cls(head, tuple(pieces), hashes)
 
     @property
     def size(self) -> int:
@@ -103,7 +108,7 @@ class ImportedFile(File):
         self.size = shard.size
         self.sources = shard.sources
         self._shard = shard
-        self._files = _Files(store)
+        self._files = _Files(store, shard.hashes)
         self._starts = [piece.start for piece in shard.pieces]
         self._unit: _UnitReader | None = None
         self._plain: _Stream | None = None
@@ -176,8 +181,8 @@ class ImportedFile(File):
 class _Files:
     # The open files of a checkpoint.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, hashes: Hashes) -> None:
+        self._store, self._hashes = store, hashes
         self._streams: list[File] = []
         self._windows: dict[str, _Window] = {}
         self._is_stopped = False
@@ -211,7 +216,14 @@ class _Files:
         return file
 
     def hashed(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
-        return tuple(entry if entry.sha256 is not None else self.window(entry).hashed() for entry in entries)
+        return tuple(entry if entry.sha256 is not None else self._hashed(entry) for entry in entries)
+
+    def _hashed(self, entry: Entry) -> Entry:
+        window = self.window(entry)
+        key = entry.name, window.file.state
+        if key not in self._hashes:
+            self._hashes[key] = window.hashed()
+        return self._hashes[key]
 
     def check_unchanged(self) -> None:
         for window in self._windows.values():

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from df11.converter.dfloat11.architectures import tied_units
-from df11.converter.dfloat11.imported import Shard
+from df11.converter.dfloat11.imported import Hashes, Shard
 from df11.converter.dfloat11.layout import (
     ALONE,
     CODES,
@@ -41,11 +41,17 @@ SHARD_BYTES: Final = 5_000_000_000
 """Decoded bytes of a file, about; a unit is not divided."""
 
 
-def decoded(store: Store, *, shapes: str | os.PathLike[str] | None = None, max_memory: int | None = None) -> Store:
+def decoded(
+    store: Store,
+    *,
+    shapes: str | os.PathLike[str] | None = None,
+    known: Shapes | None = None,
+    max_memory: int | None = None,
+) -> Store:
     """The same store, or, if it holds DFloat11 checkpoints, one with the models that they decode to.
 
-    ``shapes``: the original model, whose headers say what shapes its tensors have. Raises a Df11Error if a checkpoint
-    breaks a rule of its layout, or if nothing tells a shape.
+    ``shapes``: the original model, whose headers say what shapes its tensors have. ``known``: shapes that are known
+    otherwise. Raises a Df11Error if a checkpoint breaks a rule of its layout, or if nothing tells a shape.
     """
     found = checkpoints(store)
     if not found:
@@ -54,13 +60,14 @@ def decoded(store: Store, *, shapes: str | os.PathLike[str] | None = None, max_m
         return store
     originals = None if shapes is None else _Originals(shapes, max_memory)
     made: dict[str, Shard] = {}
+    hashes: Hashes = {}
     texts: dict[str, bytes] = {}
     hidden: list[str] = []
     for folder, (files, config) in found.items():
-        wanted = {} if originals is None else originals.shapes(folder)
+        wanted = (known or {}) if originals is None else originals.shapes(folder)
         checkpoint = _without_copies(store, read_checkpoint(files, config, wanted, store.open, max_memory))
         stem = _stem(files, config)
-        shards = _shards(checkpoint, None if store.is_file else SHARD_BYTES)
+        shards = _shards(checkpoint, None if store.is_file else SHARD_BYTES, hashes)
         names = [f"{stem}-{number:05}-of-{len(shards):05}{SAFETENSORS}" for number in range(1, len(shards) + 1)]
         if len(shards) == 1:
             names = [files[0].name if store.is_file else stem + SAFETENSORS]
@@ -161,7 +168,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d{1,18})", name) if part]
 
 
-def _shards(checkpoint: Checkpoint, most: int | None) -> list[Shard]:
+def _shards(checkpoint: Checkpoint, most: int | None, hashes: Hashes) -> list[Shard]:
     # All tensors in the order of the model, in files of about `most` bytes.
     items: dict[str, Unit | Place] = {**checkpoint.units, **checkpoint.plain}
     groups: list[list[Unit | Place]] = [[]]
@@ -175,7 +182,9 @@ def _shards(checkpoint: Checkpoint, most: int | None) -> list[Shard]:
         groups[-1].append(item)
         size += more
     return [
-        Shard.of([one for one in group if isinstance(one, Unit)], [one for one in group if isinstance(one, Place)])
+        Shard.of(
+            [one for one in group if isinstance(one, Unit)], [one for one in group if isinstance(one, Place)], hashes
+        )
         for group in groups
     ]
 

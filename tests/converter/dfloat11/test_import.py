@@ -382,3 +382,24 @@ def test_a_checkpoint_that_changes_meanwhile(block, original, tmp_path, monkeypa
     with pytest.raises(errors.ConflictError, match="changed while"):
         df11.convert(block, tmp_path / "out", shapes=original)
     assert not list((tmp_path / "out").glob("*.df11"))
+
+
+def test_it_can_be_compared_with_the_checkpoint_itself(block, original, tmp_path):
+    df11.convert(block, tmp_path / "out", shapes=original)
+    assert df11.verify(tmp_path / "out", block).compared
+    files = block_files()
+    unit = dfloat11.tensors("layers.3", dfloat11.encode([Q, gaussian(64 * 30, 8)]))
+    sources.write(block / "layers_3.safetensors", [*unit, *files["layers_3.safetensors"][-2:]])
+    with pytest.raises(errors.DifferenceError):
+        df11.verify(tmp_path / "out", block)
+
+
+def test_a_file_of_several_shards_is_hashed_once(block, original, tmp_path, monkeypatch):
+    from df11.converter.dfloat11 import imported
+
+    calls: list[str] = []
+    real = imported._Window.hashed
+    monkeypatch.setattr(imported._Window, "hashed", lambda self: (calls.append(self._entry.name), real(self))[1])
+    monkeypatch.setattr("df11.converter.dfloat11.recognise.SHARD_BYTES", 5000)
+    df11.convert(block, tmp_path / "out", shapes=original)
+    assert sorted(calls) == ["layers_3.safetensors", "model.safetensors"]
