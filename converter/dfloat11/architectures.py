@@ -1,4 +1,4 @@
-"""The models in ``architectures.toml``: their units, and where their config.json has sizes."""
+"""The models in ``architectures.toml``: their units, and what tells the shapes of their weights."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class UnitKind:
 
     pattern: Pattern
     parts: tuple[str, ...]
+    norm: tuple[str, ...]
+    """Norms that may have a size, below the unit if there is a dot at the start."""
     size: tuple[str, ...]
     """Where config.json may have a size, as paths with dots."""
     columns: tuple[str, ...]
@@ -48,6 +50,7 @@ def architectures() -> tuple[Architecture, ...]:
                 UnitKind(
                     Pattern(unit["pattern"], file=str(path)),
                     tuple(unit["parts"]),
+                    tuple(unit.get("norm", ())),
                     tuple(unit.get("size", ())),
                     tuple(unit.get("columns", ())),
                     tuple(unit.get("rows", ())),
@@ -69,16 +72,20 @@ def known_parts(unit: str, count: int) -> tuple[str, ...] | None:
     return None
 
 
-def known_shape(unit: str, part: str, elements: int, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The shape of a part of ``elements`` weights by what config.json says; None if that does not tell.
+def known_shape(
+    unit: str, part: str, elements: int, config: Mapping[str, Any], vectors: Mapping[str, int]
+) -> tuple[int, int] | None:
+    """The shape of a part of ``elements`` weights, by a norm beside it, or by config.json; None if none tells.
 
-    ``part``: an attribute of the unit, or "" if it is a linear layer or an embedding itself.
+    ``part``: an attribute of the unit, or "" if it is a linear layer or an embedding itself. ``vectors``: the elements
+    of tensors of one dimension, by name.
     """
     name = part or unit.rpartition(".")[2]
     for one in architectures():
         for kind in one.units:
             if name in (*kind.columns, *kind.rows) and (part in kind.parts or not part) and kind.pattern.matches(unit):
-                size = _size(config, kind.size)
+                norms = (f"{unit}{norm}" if norm.startswith(".") else norm for norm in kind.norm)
+                size = next((vectors[norm] for norm in norms if norm in vectors), None) or _size(config, kind.size)
                 if size and not elements % size:
                     rest = elements // size
                     return (rest, size) if name in kind.columns else (size, rest)

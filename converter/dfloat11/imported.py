@@ -189,14 +189,16 @@ class _Files:
         self.is_ahead = False
 
     def memory(self, shard: Shard) -> int:
-        # Of two streams, codes and signs, at the most.
+        # Of two streams, codes and signs, at the most; what the Hub's client takes is in both, but there once.
+        if self._store.address is None:
+            return 0
+        from df11.storage.ranges import CLIENT_MEMORY
+
         most = 0
         for entry in shard.sources:
             with self._store.open(entry) as file:
                 most = max(most, 2 * file.memory)
-            if self._store.address is None:
-                break
-        return most
+        return most - CLIENT_MEMORY
 
     def window(self, entry: Entry) -> _Window:
         # Stays open, as it knows whether the file has changed since.

@@ -183,6 +183,7 @@ def read_checkpoint(
                     splits[entry.name] = _read_splits(source, entry)
     names = [name.rpartition(".")[0] for name in places if name.rpartition(".")[2] == CODES]
     units, plain = {}, dict(places)
+    vectors = {name: place.entry.elements for name, place in places.items() if len(place.entry.shape) == 1}
     for name in names:
         label = labels[joined(name, CODES)]
         own = {part: plain.pop(joined(name, part), None) for part in PARTS}
@@ -195,7 +196,7 @@ def read_checkpoint(
         _check_sizes(unit)
         cuts = splits[joined(name, "split_positions")]
         parts = list(_cut(unit, _attributes(unit, config, len(cuts) + 1), cuts))
-        shaped = tuple(one if shapes is None else _shaped(unit, one, config, shapes, places) for one in parts)
+        shaped = tuple(one if shapes is None else _shaped(unit, one, config, shapes, vectors) for one in parts)
         units[name] = Unit(name, config.threads, found, shaped, label)
     lost = [name for name in plain if name.rpartition(".")[2] in PARTS]
     if lost:
@@ -280,19 +281,18 @@ def _cut(unit: Unit, attributes: Sequence[str], cuts: Sequence[int]) -> Iterator
 
 
 def _shaped(
-    unit: Unit, part: framing.Entry, config: Config, shapes: Shapes, places: Mapping[str, Place]
+    unit: Unit, part: framing.Entry, config: Config, shapes: Shapes, vectors: Mapping[str, int]
 ) -> framing.Entry:
-    # With the shape that the original, a bias or config.json tells.
+    # With the shape that the original, a bias, a norm or config.json tells.
     elements = part.elements
     tied = [first for first, second in tied_units(config.document) if second == unit.name]
-    bias = places.get(part.name.removesuffix("weight") + "bias")
-    rows = bias.entry.elements if bias is not None and len(bias.entry.shape) == 1 else None
+    rows = vectors.get(part.name.removesuffix("weight") + "bias")
     shape = next((shapes[one] for one in (part.name, *(f"{first}.weight" for first in tied)) if one in shapes), None)
     if shape is None and rows and elements % rows == 0:
         shape = (rows, elements // rows)
     if shape is None:
         attribute = part.name.removesuffix("weight").removeprefix(unit.name).strip(".")
-        shape = known_shape(unit.name, attribute, elements, config.document)
+        shape = known_shape(unit.name, attribute, elements, config.document, vectors)
     if shape is None:
         what = f"nothing tells the shape of {errors.shortened(part.name)}"
         hint = "name the original model, whose headers do: --shapes hf://OWNER/NAME, or a file or folder"

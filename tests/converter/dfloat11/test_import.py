@@ -307,6 +307,20 @@ def test_shapes_by_config_and_tied_copies_once(more, tied, tmp_path):
     } | ({} if tied else {"lm_head.weight": (40, 16)})
 
 
+def test_shapes_by_norms(tmp_path):
+    files = decoder_files()
+    files["model.safetensors"].append(bf16("model.layers.0.input_layernorm.weight", (16,)))
+    mlp = [gaussian(12 * 12, 1), gaussian(5 * 12, 2)]
+    files["v.safetensors"] = dfloat11.tensors("visual.merger.mlp", dfloat11.encode(mlp))
+    files["v.safetensors"].append(bf16("visual.merger.mlp.0.bias", (12,)))
+    patterns = DECODER | {r"visual\.merger\.mlp": ["0", "2"]}
+    df11.convert(dfloat11.write(tmp_path / "in", files, dfloat11.config(patterns, hidden_size=8)), tmp_path / "out")
+    shapes = {name: shape for name, (_, shape, _) in arrays(tmp_path / "out").items()}
+    assert shapes["model.layers.0.mlp.down_proj.weight"] == (16, 24)
+    assert shapes["lm_head.weight"] == (40, 16)
+    assert shapes["visual.merger.mlp.2.weight"] == (5, 12)
+
+
 def test_weights_that_should_be_tied_but_differ_are_kept(tmp_path):
     files = decoder_files()
     signs = next(place for place, one in enumerate(files["model.safetensors"]) if one.name == "lm_head.sign_mantissa")
