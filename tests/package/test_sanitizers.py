@@ -13,7 +13,7 @@ from tests.support import cpu_kernels
 ROOT = cpu_kernels.ROOT
 SUITES = (
     *("tests/formats/test_record.py", "tests/formats/test_vectors.py", "tests/formats/test_cpu_kernels.py"),
-    *("tests/converter/dfloat11/test_import.py", "tests/converter/dfloat11/test_hostile.py"),
+    "tests/converter/dfloat11/test_kernels.py",
 )
 
 
