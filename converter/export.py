@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ VERSION: Final = "0.5.0"
 """What dfloat11_config says: the release whose encoder writes this layout. No loader looks at it."""
 MODEL_TYPE: Final = "llama"
 """Of a config.json that names none: DFloat11 0.2 and 0.3 ask transformers for it, and ignore the answer."""
+
+
+_FILE_NAME: Final = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +217,9 @@ class _Maker:
         self.units += len(units)
         rest = list(selection.plain)
         if file_per_unit:
+            if odd := next((unit.name for unit in units if not _FILE_NAME.fullmatch(unit.name)), None):
+                what, hint = "no file can have the name of this unit", "leave out --file-per-unit"
+                raise errors.CheckpointError(what, file=self._store.label, tensor=odd, hint=hint)
             for unit in units:  # With all that is below its module, as DFloat11's own encoder does it.
                 own = [one for one in rest if one.entry.name.startswith(unit.name + ".")]
                 rest = [one for one in rest if one not in own]

@@ -36,19 +36,19 @@ class Budget:
 
     def __init__(self) -> None:
         self.states = 20_000
-        self.visits = 2_000_000
+        self.visits = 5_000_000
 
 
 class Pattern:
     """A regular expression that names are matched against as a whole. Raises CheckpointError if it is none.
 
-    ``budget``: that of the file it comes from.
+    ``budget``: that of a stranger's file.
     """
 
     def __init__(self, text: str, *, file: str, budget: Budget | None = None) -> None:
         self.text = text
         self._file = file
-        self._budget = budget or Budget()
+        self._budget = budget
         self._at = 0
         self._tests: list[tuple[_Test, int]] = []
         """For each state: what the next character must be, and the state after it."""
@@ -92,17 +92,19 @@ class Pattern:
         return frozenset(found)
 
     def _visit(self, count: int) -> None:
-        self._budget.visits -= count
-        if self._budget.visits < 0:
-            self._refuse("it and those before it take too long to match")
+        if self._budget is not None:
+            self._budget.visits -= count
+            if self._budget.visits < 0:
+                self._refuse("it and those before it take too long to match")
 
     def _refuse(self, why: str) -> NoReturn:
         what = f"pattern_dict: a pattern cannot be read: {why}"
         raise errors.CheckpointError(what, file=self._file, found=errors.shortened(self.text))
 
     def _state(self, test: _Test = lambda _: False, to: int = 0) -> int:
-        self._budget.states -= 1
-        if len(self._free) == MOST_STATES or self._budget.states < 0:
+        if self._budget is not None:
+            self._budget.states -= 1
+        if len(self._free) == MOST_STATES or (self._budget is not None and self._budget.states < 0):
             self._refuse("it is too large, or those before it are")
         self._tests.append((test, to))
         self._free.append([])

@@ -202,6 +202,16 @@ def test_what_is_no_unit(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["../../a", "/a", "a/c", ".a"])
+def test_a_unit_whose_name_leads_elsewhere_gets_no_file(name, tmp_path):
+    path = model(tmp_path, [bf16(f"{name}.weight", (8, 8)), bf16("b.weight", (4, 4))], {})
+    (tmp_path / "p.json").write_text(json.dumps({r"[^b]*": [], "b": []}))
+    options = ("--to", "dfloat11", "--patterns", tmp_path / "p.json", path, tmp_path / "out")
+    commands.run("export", "--file-per-unit", *options).error(2, repr(name), "no file can have the name of this unit")
+    assert not (tmp_path / "out").exists()
+    commands.run("export", *options).fine()
+
+
 def test_plain_files(tmp_path):
     tensors = omnigen2()
     folder = tmp_path / "plain"

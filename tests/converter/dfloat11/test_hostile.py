@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import df11
-from df11.converter.dfloat11.patterns import Pattern
+from df11.converter.dfloat11.patterns import Budget, Pattern
 from df11.formats import errors
 from tests.support import dfloat11, sources
 from tests.support.sources import Tensor, gaussian
@@ -292,7 +292,7 @@ def test_patterns_that_are_large_together_are_refused(tmp_path):
 
 
 def test_a_pattern_that_visits_many_states_is_refused():
-    pattern = Pattern("(.?){99}" * 3, file="x")
+    pattern = Pattern("(.?){99}" * 3, file="x", budget=Budget())
     with pytest.raises(errors.CheckpointError, match="take too long to match"):
         for number in range(1000):
             pattern.matches("".join(chr(500 + number + place) for place in range(100)))
