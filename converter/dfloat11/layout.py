@@ -16,6 +16,7 @@ import numpy as np
 
 from df11.converter.dfloat11.architectures import known_parts, known_shape, tied_units
 from df11.converter.dfloat11.patterns import Budget, Pattern
+from df11.converter.settings import BASE_MEMORY, HEADER_MEMORY, SMALL_HEADER, too_little_memory
 from df11.converter.source import Source
 from df11.formats import errors, framing, json_text
 from df11.storage.entry import Entry
@@ -40,6 +41,8 @@ MOST_ROWS: Final = 18
 """Rows of luts: 17 tables, and the lengths."""
 MOST_PARTS: Final = 1024
 MOST_PATTERNS: Final = 1024
+MOST_VALUES: Final = 100_000
+"""JSON values of config.json."""
 _ATTRIBUTES: Final = re.compile(r"(?!__)\w+(\.(?!__)\w+)*", re.ASCII)
 
 
@@ -121,7 +124,9 @@ class Checkpoint:
 def read_config(data: bytes, where: str) -> Config | None:
     """What config.json says, or None if it is not of a DFloat11 checkpoint. Raises CheckpointError."""
     try:
-        document = json_text.parse(data, what="config.json", where={"file": where}, error=errors.CheckpointError)
+        document = json_text.parse(
+            data, what="config.json", where={"file": where}, error=errors.CheckpointError, values=MOST_VALUES
+        )
     except errors.Df11Error:
         if b'"dfloat11_config"' in data:
             raise
@@ -171,8 +176,11 @@ def read_checkpoint(
     places: dict[str, Place] = {}
     labels: dict[str, str] = {}
     splits: dict[str, tuple[int, ...]] = {}
+    size = 0
     for file in files:
         with Source(open_file(file), max_memory=max_memory) as source:
+            size += len(source.header.raw)
+            check_headers(size, source, max_memory)
             for entry in source.header.entries:
                 if entry.name in places:
                     what = f"this tensor is in {labels[entry.name]}, too"
@@ -209,6 +217,13 @@ def read_checkpoint(
                 raise unit.problem(f"its weights {errors.shortened(part.name)} are in the checkpoint twice")
             taken.add(part.name)
     return Checkpoint(config, units, plain)
+
+
+def check_headers(size: int, source: Source, max_memory: int | None) -> None:
+    """Raise a BudgetError if headers of ``size`` bytes, up to that of a source, take more than ``max_memory``."""
+    needed = BASE_MEMORY + HEADER_MEMORY * size
+    if max_memory is not None and size > SMALL_HEADER and needed > max_memory:
+        raise too_little_memory(source.path, needed, max_memory)
 
 
 def joined(unit: str, part: str) -> str:

@@ -22,6 +22,7 @@ from df11.converter.dfloat11.layout import (
     Place,
     Shapes,
     Unit,
+    check_headers,
     read_checkpoint,
     read_config,
 )
@@ -135,9 +136,12 @@ class _Originals:
         store = open_source(place)
         self._label = str(place)
         self._by_folder: dict[str, dict[str, tuple[int, ...]]] = {}
+        size = 0
         for entry in store.list():
             if entry.name.endswith(SOURCE_SUFFIXES):
                 with Source(store.open(entry), max_memory=max_memory) as source:
+                    size += len(source.header.raw)
+                    check_headers(size, source, max_memory)
                     known = self._by_folder.setdefault(_folder(entry.name), {})
                     known |= {one.name: one.shape for one in source.header.entries}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,23 @@ def test_a_pattern_that_visits_many_states_is_refused():
     with pytest.raises(errors.CheckpointError, match="take too long to match"):
         for number in range(1000):
             pattern.matches("".join(chr(500 + number + place) for place in range(100)))
+
+
+def test_headers_of_many_files_count_together(tmp_path):
+    path = written(tmp_path, good())
+    names = [f"{'x' * 5000}{number}" for number in range(500)]
+    for file in range(3):
+        sources.write(path / f"{file}.safetensors", [sources.bf16(f"{name}.{file}", (1,)) for name in names])
+    with pytest.raises(errors.BudgetError, match="--max-memory is too small"):
+        df11.convert(path, tmp_path / "out", max_memory="150MiB")
+
+
+def test_a_config_with_many_values_is_refused(tmp_path):
+    path = written(tmp_path, good())
+    document = json.loads((path / "config.json").read_text()) | {"x": [0] * 200_000}
+    (path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(errors.LimitError, match="too many values"):
+        convert(path, tmp_path)
 
 
 def test_there_may_be_only_so_many_patterns(tmp_path):
