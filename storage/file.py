@@ -49,8 +49,8 @@ class File(ABC):
     def read(self, position: int, out: Bytes) -> None:
         """Fill ``out`` with the bytes from ``position`` on. Raises a Df11Error."""
 
-    def expect(self, position: int) -> None:  # noqa: B027 - a disk needs no warning
-        """Announce that the file is read in sequence from ``position`` on."""
+    def expect(self, position: int, end: int | None = None) -> None:  # noqa: B027 - a disk needs no warning
+        """Announce that the file is read in sequence from ``position`` on, up to ``end`` or its own."""
 
     def stop(self) -> None:  # noqa: B027 - nobody waits for a disk
         """Wake all threads that wait for bytes: from now on, reads raise an error."""
@@ -92,7 +92,7 @@ class LocalFile(File):
         """Close the file."""
         self._file.close()
 
-    def expect(self, position: int) -> None:
+    def expect(self, position: int, end: int | None = None) -> None:
         """Have the kernel read ahead."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), position, 0, os.POSIX_FADV_SEQUENTIAL)

@@ -121,7 +121,7 @@ class ImportedFile(File):
         """Close all files."""
         self._files.close()
 
-    def expect(self, position: int) -> None:
+    def expect(self, position: int, end: int | None = None) -> None:
         """Fetch ahead from now on."""
         self._unit = self._plain = None
         self._files.close_streams()
@@ -212,7 +212,7 @@ class _Files:
         file = self._store.open(place.file)
         self._streams.append(file)
         if self.is_ahead:
-            file.expect(place.start)
+            file.expect(place.start, place.start + place.entry.size)
         if self._is_stopped:
             file.stop()
         return file

@@ -178,7 +178,9 @@ def read_checkpoint(
     splits: dict[str, tuple[int, ...]] = {}
     size = 0
     for file in files:
-        with Source(open_file(file), max_memory=max_memory) as source:
+        opened = open_file(file)
+        with Source(opened, max_memory=max_memory) as source:
+            opened.expect(opened.size)  # What comes is small, and lies anywhere.
             size += len(source.header.raw)
             check_headers(size, source, max_memory)
             for entry in source.header.entries:

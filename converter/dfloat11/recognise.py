@@ -218,8 +218,8 @@ def _are_same(store: Store, one: Unit, other: Unit) -> bool:
         return False
     for mine, its in sorted(pairs, key=lambda pair: pair[0].entry.size):
         with store.open(mine.file) as first, store.open(its.file) as second:
-            first.expect(mine.start)
-            second.expect(its.start)
+            first.expect(mine.start, mine.start + mine.entry.size)
+            second.expect(its.start, its.start + its.entry.size)
             for position in range(0, mine.entry.size, CHUNK):
                 size = min(CHUNK, mine.entry.size - position)
                 left, right = np.empty(size, np.uint8), np.empty(size, np.uint8)
