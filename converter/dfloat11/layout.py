@@ -22,6 +22,8 @@ from df11.formats import errors, framing, json_text
 from df11.storage.entry import Entry
 from df11.storage.file import File
 
+AGAIN: Final = "download it again; if that does not help, the checkpoint is damaged"
+NOT_LOADED: Final = "DFloat11's own loader could not load it either"
 CONFIG_KEY: Final = "dfloat11_config"
 CODES: Final = "encoded_exponent"
 PARTS: Final[Mapping[str, str]] = {
@@ -107,9 +109,9 @@ class Unit:
         """Bytes of all six tensors."""
         return sum(place.entry.size for place in self.places.values())
 
-    def problem(self, what: str, **details: Any) -> errors.CheckpointError:
+    def problem(self, what: str, *, hint: str = AGAIN, **details: Any) -> errors.CheckpointError:
         """The error for something wrong with it."""
-        return errors.CheckpointError(what, file=self.label, tensor=self.name, **details)
+        return errors.CheckpointError(what, file=self.label, tensor=self.name, hint=hint, **details)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,8 @@ def read_checkpoint(
     for unit in units.values():
         for part in unit.parts:
             if part.name in taken:
-                raise unit.problem(f"its weights {errors.shortened(part.name)} are in the checkpoint twice")
+                what = f"its weights {errors.shortened(part.name)} are in the checkpoint twice"
+                raise unit.problem(what, hint=NOT_LOADED)
             taken.add(part.name)
     return Checkpoint(config, units, plain)
 
@@ -279,10 +282,11 @@ def _attributes(unit: Unit, config: Config, count: int) -> tuple[str, ...]:
     found = {parts: pattern for pattern, parts in config.patterns if pattern.matches(unit.name)}
     if len(found) != 1:
         what = "several patterns of pattern_dict match this unit" if found else "no pattern of pattern_dict matches it"
-        raise unit.problem(what)
+        raise unit.problem(what, hint=NOT_LOADED)
     parts = next(iter(found))
     if max(len(parts), 1) != count:
-        raise unit.problem("split_positions does not fit pattern_dict", expected=f"{len(parts)} parts", found=count)
+        what = "split_positions does not fit pattern_dict"
+        raise unit.problem(what, hint=NOT_LOADED, expected=f"{len(parts)} parts", found=count)
     return parts
 
 
@@ -316,5 +320,6 @@ def _shaped(
         raise unit.problem(what, hint=hint)
     if math.prod(shape) != elements or (rows is not None and shape[0] != rows):
         what = f"the shape of {errors.shortened(part.name)} does not fit"
-        raise unit.problem(what, expected=f"{elements} weights" + (f", {rows} rows" if rows else ""), found=shape)
+        expected, hint = f"{elements} weights" + (f", {rows} rows" if rows else ""), "check --shapes, if it was given"
+        raise unit.problem(what, hint=hint, expected=expected, found=shape)
     return framing.Entry(part.name, part.dtype, shape, part.start, part.end)
