@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -107,6 +107,8 @@ def export(
         wanted = None if patterns is None else _read_patterns(Path(patterns))
         source = maker.dfloat11(wanted, on_total, file_per_unit=file_per_unit)
     plan = make_plan(source, target, "export", Options(force=force), name=name, on_progress=on_progress)
+    if to == "dfloat11" and not store.is_file:
+        _check_others(target, {step.name for step in plan.steps})
     on_total(maker.counted + sum(step.entry.size for step in plan.steps))
     on_progress(sum(step.entry.size for step in plan.steps if step.kept))
     apply_plan(plan, settings, progress=on_progress)
@@ -229,6 +231,16 @@ class _Maker:
             first = posixpath.basename(self._folders[folder][0].name)
             stem = "diffusion_pytorch_model" if first.startswith("diffusion_pytorch_model") else "model"
             yield f"{folder}{stem}{SAFETENSORS}", MadeFile.of(rest, units, self._threads)
+
+
+def _check_others(target: LocalStore, names: Collection[str]) -> None:
+    # DFloat11's loader takes every safetensors file in a folder for a part of the checkpoint.
+    folders = {_folder(name) for name in names if name.endswith(SAFETENSORS)}
+    for entry in target.list():
+        if entry.name.endswith(SAFETENSORS) and entry.name not in names and _folder(entry.name) in folders:
+            what = "DFloat11's loader would load this file, too"
+            hint = "remove it, or choose another target"
+            raise errors.UsageError(what, file=target.locate(entry.name), hint=hint)
 
 
 def _folder(name: str) -> str:

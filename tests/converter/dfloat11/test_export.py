@@ -257,6 +257,13 @@ def test_what_is_there_is_kept_or_not_touched(to, tmp_path):
     }
 
 
+def test_files_that_would_be_loaded_too_are_refused(tmp_path):
+    path = model(tmp_path, omnigen2(), {})
+    export(path, tmp_path / "out", "dfloat11", file_per_unit=True)
+    with pytest.raises(errors.UsageError, match="would load this file, too"):
+        export(path, tmp_path / "out", "dfloat11", force=True)
+
+
 # Codes.
 
 
