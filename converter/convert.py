@@ -154,7 +154,7 @@ def convert(
                 reports[done.step.name] = _report(plan, done)
                 on_file(reports[done.step.name])
 
-        # The manifest after every shard, so that a run that is killed is known by the next; if there is memory for it.
+        # The manifest now and then, so that the next run need not read all that this one has made; if there is memory.
         less = dataclasses.replace(settings, max_memory=settings.max_memory - PARQUET_MEMORY)
         is_room = not source.is_file and max(step.memory for step in plan.steps) <= less.max_memory
         delivery = Delivery(containers_per_commit=1 if is_room else None, download=max_disk is not None, on_done=report)

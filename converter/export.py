@@ -15,7 +15,7 @@ from df11.converter.convert import open_target
 from df11.converter.dfloat11.exported import MadeFile, Tensor, count_unit, plain_tensors
 from df11.converter.dfloat11.layout import CONFIG_KEY, THREAD_BYTES, THREADS, read_config
 from df11.converter.dfloat11.selection import Patterns, Selection, select
-from df11.converter.files import CONFIG, DF11, SAFETENSORS, index_names, shard_name
+from df11.converter.files import CONFIG, DF11, SAFETENSORS, folder_of, index_names, original_name
 from df11.converter.index import rewrite_index
 from df11.converter.manifest import FILE_NAME
 from df11.converter.options import DEFAULT_MEMORY
@@ -129,7 +129,7 @@ class _Maker:
         self._folders: dict[str, list[Entry]] = {}
         for entry in self._listed:
             if entry.name.endswith(DF11):
-                self._folders.setdefault(_folder(entry.name), []).append(entry)
+                self._folders.setdefault(folder_of(entry.name), []).append(entry)
         self.units = 0
         self.counted = 0
         """Decoded bytes of all units, which are read to choose their codes."""
@@ -176,18 +176,18 @@ class _Maker:
 
     def _plain_files(self, folder: str) -> dict[str, MadeFile]:
         return {
-            shard_name(entry.name, {}): MadeFile.of(plain_tensors(self._store, entry), (), self._threads)
+            original_name(entry.name, {}): MadeFile.of(plain_tensors(self._store, entry), (), self._threads)
             for entry in self._folders[folder]
         }
 
     def _plain_indexes(self, folder: str) -> dict[str, bytes]:
         texts = {}
         for entry in self._listed:
-            if _folder(entry.name) == folder and DF11 in entry.name and index_names([entry.name]):
+            if folder_of(entry.name) == folder and DF11 in entry.name and index_names([entry.name]):
                 data = self._store.read(entry)
                 where = self._store.locate(entry.name)
                 name = entry.name.replace(DF11 + ".index", SAFETENSORS + ".index")
-                texts[name] = rewrite_index(data, lambda shard: shard_name(shard, {}), where)
+                texts[name] = rewrite_index(data, lambda shard: original_name(shard, {}), where)
         return texts
 
     def _config(self, folder: str) -> Mapping[str, Any]:
@@ -235,16 +235,12 @@ class _Maker:
 
 def _check_others(target: LocalStore, names: Collection[str]) -> None:
     # DFloat11's loader takes every safetensors file in a folder for a part of the checkpoint.
-    folders = {_folder(name) for name in names if name.endswith(SAFETENSORS)}
+    folders = {folder_of(name) for name in names if name.endswith(SAFETENSORS)}
     for entry in target.list():
-        if entry.name.endswith(SAFETENSORS) and entry.name not in names and _folder(entry.name) in folders:
+        if entry.name.endswith(SAFETENSORS) and entry.name not in names and folder_of(entry.name) in folders:
             what = "DFloat11's loader would load this file, too"
             hint = "remove it, or choose another target"
             raise errors.UsageError(what, file=target.locate(entry.name), hint=hint)
-
-
-def _folder(name: str) -> str:
-    return name[: name.rfind("/") + 1]
 
 
 def _config_of(config: Mapping[str, Any], patterns: Patterns) -> bytes:

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
-from df11.converter.dfloat11.architectures import tied_units
+from df11.converter.dfloat11.originals import paired_tensors
 from df11.converter.dfloat11.recognise import decoded
 from df11.converter.files import (
-    CONFIG,
     DF11,
+    Completeness,
     check_shards,
     container_name,
+    folder_of,
     index_names,
     is_shard,
+    original_name,
     raise_if_missing,
-    shard_name,
 )
 from df11.converter.kernels import cast_f32
+from df11.converter.manifest import FILE_NAME, read_manifest
 from df11.converter.ordered import ordered
 from df11.converter.restore_file import restore_file, restored_layout
+from df11.converter.scan import check_described
 from df11.converter.settings import thread_count
 from df11.converter.source import Progress, Source, ignore
-from df11.formats import errors, framing, json_text
+from df11.formats import errors, framing
 from df11.formats.container import Container, TensorInfo
 from df11.formats.record import Bytes, Record, Scratch, Weights
 from df11.storage.entry import Entry
 from df11.storage.store import Store, open_source
+
+EDITED: Final = frozenset({"README.md", ".gitattributes"})
+"""Files that people edit in a converted folder or on the Hub. No weights depend on them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +74,63 @@ def verify(
 ) -> VerifyReport:
     """Decode all of a `.df11` file or model folder and check every checksum; raises a Df11Error at the first damage.
 
-    An index that names a missing container is an error, too. With ``against``, the source file or folder, here or on
-    the Hub, compare bit for bit (F32 tensors that were cast are cast again), and raise a DifferenceError at the first
-    difference. What was imported from a DFloat11 checkpoint is compared with the original model's tensors, by name.
-    Progress is in stored bytes.
+    A container that an index or the manifest names must be there, and be of the source that the manifest says; all
+    other files in the manifest must be as df11 wrote them, but for those in EDITED. With ``against``, the source file
+    or folder, here or on the Hub, compare bit for bit (F32 tensors that were cast are cast again), and raise a
+    DifferenceError at the first difference; each of its shards must have a container. What was imported from a DFloat11
+    checkpoint is compared with the original model's tensors, by name. Progress is in stored bytes.
     """
     count = thread_count(threads)
     store = open_source(Path(path))
-    containers = _containers(store, Path(path))
-    on_total(sum(entry.size for entry in containers))
+    listed = {entry.name: entry for entry in store.list()}
+    manifest = None if store.is_file or FILE_NAME not in listed else read_manifest(store)
+    containers = _containers(store, listed, Path(path))
     source = None if against is None else open_source(against)
     imported = [] if source is None else [entry for entry in containers if _is_imported(store, entry)]
-    sources = _pair_sources(store, [entry for entry in containers if entry not in imported], source)
+    sources: dict[Entry, Entry] = {}
+    if source is not None and len(imported) < len(containers):
+        originals = {} if manifest is None else manifest.originals
+        sources = _pair_sources(store, containers, source, imported, originals)
+    rows = {} if manifest is None else {row.file: row for row in manifest.files}
+    others = {} if manifest is None else {name: sha256 for name, sha256 in manifest.others if name not in EDITED}
+    found = Completeness(tuple((FILE_NAME, name) for name in sorted(rows.keys() | others) if name not in listed), ())
+    raise_if_missing(found, store.label, may_allow=False)
+    on_total(sum(entry.size for entry in containers) + sum(listed[name].size for name in others))
     tensors = size = 0
     for entry in containers:
         with ExitStack() as stack:
             container = stack.enter_context(Container(store.locate(entry.name)))
-            if entry in sources:
-                file = sources[entry]
-                opened = None if source is None or file is None else stack.enter_context(Source(source.open(file)))
-                _verify(container, opened, count, on_progress)
+            check_described(rows.get(entry.name), container)
+            if entry not in imported:
+                file = None
+                if source is not None:
+                    file = stack.enter_context(Source(source.open(sources[entry])))
+                verify_container(container, file, count, on_progress)
             tensors += len(container)
             size += sum(_decoded_size(container.info(name)) for name in container.keys())
     if source is not None and imported:
         shapes = {name: shape for entry in imported for name, shape in _shapes(store, entry)}
         source = decoded(source, known=shapes)  # It may be the checkpoint itself.
         _compare_originals(store, imported, source, count, on_progress)
+    for name, sha256 in others.items():
+        _check_other(store, listed[name], sha256, on_progress)
     return VerifyReport(len(containers), tensors, size, against is not None)
+
+
+def _check_other(store: Store, entry: Entry, sha256: str, progress: Progress) -> None:
+    def told(chunks: Iterator[Bytes]) -> Iterator[Bytes]:
+        for chunk in chunks:
+            yield chunk
+            progress(len(chunk))
+
+    with store.open(entry) as file:
+        found = Entry.of_chunks(entry.name, file.size, told(file.chunks()))
+    if found.sha256 != sha256:
+        what = "this is not the file that df11 wrote, by the manifest"
+        hint = "convert the model again, or get the file again"
+        raise errors.DifferenceError(
+            what, file=store.locate(entry.name), expected=f"SHA-256 {sha256}", found=found.sha256, hint=hint
+        )
 
 
 def _shapes(store: Store, entry: Entry) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -107,27 +144,29 @@ def _is_imported(store: Store, entry: Entry) -> bool:
         return bool(container.made_from)
 
 
-def _containers(store: Store, path: Path) -> list[Entry]:
+def _containers(store: Store, listed: Mapping[str, Entry], path: Path) -> list[Entry]:
     # All containers at a path; they must be there as far as an index names them.
-    listed = store.list()
     if store.is_file:
-        return list(listed)
+        return list(listed.values())
     for name, error in store.refused.items():
         if name.endswith("/"):  # Files are read where they are: nothing of them gets anywhere.
             raise error
-    containers = [entry for entry in listed if entry.name.endswith(DF11)]
+    containers = [entry for entry in listed.values() if entry.name.endswith(DF11)]
     if not containers:
         raise errors.UsageError(f"no {DF11} file in this folder", file=path, hint="check the path")
-    by_name = {entry.name: entry for entry in listed}
-    indexes = {name: store.read(by_name[name]) for name in index_names(by_name)}
-    raise_if_missing(check_shards(indexes, by_name, store.label), store.label, may_allow=False)
+    indexes = {name: store.read(listed[name]) for name in index_names(listed)}
+    raise_if_missing(check_shards(indexes, listed, store.label), store.label, may_allow=False)
     return containers
 
 
-def _pair_sources(store: Store, containers: Sequence[Entry], source: Store | None) -> dict[Entry, Entry | None]:
-    # For each container the file of the source to compare it with.
-    if source is None or not containers:
-        return dict.fromkeys(containers)
+def _pair_sources(
+    store: Store,
+    containers: Sequence[Entry],
+    source: Store,
+    imported: Collection[Entry],
+    originals: Mapping[str, str],
+) -> dict[Entry, Entry]:
+    # For each container, but for imported ones, the file of the source to compare it with.
     listed = source.list()
     if source.is_file != store.is_file:
         what = "--against names a file, but what is verified is a folder"
@@ -136,19 +175,29 @@ def _pair_sources(store: Store, containers: Sequence[Entry], source: Store | Non
         raise errors.UsageError(what, file=source.label)
     if store.is_file:
         return {containers[0]: listed[0]}
-    by_name = {container_name(entry.name): entry for entry in listed if is_shard(entry.name)}
+    names = {entry.name for entry in containers}
+    other = {folder_of(entry.name) for entry in imported}  # The original has other files there.
+    shards = {container_name(entry.name): entry for entry in listed if is_shard(entry.name)}
+    for name, shard in shards.items():
+        if name not in names and folder_of(name) not in other:
+            what = f"this file is missing, but the source has {shard.name}"
+            raise errors.MissingError(what, file=store.locate(name), hint="convert it, or compare file by file")
+    pairs = {}
     for entry in containers:
-        if entry.name not in by_name:
-            where = source.locate(shard_name(entry.name, {}))
-            raise errors.MissingError("no such file or folder", file=where, hint="check the path")
-    return {entry: by_name[entry.name] for entry in containers}
+        if entry not in imported:
+            if entry.name not in shards:
+                where = source.locate(original_name(entry.name, originals))
+                raise errors.MissingError("no such file or folder", file=where, hint="check the path")
+            pairs[entry] = shards[entry.name]
+    return pairs
 
 
 def _decoded_size(info: TensorInfo) -> int:
     return info.elements * framing.DTYPE_BITS[info.dtype] // 8
 
 
-def _verify(container: Container, source: Source | None, threads: int, progress: Progress) -> None:
+def verify_container(container: Container, source: Source | None, threads: int, progress: Progress) -> None:
+    """The same for one open container and, unless it is None, its source."""
     if source is None:
         _prove(container, threads, progress)
     else:
@@ -267,20 +316,11 @@ def _cast(data: Bytes, out: Weights) -> Weights:
 # What was imported: the original model has the same tensors, in other files.
 
 
-@dataclass(frozen=True, slots=True)
-class _Original:
-    # A tensor of the original model, and the tensor here that it must equal.
-    file: Entry
-    entry: framing.Entry
-    container: Entry
-    name: str
-
-
 def _compare_originals(
     store: Store, containers: Sequence[Entry], originals: Store, threads: int, progress: Progress
 ) -> None:
     # Each file of the original is read once, in its own order, as it may come from the Hub.
-    tensors = _paired_tensors(store, containers, originals)
+    tensors = paired_tensors(store, containers, originals)
     told: dict[Entry, int] = dict.fromkeys(containers, 0)
     for file in dict.fromkeys(one.file for one in tensors):
         with Source(originals.open(file)) as source:
@@ -294,62 +334,3 @@ def _compare_originals(
                     told[entry] += compare_tensors(container, source, places, threads, progress)
             source.check_unchanged()
     progress(max(sum(entry.size - told[entry] for entry in containers), 0))
-
-
-def _paired_tensors(store: Store, containers: Sequence[Entry], originals: Store) -> list[_Original]:
-    # All tensors of both, by their names in their folders. Raises a DifferenceError if one has another shape.
-    found = []
-    for folder in dict.fromkeys(_folder(entry.name) for entry in containers):
-        mine: dict[str, tuple[Entry, str, tuple[int, ...]]] = {}
-        for entry in containers:
-            if _folder(entry.name) == folder:
-                with Container(store.locate(entry.name)) as container:
-                    for one in container.source_header.entries:
-                        mine[one.name] = entry, one.dtype, one.shape
-        places = _places(originals, folder)
-        tied = [(f"{first}.weight", f"{second}.weight") for first, second in _tied(store, folder)]
-        copies = {second: first for first, second in tied if first in mine}
-        names = {name: name if name in mine else copies.get(name, name) for name in places}
-        for name in sorted({*mine} - {*places}):
-            what = "the original has no such tensor"
-            raise errors.DifferenceError(what, file=store.locate(mine[name][0].name), tensor=name)
-        for name, (file, place) in places.items():
-            if names[name] not in mine:
-                where = store.locate(folder) if folder else store.label
-                raise errors.DifferenceError("this tensor of the original is missing", file=where, tensor=name)
-            here, dtype, shape = mine[names[name]]
-            if (dtype, shape) != (place.dtype, place.shape):
-                what = "the original has another dtype or shape"
-                where = store.locate(here.name)
-                expected, got = (place.dtype, place.shape), (dtype, shape)
-                raise errors.DifferenceError(what, file=where, tensor=name, expected=expected, found=got)
-            found.append(_Original(file, place, here, names[name]))
-    return found
-
-
-def _places(originals: Store, folder: str) -> dict[str, tuple[Entry, framing.Entry]]:
-    # Where the original has its tensors: in the folder of the same name, or in the only one.
-    shards = [entry for entry in originals.list() if is_shard(entry.name)]
-    same = [entry for entry in shards if _folder(entry.name) == folder]
-    if not same and len({_folder(entry.name) for entry in shards}) == 1:
-        same = shards
-    if not same:
-        what = f"no safetensors file in the folder {folder or '.'!r} of the original"
-        raise errors.MissingError(what, file=originals.label, hint="check the path")
-    places: dict[str, tuple[Entry, framing.Entry]] = {}
-    for file in same:
-        with Source(originals.open(file)) as source:
-            places |= {entry.name: (file, entry) for entry in source.header.entries}
-    return places
-
-
-def _tied(store: Store, folder: str) -> Sequence[tuple[str, str]]:
-    entry = None if store.is_file else store.find([folder + CONFIG]).get(folder + CONFIG)
-    if entry is None:
-        return ()
-    config = json_text.parse(store.read(entry), what="config.json", where={"file": store.locate(entry.name)})
-    return tied_units(config) if isinstance(config, dict) else ()
-
-
-def _folder(name: str) -> str:
-    return name[: name.rfind("/") + 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Final, Self
+from typing import IO, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -80,11 +80,13 @@ class File(ABC):
 
 
 class LocalFile(File):
-    """A file on a disk. ``label``: its name in messages, if that is not its path."""
+    """A file on a disk. ``label``: its name in messages, if that is not its path. ``file``: it, opened already."""
 
-    def __init__(self, path: str | os.PathLike[str], *, label: str | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, label: str | None = None, file: IO[bytes] | None = None
+    ) -> None:
         self.label = label or os.fspath(path)
-        self._file = open_regular(path)
+        self._file = open_regular(path) if file is None else file
         self.state: tuple[int, int, int] = self._now()
         self.size = self.state[0]
 
@@ -101,6 +103,11 @@ class LocalFile(File):
         """Raise a ConflictError if the file is not the one that was opened."""
         if self._now() != self.state:
             raise self.changed()
+
+    @property
+    def mode(self) -> int:
+        """Permissions."""
+        return os.fstat(self._file.fileno()).st_mode & 0o777
 
     def _now(self) -> tuple[int, int, int]:
         # Times can be set back, but not that of the last change of anything.

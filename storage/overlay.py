@@ -60,13 +60,17 @@ class Overlay(Store):
     def list(self) -> tuple[Entry, ...]:
         """All files, made ones without hashes."""
         found = [entry for entry in self._store.list() if entry.name not in self._hidden]
+        self.refused, self.remarks = self._store.refused, self._store.remarks
         found += [Entry(name, made.size) for name, made in self._made.items()]
         found += [Entry.of(name, data) for name, data in self._texts.items()]
         return tuple(sorted(found, key=lambda entry: entry.name))
 
     def find(self, names: Collection[str]) -> dict[str, Entry]:
         """Those of the files that exist."""
-        return {entry.name: entry for entry in self.list() if entry.name in names}
+        # Not by a new list: links that have come since the last one are not followed.
+        found = {name: entry for name, entry in self._store.find(names).items() if name not in self._hidden}
+        found |= {name: Entry(name, self._made[name].size) for name in names if name in self._made}
+        return found | {name: Entry.of(name, self._texts[name]) for name in names if name in self._texts}
 
     def locate(self, name: str) -> str:
         """A file's name in messages: where it would be in the other store."""

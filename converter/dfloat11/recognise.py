@@ -26,7 +26,7 @@ from df11.converter.dfloat11.layout import (
     read_checkpoint,
     read_config,
 )
-from df11.converter.files import CONFIG, SAFETENSORS, SOURCE_SUFFIXES, is_shard
+from df11.converter.files import CONFIG, SAFETENSORS, SOURCE_SUFFIXES, folder_of, is_shard
 from df11.converter.index import split_index_name
 from df11.converter.source import Source
 from df11.formats import errors, framing
@@ -82,7 +82,7 @@ def decoded(
         hidden += [
             entry.name
             for entry in store.list()
-            if _folder(entry.name) == folder and split_index_name(entry.name) is not None
+            if folder_of(entry.name) == folder and split_index_name(entry.name) is not None
         ]
     return Overlay(store, made, texts, hidden)
 
@@ -95,22 +95,18 @@ def checkpoints(store: Store) -> dict[str, tuple[list[Entry], Config]]:
         return {"": (list(listed), _config_beside(store) or ALONE)} if is_one else {}
     found: dict[str, tuple[list[Entry], Config]] = {}
     for entry in listed:
-        folder, name = _folder(entry.name), posixpath.basename(entry.name)
+        folder, name = folder_of(entry.name), posixpath.basename(entry.name)
         if name != CONFIG or entry.size > MAX_WHOLE_BYTES:
             continue
         files = [
             one
             for one in listed
-            if _folder(one.name) == folder and one.name.endswith(SAFETENSORS) and is_shard(one.name)
+            if folder_of(one.name) == folder and one.name.endswith(SAFETENSORS) and is_shard(one.name)
         ]
         config = read_config(store.read(entry), store.locate(entry.name)) if files else None
         if config is not None:
             found[folder] = files, config
     return found
-
-
-def _folder(name: str) -> str:
-    return name[: name.rfind("/") + 1]
 
 
 def _config_beside(store: Store) -> Config | None:
@@ -142,7 +138,7 @@ class _Originals:
                 with Source(store.open(entry), max_memory=max_memory) as source:
                     size += len(source.header.raw)
                     check_headers(size, source, max_memory)
-                    known = self._by_folder.setdefault(_folder(entry.name), {})
+                    known = self._by_folder.setdefault(folder_of(entry.name), {})
                     known |= {one.name: one.shape for one in source.header.entries}
 
     def shapes(self, folder: str) -> Shapes:

@@ -16,7 +16,7 @@ from df11.converter import parquet
 from df11.converter.manifest import FILE_NAME, Origin
 from df11.formats import errors
 from df11.storage import client as hub_client
-from df11.storage import ranges
+from df11.storage import limits, ranges
 from tests.support import commands, sources
 from tests.support.hub.repository import Blob
 from tests.support.hub.server import corrupt, cut, drip, hang, ignore_range, slow, status, truncated
@@ -410,7 +410,7 @@ def test_a_token_that_cannot_be_sent(token, model, tmp_path, monkeypatch):
 )
 def test_a_fault_that_stays(where, fault, code, word, hub, model, tmp_path, monkeypatch):
     if word == "in time":
-        monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.1)
+        monkeypatch.setitem(limits.TIMEOUTS, "read", 0.1)
     if "/cdn/" in where and code == 3:
         code = 5  # For the storage, the URL has expired: a new one is requested.
     hub.inject("GET", where, fault, times=1000)
@@ -436,7 +436,7 @@ def test_a_fault_that_stays(where, fault, code, word, hub, model, tmp_path, monk
 )
 def test_a_fault_that_passes(where, fault, hub, model, tmp_path, monkeypatch):
     if fault is hang:
-        monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.5)
+        monkeypatch.setitem(limits.TIMEOUTS, "read", 0.5)
     df11.convert(model.checkout(tmp_path / "model"), tmp_path / "local")
     for after in (0, 3, 7):
         hub.inject("GET", where, fault, after=after)
@@ -560,10 +560,9 @@ def test_a_manifest_is_not_copied(hub, one, tmp_path):
     hub.repository("me/one").commit({FILE_NAME: b"of another conversion", "sub/config.json": b"{}"})
     df11.convert("hf://me/one", tmp_path / "out")
     assert set(tree_bytes(tmp_path / "out")) - {FILE_NAME} == {".gitattributes", "sub/config.json", "x.df11"}
-    (tmp_path / "out" / FILE_NAME).write_bytes(b"anything")
+    assert df11.verify(tmp_path / "out", one.parent).files == 1
     df11.restore(tmp_path / "out", tmp_path / "back")
     assert set(tree_bytes(tmp_path / "back")) == {".gitattributes", "sub/config.json", "x.safetensors"}
-    assert df11.verify(tmp_path / "out", one.parent).files == 1
 
 
 # Memory.

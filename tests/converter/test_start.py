@@ -22,7 +22,7 @@ from tests.support import commands, sources
 UNNEEDED = (
     "typer click pydantic rich shellingham annotated_types tqdm pyarrow huggingface_hub httpx httpx2 requests torch "
     "matplotlib jinja2 "
-    "ssl socket email http asyncio urllib.request importlib.metadata multiprocessing unittest "
+    "shutil ssl socket email http asyncio urllib.request importlib.metadata multiprocessing unittest "
     "df11.storage.hub df11.storage.client df11.storage.ranges df11.converter.parquet df11.runtime "
     "df11.pipelines.job df11.pipelines.prepare df11.pipelines.run df11.pipelines.report df11.pipelines.transfer "
     "df11.pipelines.wording "

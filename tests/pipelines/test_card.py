@@ -463,6 +463,7 @@ ROW = results()["sections"]["image"]["rows"][0]
         results(sections={"image": {"rows": [{"what": "x", "name": "y"}]}}),
         results(sections={"image": {"rows": [ROW | {"seconds": "fast"}]}}),
         results(sections={"image": {"rows": [ROW | {"seconds": -1}]}}),
+        results(sections={"image": {"rows": [ROW | {"seconds": 10**400}]}}),
         results(sections={"image": {"rows": [ROW | {"peak_bytes": True}]}}),
         results(sections={"image": {"rows": [ROW] * 201}}),
         results(sections={"image": {"rows": "x"}}),

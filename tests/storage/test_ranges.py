@@ -11,7 +11,7 @@ import pytest
 
 from df11.formats import errors
 from df11.storage import client as hub_client
-from df11.storage import ranges
+from df11.storage import limits, ranges
 from df11.storage.address import Address
 from df11.storage.ranges import RangeFile, RangeReader, RemoteFile
 from tests.support.hub.server import cut, drip, hang, ignore_range, slow, status, truncated
@@ -198,6 +198,13 @@ def test_as_long_as_something_comes_it_goes_on(hub, reader):
     assert read_all(reader) == DATA
 
 
+def test_a_byte_now_and_then_is_not_enough(hub, reader):
+    hub.inject("GET", "/cdn/", cut(after=1), times=1000)
+    with pytest.raises(errors.RetryLaterError):
+        read_all(reader)
+    assert hub.count("GET", "/cdn/") < 100
+
+
 @pytest.mark.parametrize(
     "fault",
     [cut(after=0), status(500), status(429, {"Retry-After": "0"}), status(403)],
@@ -244,14 +251,14 @@ def test_the_wait_that_the_server_asks_for(caplog, hub, remote):
 
 
 def test_a_server_that_is_silent(monkeypatch, hub, reader):
-    monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.05)
+    monkeypatch.setitem(limits.TIMEOUTS, "read", 0.05)
     hub.inject("GET", "/cdn/", hang, times=1000)
     with pytest.raises(errors.RetryLaterError, match="in time"):
         read_all(reader)
 
 
 def test_a_server_that_is_slow_for_once(monkeypatch, hub, reader):
-    monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.2)
+    monkeypatch.setitem(limits.TIMEOUTS, "read", 0.2)
     hub.inject("GET", "/cdn/", slow(1.0), times=2)
     assert read_all(reader) == DATA
 
