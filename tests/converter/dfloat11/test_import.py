@@ -14,6 +14,7 @@ import df11
 from df11.converter import parquet
 from df11.converter.dfloat11.recognise import decoded
 from df11.formats import errors
+from df11.storage.local import LocalStore
 from df11.storage.store import open_source
 from tests.support import commands, dfloat11, sources
 from tests.support.dfloat11 import with_exponents
@@ -417,3 +418,67 @@ def test_a_file_of_several_shards_is_hashed_once(block, original, tmp_path, monk
     monkeypatch.setattr("df11.converter.dfloat11.recognise.SHARD_BYTES", 5000)
     df11.convert(block, tmp_path / "out", shapes=original)
     assert sorted(calls) == ["layers_3.safetensors", "model.safetensors"]
+
+
+# What is there already, and what changes meanwhile.
+
+
+def test_a_container_without_a_manifest_is_proved(block, original, tmp_path):
+    df11.convert(block, tmp_path / "out", shapes=original)
+    manifest = tmp_path / "out" / "df11-manifest.parquet"
+    rows = parquet.read(manifest).files
+    manifest.unlink()
+    before = (tmp_path / "out" / rows[0].file).stat()
+    df11.convert(block, tmp_path / "out", shapes=original)
+    assert (tmp_path / "out" / rows[0].file).stat().st_ino == before.st_ino
+    assert parquet.read(manifest).files == rows
+
+
+def test_what_a_container_says_of_itself_is_no_proof(block, original, tmp_path, monkeypatch):
+    from df11.converter.dfloat11 import imported
+
+    forged = dfloat11.write(tmp_path / "forged", block_files(), dfloat11.config(PATTERNS, _class_name="X"))
+    norm = sources.f32("norm", (3, 5), seed=9)
+    sources.write(forged / "model.safetensors", [*block_files()["model.safetensors"][:-1], norm])
+    mine = tuple(entry for entry in map(LocalStore(block).hashed, LocalStore(block).list()) if "safe" in entry.name)
+    with monkeypatch.context() as patch:
+        patch.setattr(imported.ImportedFile, "hashed_sources", lambda _: mine)
+        df11.convert(forged, tmp_path / "out", shapes=original)
+    (tmp_path / "out" / "df11-manifest.parquet").unlink()
+    with pytest.raises(errors.UsageError, match="--force"):
+        df11.convert(block, tmp_path / "out", shapes=original)
+    df11.convert(block, tmp_path / "out", shapes=original, force=True)
+    assert arrays(tmp_path / "out")["norm"][2] == block_files()["model.safetensors"][-1].data != norm.data
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
+def test_a_link_that_comes_after_the_list_is_not_followed(name, block, original, tmp_path):
+    (block / "notes.txt").write_text("x")
+    store = decoded(open_source(block), shapes=original)
+    entries = store.list()
+    (block / name).rename(tmp_path / "elsewhere")
+    (block / name).symlink_to(tmp_path / "elsewhere")
+    assert store.find([entry.name for entry in entries]).keys() == {entry.name for entry in entries}
+    made = next(entry for entry in entries if entry.name.endswith(".txt" if "txt" in name else ".safetensors"))
+    with pytest.raises(errors.ConflictError, match="after it was listed"), store.open(made) as file:
+        file.read(0, np.empty(file.size, np.uint8))
+    store.list()
+    assert {*store.refused} == {name}
+
+
+def test_a_tree_is_compared_with_its_original(block, original, tmp_path):
+    tree, originals = tmp_path / "tree", tmp_path / "originals"
+    tree.mkdir()
+    originals.mkdir()
+    block.rename(tree / "transformer")
+    original.parent.rename(originals / "transformer")
+    for folder in (tree, originals):
+        sources.write(folder / "vae" / "model.safetensors", [bf16("x", (9, 9))])
+    df11.convert(tree, tmp_path / "out", shapes=originals)
+    assert df11.verify(tmp_path / "out", originals).compared
+    sources.write(originals / "text_encoder" / "model.safetensors", [bf16("y", (9, 9))])
+    with pytest.raises(errors.MissingError, match="the source has text_encoder"):
+        df11.verify(tmp_path / "out", originals)
+    (tmp_path / "out" / "transformer" / "config.json").write_text("{}")
+    with pytest.raises(errors.DifferenceError, match="not the file that df11 wrote"):
+        df11.verify(tmp_path / "out")
