@@ -15,12 +15,21 @@ from df11.converter.convert import open_target
 from df11.converter.dfloat11.exported import MadeFile, Tensor, count_unit, plain_tensors
 from df11.converter.dfloat11.layout import CONFIG_KEY, THREAD_BYTES, THREADS, read_config
 from df11.converter.dfloat11.selection import Patterns, Selection, select
-from df11.converter.files import CONFIG, DF11, SAFETENSORS, folder_of, index_names, original_name
+from df11.converter.files import (
+    CONFIG,
+    DF11,
+    SAFETENSORS,
+    Completeness,
+    folder_of,
+    index_names,
+    original_name,
+    raise_if_missing,
+)
 from df11.converter.index import rewrite_index
-from df11.converter.manifest import FILE_NAME
+from df11.converter.manifest import FILE_NAME, read_manifest
 from df11.converter.options import DEFAULT_MEMORY
 from df11.converter.plan import Options
-from df11.converter.planning import make_plan
+from df11.converter.planning import check_ended, make_plan
 from df11.converter.settings import Settings, parse_size, thread_count
 from df11.converter.source import Progress, ignore
 from df11.formats import errors, framing, json_text
@@ -97,6 +106,8 @@ def export(
     if not any(entry.name.endswith(DF11) for entry in store.list()):
         what = f"no {DF11} file" if store.is_file else f"no {DF11} file in this folder"
         raise errors.UsageError(what, file=str(model), hint="convert the model first: df11-convert")
+    if not store.is_file:
+        _check_whole(store)
     target, name = open_target(store, Path(out))
     maker = _Maker(store, settings.threads, on_progress)
     if to == "safetensors":
@@ -118,6 +129,16 @@ def export(
         if step.name.endswith(SAFETENSORS) or name is not None
     )
     return ExportReport(files, maker.units, time.monotonic() - started)
+
+
+def _check_whole(store: LocalStore) -> None:
+    # Nobody would see that a container is missing in what is exported.
+    check_ended(store, "export")
+    manifest = read_manifest(store)
+    if manifest is not None:
+        gone = {row.file for row in manifest.files} - {entry.name for entry in store.list()}
+        found = Completeness(tuple((FILE_NAME, name) for name in sorted(gone)), ())
+        raise_if_missing(found, store.label, may_allow=False)
 
 
 class _Maker:

@@ -201,13 +201,18 @@ def _begun(target: Store, run: Run) -> Mapping[str, tuple[Mark, ...]]:
     return {} if journal is None else journal.left(run)
 
 
-def _own_manifest(source: Store, listed: Sequence[Entry], options: Options) -> Manifest | None:
-    # Of the folder that is restored: it alone knows a shard that was called .sft, or a container in another's place.
+def check_ended(source: Store, action: Action) -> None:
+    """Raise ConflictError if a run that fills a folder has not ended, so that this is not all of a model."""
     journal = source.journal()
     if journal is not None and journal.is_there:
         what = "a run that fills this folder has not ended"
-        hint = f"run it again, or remove {journal.path.name} there to restore what it has written"
+        hint = f"run it again, or remove {journal.path.name} there to {action} what it has written"
         raise errors.ConflictError(what, file=source.label, hint=hint)
+
+
+def _own_manifest(source: Store, listed: Sequence[Entry], options: Options) -> Manifest | None:
+    # Of the folder that is restored: it alone knows a shard that was called .sft, or a container in another's place.
+    check_ended(source, "restore")
     suffix = f"shards and indexes get the suffix {SAFETENSORS}, whatever it was"
     if not any(entry.name == FILE_NAME and is_wanted(FILE_NAME, (), options.exclude) for entry in listed):
         if any(entry.name.endswith(DF11) for entry in listed):

@@ -16,6 +16,7 @@ import df11
 from df11.converter.dfloat11.codes import choose_code, limited_lengths
 from df11.converter.export import export
 from df11.formats import errors
+from df11.storage.local import LocalStore
 from tests.support import commands, dfloat11, sources
 from tests.support.dfloat11 import with_exponents
 from tests.support.sources import Tensor, bf16, gaussian
@@ -325,3 +326,19 @@ def test_plain_weights_are_split_and_joined(tmp_path):
     export(path, tmp_path / "out", "dfloat11", patterns=tmp_path / "p.json")
     (parts,) = check(tmp_path / "out", tensors).values()
     assert 8 * len(parts["encoded_exponent"]) < 2.7 * len(weights)
+
+
+def test_a_folder_must_be_whole(tmp_path):
+    plain = tmp_path / "plain"
+    for folder in ("transformer", "vae"):
+        sources.write(plain / folder / "model.safetensors", [bf16("x", (9, 9))])
+    df11.convert(plain, tmp_path / "df11")
+    journal = LocalStore(tmp_path / "df11").journal()
+    journal.path.write_text("x")
+    with pytest.raises(errors.ConflictError, match=r"a run that fills this folder has not ended.*to export what"):
+        export(tmp_path / "df11", tmp_path / "out", "safetensors")
+    journal.path.unlink()
+    (tmp_path / "df11" / "vae" / "model.df11").unlink()
+    with pytest.raises(errors.Df11Error, match=r"vae/model\.df11"):
+        export(tmp_path / "df11", tmp_path / "out", "safetensors")
+    assert not (tmp_path / "out").exists()
