@@ -451,6 +451,33 @@ def test_what_a_container_says_of_itself_is_no_proof(block, original, tmp_path, 
     assert arrays(tmp_path / "out")["norm"][2] == block_files()["model.safetensors"][-1].data != norm.data
 
 
+def test_a_run_that_did_not_end_is_named_by_the_folder(block, original, tmp_path, monkeypatch):
+    from df11.converter import work
+
+    real, calls = work.convert_file, []
+
+    def convert_file(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise errors.DifferenceError("enough")
+        return real(*args)
+
+    monkeypatch.setattr("df11.converter.dfloat11.recognise.SHARD_BYTES", 5000)
+    monkeypatch.setattr(work, "convert_file", convert_file)
+    with pytest.raises(errors.DifferenceError, match="enough"):
+        df11.convert(block, tmp_path / "out", shapes=original)
+    (made,) = (tmp_path / "out").glob("*.df11")
+    inode = made.stat().st_ino
+    other = block.rename(tmp_path / "other")
+    with pytest.raises(errors.ConflictError, match=f"has not ended here: convert of '?{block}"):
+        df11.convert(other, tmp_path / "out", shapes=original)
+    other.rename(block)
+    df11.convert(block, tmp_path / "out", shapes=original)
+    assert made.stat().st_ino == inode
+    assert len(calls) == 4
+    assert arrays(tmp_path / "out").items() >= WANTED.items()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "notes.txt"])
 def test_a_link_that_comes_after_the_list_is_not_followed(name, block, original, tmp_path):
     (block / "notes.txt").write_text("x")
