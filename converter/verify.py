@@ -87,10 +87,8 @@ def verify(
     containers = _containers(store, listed, Path(path))
     source = None if against is None else open_source(against)
     imported = [] if source is None else [entry for entry in containers if _is_imported(store, entry)]
-    sources: dict[Entry, Entry] = {}
-    if source is not None and len(imported) < len(containers):
-        originals = {} if manifest is None else manifest.originals
-        sources = _pair_sources(store, containers, source, imported, originals)
+    originals = {} if manifest is None else manifest.originals
+    sources = {} if source is None else _pair_sources(store, containers, source, imported, originals)
     rows = {} if manifest is None else {row.file: row for row in manifest.files}
     others = {} if manifest is None else {name: sha256 for name, sha256 in manifest.others if name not in EDITED}
     found = Completeness(tuple((FILE_NAME, name) for name in sorted(rows.keys() | others) if name not in listed), ())
@@ -168,28 +166,28 @@ def _pair_sources(
 ) -> dict[Entry, Entry]:
     # For each container, but for imported ones, the file of the source to compare it with.
     listed = source.list()
-    if source.is_file != store.is_file:
+    plain = [entry for entry in containers if entry not in imported]
+    if plain and source.is_file != store.is_file:
         what = "--against names a file, but what is verified is a folder"
         if store.is_file:
             what = "--against names a folder, but what is verified is a file"
         raise errors.UsageError(what, file=source.label)
     if store.is_file:
-        return {containers[0]: listed[0]}
-    names = {entry.name for entry in containers}
-    other = {folder_of(entry.name) for entry in imported}  # The original has other files there.
+        return dict.fromkeys(plain, listed[0])
     shards = {container_name(entry.name): entry for entry in listed if is_shard(entry.name)}
-    for name, shard in shards.items():
-        if name not in names and folder_of(name) not in other:
-            what = f"this file is missing, but the source has {shard.name}"
+    # Where something was imported, the original has other files: that they are all here is known by their tensors.
+    other = {folder_of(entry.name) for entry in imported}
+    if other and len({folder_of(name) for name in shards}) == 1:  # It may have another name there.
+        other = {folder_of(name) for name in shards}
+    for name in sorted(shards.keys() - {entry.name for entry in containers}):
+        if folder_of(name) not in other:
+            what = f"this file is missing, but the source has {shards[name].name}"
             raise errors.MissingError(what, file=store.locate(name), hint="convert it, or compare file by file")
-    pairs = {}
-    for entry in containers:
-        if entry not in imported:
-            if entry.name not in shards:
-                where = source.locate(original_name(entry.name, originals))
-                raise errors.MissingError("no such file or folder", file=where, hint="check the path")
-            pairs[entry] = shards[entry.name]
-    return pairs
+    for entry in plain:
+        if entry.name not in shards:
+            where = source.locate(original_name(entry.name, originals))
+            raise errors.MissingError("no such file or folder", file=where, hint="check the path")
+    return {entry: shards[entry.name] for entry in plain}
 
 
 def _decoded_size(info: TensorInfo) -> int:

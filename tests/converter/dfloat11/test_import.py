@@ -509,3 +509,23 @@ def test_a_tree_is_compared_with_its_original(block, original, tmp_path):
     (tmp_path / "out" / "transformer" / "config.json").write_text("{}")
     with pytest.raises(errors.DifferenceError, match="not the file that df11 wrote"):
         df11.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_an_original_that_has_more(is_whole, block, original, tmp_path):
+    (tmp_path / "tree").mkdir()
+    block.rename(tmp_path / "tree" / "transformer")
+    df11.convert(tmp_path / "tree", tmp_path / "out", shapes=original.parent)
+    assert df11.verify(tmp_path / "out", original.parent).compared
+    assert df11.verify(tmp_path / "out", original).compared
+    container = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.df11"
+    assert df11.verify(container, original.parent).compared
+    originals = tmp_path / "originals"
+    originals.mkdir()
+    original.parent.rename(originals / "transformer")
+    if is_whole:
+        assert df11.verify(tmp_path / "out", originals).compared
+    else:
+        sources.write(originals / "vae" / "model.safetensors", [bf16("x", (9, 9))])
+        with pytest.raises(errors.MissingError, match=r"the source has vae/model\.safetensors"):
+            df11.verify(tmp_path / "out", originals)
