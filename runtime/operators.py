@@ -2,13 +2,16 @@
 
 All take records as u8 tensors, one-dimensional, aligned to 16 bytes, on any device that has a decoder, and return BF16
 tensors there. ``shape`` is that of the matrix; ``segment_elements`` is the record's (weights per segment but the last).
+
+The functions here go past torch's dispatcher, which takes longer than a launch, unless somebody must see the operator:
+a compiler, a tracer, a mode, a tensor of another kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -78,55 +81,73 @@ def _range(record: torch.Tensor, weights: int, segment_elements: int, first: int
     last = first + out.numel()
     if not 0 <= first <= last <= weights:
         raise errors.UsageError("no such weights", expected=f"within 0 to {weights}", found=(first, last))
-    return Range(record.data_ptr(), record.numel(), weights, segment_elements, first, last, out.data_ptr())
+    owner = record.untyped_storage()
+    return Range(record.data_ptr(), record.numel(), weights, segment_elements, first, last, out.data_ptr(), owner)
 
 
-@torch.library.custom_op("df11::decode", mutates_args=())
+_PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
+_ops: Any = torch.ops.df11
+
+
+def _is_watched(tensors: Iterable[torch.Tensor]) -> bool:
+    # Whether somebody must see that an operator is called with these tensors.
+    return (
+        torch.compiler.is_compiling()
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, fake tensors, counters of operations
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+    )
+
+
 def decode(record: torch.Tensor, shape: list[int], segment_elements: int, background: bool = False) -> torch.Tensor:
     """All weights of a record, BF16 of ``shape``. ``background``: use the kernel that can run beside others."""
+    if _is_watched((record,)):
+        decoded: torch.Tensor = _ops.decode(record, shape, segment_elements, background)
+        return decoded
+    return _decode(record, shape, segment_elements, background)
+
+
+def _decode(record: torch.Tensor, shape: list[int], segment_elements: int, background: bool = False) -> torch.Tensor:
     out = record.new_empty(shape, dtype=torch.bfloat16)
     decoder_of(record.device).decode([_range(record, out.numel(), segment_elements, 0, out)], background=background)
     return out
 
 
-@decode.register_fake
-def _(record: torch.Tensor, shape: list[int], segment_elements: int, background: bool = False) -> torch.Tensor:  # noqa: ARG001
-    return record.new_empty(shape, dtype=torch.bfloat16)
-
-
-@torch.library.custom_op("df11::decode_rows", mutates_args=())
 def decode_rows(
     record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False
 ) -> torch.Tensor:
     r"""The rows ``start`` to ``stop`` (exclusive) of the first dimension, BF16 [stop - start, \*shape[1:]]."""
+    if _is_watched((record,)):
+        decoded: torch.Tensor = _ops.decode_rows(record, shape, segment_elements, start, stop, background)
+        return decoded
+    return _decode_rows(record, shape, segment_elements, start, stop, background)
+
+
+def _decode_rows(
+    record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False
+) -> torch.Tensor:
     if not 0 <= start <= stop <= shape[0]:
         raise errors.UsageError("no such rows", expected=f"within 0 to {shape[0]}", found=(start, stop))
     out = record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
     first = start * math.prod(shape[1:])
-    decoder_of(record.device).decode(
-        [_range(record, math.prod(shape), segment_elements, first, out)], background=background
-    )
+    part = _range(record, math.prod(shape), segment_elements, first, out)
+    decoder_of(record.device).decode([part], background=background)
     return out
 
 
-@decode_rows.register_fake
-def _(
-    record: torch.Tensor,
-    shape: list[int],
-    segment_elements: int,  # noqa: ARG001
-    start: int,
-    stop: int,
-    background: bool = False,  # noqa: ARG001
-) -> torch.Tensor:
-    return record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
-
-
-@torch.library.custom_op("df11::gather_rows", mutates_args=())
 def gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:
     r"""The rows with the indices ``ids`` (i64 or i32, any shape), BF16 [\*ids.shape, \*shape[1:]].
 
     An index outside the matrix raises on the CPU. On a GPU its row becomes NaN, and the next ``check_errors`` raises.
     """
+    if _is_watched((record, ids)):
+        gathered: torch.Tensor = _ops.gather_rows(record, shape, segment_elements, ids)
+        return gathered
+    return _gather_rows(record, shape, segment_elements, ids)
+
+
+def _gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:
     if ids.dtype not in (torch.int64, torch.int32) or ids.device != record.device:
         raise errors.UsageError(
             "row indices must be i64 or i32 on the record's device",
@@ -137,17 +158,12 @@ def gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, i
     out = record.new_empty([*ids.shape, *shape[1:]], dtype=torch.bfloat16)
     weights, row_weights = math.prod(shape), math.prod(shape[1:])
     check_record(record, weights, segment_elements)
-    matrix = Range(record.data_ptr(), record.numel(), weights, segment_elements, 0, weights, out.data_ptr())
+    owner = record.untyped_storage()
+    matrix = Range(record.data_ptr(), record.numel(), weights, segment_elements, 0, weights, out.data_ptr(), owner)
     decoder_of(record.device).gather_rows(matrix, numbers.data_ptr(), numbers.numel(), row_weights, shape[0])
     return out
 
 
-@gather_rows.register_fake
-def _(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-    return record.new_empty([*ids.shape, *shape[1:]], dtype=torch.bfloat16)
-
-
-@torch.library.custom_op("df11::decode_into", mutates_args=("out",))
 def decode_into(
     records: list[torch.Tensor],
     weights: list[int],
@@ -160,6 +176,23 @@ def decode_into(
 
     A launch takes 64 records.
     """
+    if _is_watched((*records, *out)):
+        _ops.decode_into(records, weights, segment_elements, first, out, background)
+        return
+    _decode_into(records, weights, segment_elements, first, out, background)
+    for tensor in out:
+        if not tensor.is_inference():  # As the dispatcher does: nobody may go backward with what was there.
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _decode_into(
+    records: list[torch.Tensor],
+    weights: list[int],
+    segment_elements: list[int],
+    first: list[int],
+    out: list[torch.Tensor],
+    background: bool = False,
+) -> None:
     if not len(records) == len(weights) == len(segment_elements) == len(first) == len(out):
         raise errors.UsageError("lists of different lengths")
     if not records:
@@ -172,6 +205,42 @@ def decode_into(
     decoder_of(records[0].device).decode(ranges, background=background)
 
 
-@decode_into.register_fake
-def _(*_arguments: object, **_options: object) -> None:
+# What torch knows of them. On fake tensors, only the shapes matter.
+
+
+def _fake_decode(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,  # noqa: ARG001
+    background: bool = False,  # noqa: ARG001
+) -> torch.Tensor:
+    return record.new_empty(shape, dtype=torch.bfloat16)
+
+
+def _fake_decode_rows(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,  # noqa: ARG001
+    start: int,
+    stop: int,
+    background: bool = False,  # noqa: ARG001
+) -> torch.Tensor:
+    return record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
+
+
+def _fake_gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+    return record.new_empty([*ids.shape, *shape[1:]], dtype=torch.bfloat16)
+
+
+def _fake_decode_into(*_arguments: object, **_options: object) -> None:
     return None
+
+
+for _function, _fake, _mutated in (
+    (_decode, _fake_decode, ()),
+    (_decode_rows, _fake_decode_rows, ()),
+    (_gather_rows, _fake_gather_rows, ()),
+    (_decode_into, _fake_decode_into, ("out",)),
+):
+    _name = f"df11::{_function.__name__[1:]}"
+    torch.library.custom_op(_name, _function, mutates_args=_mutated).register_fake(_fake)
