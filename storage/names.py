@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from df11.formats import errors
+from df11.storage.address import MOST_OF_A_NAME
 
 LEFT_OUT_FOLDERS: Final = frozenset(
     {
@@ -34,8 +35,6 @@ _LEFT_OUT: Final = re.compile(
 )
 # Ours, from a run that was killed.
 _OURS: Final = re.compile(r"(\..*\.(partial|download)|\.df11-run)(\.lock(\.\d+)?)?", re.DOTALL)
-_LONGEST: Final = 255
-"""Bytes of a file's name on almost every file system."""
 _COMMANDS: Final = frozenset({".git", "git~1"})
 """Names, in any letter case, under which a file or folder makes git run commands."""
 _UNFINISHED: Final = re.compile(r".*\.(aria2|incomplete|crdownload|part|!qB)", re.DOTALL)
@@ -89,7 +88,7 @@ def check_together(names: Collection[str]) -> None:
     hint = "rename it, or leave it out: --exclude"
     for name in sorted(set(names)):
         *folders, last = name.split("/")
-        if any(len(os.fsencode(part)) > _LONGEST for part in (*folders, last)):
+        if any(len(os.fsencode(part)) > MOST_OF_A_NAME for part in (*folders, last)):
             raise errors.UsageError("a part of this name is too long", file=errors.shortened(name), hint=hint)
         if any(map(_OURS.fullmatch, folders)):
             what = "df11 itself uses the name of a folder of this file"

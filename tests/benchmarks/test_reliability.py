@@ -22,6 +22,7 @@ ONE = dict.fromkeys(("points", "kills", "cuts", "faults", "changes", "writers", 
 CRASH = {
     "machine": MACHINE,
     "step": 2,
+    "note": "It was interrupted.",
     "commands": {"convert a file": {**ONE, "violations": []}, "hub pull": {**ONE, "violations": ["one"]}},
     "bits": {"bits": 9000, "noticed": 8990, "free": 7, "same": 3, "missed": []},
 }
@@ -72,6 +73,7 @@ def test_results_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert page.endswith(f"{reliability.END}\nafter\n")
     assert "| all |" + " 2,000 |" * 9 in page
     assert "One in 2 of all faults was tried" in page
+    assert "tried, evenly.\n\nIt was interrupted.\n\n" in page
     assert "1 of these ended otherwise than this page promises" in page
     assert "`verify` noticed 8,990" in page
     assert "13,345 malformed inputs were tried in 60 s; 45 turned out" in page

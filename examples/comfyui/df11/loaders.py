@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import comfy.sd
@@ -13,17 +11,11 @@ from df11 import runtime
 from df11.formats import errors
 from df11.formats.container import Container
 
-from .nodes import Df11Ops, list_folder, ready, state_dict  # noqa: TID252 - ComfyUI chooses the name of this folder
+from .nodes import Df11Ops, accepted, list_folder, ready, state_dict  # noqa: TID252 - ComfyUI chooses the name of this folder
 
 CHECKPOINTS = list_folder("checkpoints")
 TEXT_ENCODERS = list_folder("text_encoders")
 VAES = list_folder("vae")
-
-
-def _accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    # Those that this version of ComfyUI knows.
-    known = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in known}
 
 
 def _metadata(path: str) -> dict[str, str] | None:
@@ -56,7 +48,7 @@ class LoadCheckpointDf11:
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
             model_options=compressed,
             te_model_options=compressed,
-            **_accepted(comfy.sd.load_state_dict_guess_config, metadata=_metadata(path), disable_dynamic=True),
+            **accepted(comfy.sd.load_state_dict_guess_config, metadata=_metadata(path), disable_dynamic=True),
         )
         if found is None or found[0] is None:
             raise errors.UsageError(
@@ -98,7 +90,7 @@ class LoadTextEncoderDf11:
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
             clip_type=comfy.sd.CLIPType[type.upper()],
             model_options={"custom_operations": Df11Ops},
-            **_accepted(comfy.sd.load_text_encoder_state_dicts, disable_dynamic=True),
+            **accepted(comfy.sd.load_text_encoder_state_dicts, disable_dynamic=True),
         )
         ready(clip.patcher)
         return (clip,)
@@ -121,7 +113,7 @@ class LoadVaeDf11:
         """The VAE, as ComfyUI's own loader returns it."""
         path = folder_paths.get_full_path_or_raise(VAES, vae_name)
         vae = comfy.sd.VAE(
-            sd=runtime.load_file(path, "cpu"), **_accepted(comfy.sd.VAE.__init__, metadata=_metadata(path))
+            sd=runtime.load_file(path, "cpu"), **accepted(comfy.sd.VAE.__init__, metadata=_metadata(path))
         )
         vae.throw_exception_if_invalid()
         return (vae,)

@@ -9,6 +9,7 @@ to, only replaced. LoRAs change what a layer has decoded (patching.py).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import comfy.ops
@@ -172,6 +173,12 @@ def state_dict(path: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of the options that this version of ComfyUI knows."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in known}
+
+
 def ready(patcher: Any) -> None:
     """Prepare a ModelPatcher that has just been loaded."""
     keep_compressed(patcher)
@@ -195,10 +202,10 @@ class LoadDiffusionModelDf11:
     def load(self, model_name: str) -> tuple[Any]:
         """The model, as ComfyUI's own loader returns it."""
         path = folder_paths.get_full_path_or_raise(FOLDER, model_name)
-        options: dict[str, Any] = {"model_options": {"custom_operations": Df11Ops}}
-        if "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters:
-            options["disable_dynamic"] = True  # Dynamic loading copies weights as raw bytes into memory of its own.
-        model = comfy.sd.load_diffusion_model_state_dict(state_dict(path), **options)
+        load = comfy.sd.load_diffusion_model_state_dict
+        options = {"custom_operations": Df11Ops}
+        # Dynamic loading copies weights as raw bytes into memory of its own.
+        model = load(state_dict(path), model_options=options, **accepted(load, disable_dynamic=True))
         if model is None:
             raise errors.UsageError(
                 "ComfyUI does not recognize this model",
