@@ -14,6 +14,7 @@ from df11.converter.files import (
     Action,
     Assignment,
     container_name,
+    folder_of,
     index_names,
     is_shard,
     original_name,
@@ -21,15 +22,17 @@ from df11.converter.files import (
 )
 from df11.converter.index import rewrite_index
 from df11.converter.manifest import FILE_NAME, Cast, FileRow, Manifest, TensorRow
+from df11.converter.output import original_files
 from df11.converter.pipeline import least_memory
 from df11.converter.plan import Options, Step
 from df11.converter.restore_file import restored_layout
 from df11.converter.scan import check_described, up_to_date
 from df11.converter.source import Progress, Source
 from df11.formats import errors, layout
-from df11.formats.container import Container
+from df11.formats.container import Container, OriginalFile
 from df11.storage.entry import Entry
 from df11.storage.journal import Mark
+from df11.storage.overlay import Overlay
 from df11.storage.store import Store, has_content, same_content
 
 log: Final = logging.getLogger("df11")
@@ -113,7 +116,7 @@ class Comparison:
         """
         known = {**self._files, **self._begun, **self._others}
         shards = [name for name in known if name.endswith(DF11)]
-        if self._action == "restore":  # Of what is finished nothing is known: it is the user's.
+        if self._action in ("restore", "export"):  # Of what is finished nothing is known: it is the user's.
             shards += [name for name in self._begun if is_shard(name)]
         names = [*shards, *(name for name in index_names(known) if DF11 in name)]
         return [name for name in names if name in self.held and self._is_ours(name, self.held[name])]
@@ -201,7 +204,7 @@ class Comparison:
             return step
         if not has_content(self._target, there, _entry_of(row)):
             return step
-        sha256, step = self._source_sha256(step)
+        sha256, step = self._source_sha256(step, row.source_sha256, row.made_from, is_known=True)
         return dataclasses.replace(step, kept=True) if sha256 == row.source_sha256 else step
 
     def _compare_by_container(self, step: Step, there: Entry) -> Step:
@@ -209,7 +212,7 @@ class Comparison:
         path = self._target.locate(step.name)
         try:
             with Container(path) as container:
-                stored, cast = container.source, self._options.cast
+                stored, cast, made_from = container.source, self._options.cast, container.made_from
                 row = self._files.get(step.name)
                 is_known = row is not None and _describes(row, step, there, container)
                 is_known = is_known and up_to_date(self._rows.get(step.name, ()), container)
@@ -219,7 +222,7 @@ class Comparison:
             return step
         if stored.bytes != step.entry.size or stored.cast != cast:
             return step
-        sha256, step = self._source_sha256(step)
+        sha256, step = self._source_sha256(step, stored.sha256, made_from, is_known=is_known)
         if sha256 != stored.sha256:
             return step
         if self._options.prove and row is not None and row.sha256 is not None:
@@ -228,9 +231,18 @@ class Comparison:
             return dataclasses.replace(step, kept=True, source_sha256=sha256)
         return dataclasses.replace(step, kind="prove", source_sha256=sha256, least=0, expected=0, most=0)
 
-    def _source_sha256(self, step: Step) -> tuple[str, Step]:
+    def _source_sha256(
+        self, step: Step, before: str, made_from: tuple[OriginalFile, ...], *, is_known: bool
+    ) -> tuple[str | None, Step]:
+        # Of a file that is made from others, ``before`` if these are the ones that it was made from before, by a
+        # manifest that knows the container. What a container says of itself does not prove that it holds them.
         if step.entry.sha256 is not None:
             return step.entry.sha256, step
+        if isinstance(self._source, Overlay) and (sources := self._source.made_from(step.entry)):
+            if original_files(sources) != made_from:
+                return None, step
+            if is_known:
+                return before, step
         with Source(self._source.open(step.entry), max_memory=self._options.max_memory) as source:
             sha256 = source.sha256(self._progress)
         return sha256, dataclasses.replace(step, counted=True, source_sha256=sha256)
@@ -274,7 +286,7 @@ class Comparison:
         return row is not None and has_content(self._target, there, _entry_of(row))
 
     def _index(self, one: Assignment) -> Step:
-        folder = one.entry.name[: one.entry.name.rfind("/") + 1]
+        folder = folder_of(one.entry.name)
 
         def rename(shard: str) -> str:
             if self._action == "convert":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from df11.converter.apply import Delivery, apply_plan
+from df11.converter.dfloat11.recognise import decoded
 from df11.converter.files import is_shard
 from df11.converter.manifest import Cast, TensorRow
 from df11.converter.options import DEFAULT_MEMORY
@@ -86,6 +87,7 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_missing: bool = False,
+    shapes: str | os.PathLike[str] | None = None,
     verify: bool = True,
     resume: bool = True,
     force: bool = False,
@@ -98,7 +100,8 @@ def convert(
 
     ``src`` may be on the Hub: ``"hf://owner/name[@revision][/path]"``. The revision is resolved once. Shards are read
     while they are converted, and each must have the SHA-256 that the Hub lists. With ``max_disk``, in bytes or as text,
-    each is downloaded first, beside its output, and removed afterwards.
+    each is downloaded first, beside its output, and removed afterwards. A DFloat11 checkpoint becomes the model that it
+    decodes to; ``shapes`` names the original model, if nothing else tells the shapes of its tensors.
 
     ``threads``: encoder threads, by default one per core. ``max_memory``: of the whole process, in bytes or as text
     such as ``"256MiB"``. ``cast="bf16"`` rounds F32 tensors to BF16. ``include`` and ``exclude``: glob patterns of
@@ -122,6 +125,7 @@ def convert(
     settings = Settings(thread_count(threads), parse_size(max_memory), cast, verify)
     source = open_source(src)
     source.list()
+    source = decoded(source, shapes=shapes, max_memory=settings.max_memory)
     target, name = open_target(source, Path(dst))
     if not source.is_file and not dry_run:
         check_installed()  # Better now than at the end.

@@ -20,6 +20,7 @@ from df11.storage.store import open_source
 SAFETENSORS: Final = ".safetensors"
 SOURCE_SUFFIXES: Final = (SAFETENSORS, ".sft")
 DF11: Final = ".df11"
+CONFIG: Final = "config.json"
 ATTRIBUTES: Final = ".gitattributes"
 ATTRIBUTES_LINE: Final = b"\n*.df11 filter=lfs diff=lfs merge=lfs -text\n"
 """Added to the copy of a .gitattributes file, so that git keeps containers in LFS like shards."""
@@ -29,8 +30,10 @@ _BY_NAME: Final = re.compile(
 )
 """Small files that peft and diffusers look up by these names and read themselves."""
 
-Action = Literal["convert", "restore", "copy"]
-"""What happens to a model folder: shards into containers, containers into shards, or everything copied."""
+Action = Literal["convert", "restore", "copy", "export"]
+"""What happens to a model folder: shards into containers, containers into shards, or everything copied.
+
+An export copies, too: its source shows the files of another layout, which are made while they are copied."""
 Kind = Literal["convert", "restore", "copy", "index", "attributes"]
 
 
@@ -55,6 +58,11 @@ def container_name(name: str) -> str:
         if name.endswith(suffix) and is_shard(name):
             return name.removesuffix(suffix) + DF11
     return name
+
+
+def folder_of(name: str) -> str:
+    """The folder of a file, with a slash at its end, or ""."""
+    return name[: name.rfind("/") + 1]
 
 
 def original_name(name: str, originals: Mapping[str, str]) -> str:
@@ -101,7 +109,7 @@ def target_names(names: Iterable[str], action: Action, originals: Mapping[str, s
 
 
 def _assign_one(name: str, action: Action, originals: Mapping[str, str]) -> tuple[Kind | None, str]:
-    if action == "copy":
+    if action in ("copy", "export"):
         return "copy", name
     if name == FILE_NAME:
         return None, name
@@ -144,7 +152,7 @@ def renamed(assignments: Iterable[Assignment], indexes: Mapping[str, bytes], whe
 def named_files(indexes: Mapping[str, bytes], where: str) -> Iterator[tuple[str, str]]:
     """Each index file, given by name and content, with each file that it names, there or not."""
     for index, data in indexes.items():
-        folder = index[: index.rfind("/") + 1]
+        folder = folder_of(index)
         for shard in set(read_shards(data, f"{where}/{index}").values()):
             yield index, posixpath.normpath(folder + shard)
 
@@ -170,7 +178,7 @@ def check_shards(indexes: Mapping[str, bytes], names: Collection[str], where: st
     named: set[str] = set()
     folders: set[tuple[str, str]] = set()
     for index, data in indexes.items():
-        folder = index[: index.rfind("/") + 1]
+        folder = folder_of(index)
         shards = {shard for _, shard in named_files({index: data}, where)}
         named |= shards
         missing += [(index, shard) for shard in sorted(shards - set(names))]

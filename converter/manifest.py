@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from df11.converter.exponents import ExponentCounts
 from df11.formats import errors, framing
+from df11.formats.container import OriginalFile
 from df11.storage.entry import Entry
 from df11.storage.store import Store
 from df11.version import __version__
@@ -61,6 +62,8 @@ class FileRow:
     source_file: str
     source_bytes: int
     source_sha256: str
+    made_from: tuple[OriginalFile, ...] = ()
+    """The files that the source was decoded from, as of a DFloat11 checkpoint; none if it was a file itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import math
 import os
 import string
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -18,6 +19,7 @@ from df11.converter import parquet_bounds
 from df11.converter.exponents import COUNTED_WEIGHTS, ExponentCounts, has_exponents
 from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin, TensorRow, is_relative
 from df11.formats import errors, framing, json_text, layout
+from df11.formats.container import OriginalFile
 from df11.storage.paths import kind_of, read_file
 
 try:
@@ -116,6 +118,7 @@ def _document(manifest: Manifest) -> dict[str, Any]:
                 "bytes": file.bytes,
                 "sha256": file.sha256,
                 "source": {"file": file.source_file, "bytes": file.source_bytes, "sha256": file.source_sha256},
+                **({"made_from": [asdict(one) for one in file.made_from]} if file.made_from else {}),
             }
             for file in manifest.files
         ],
@@ -228,6 +231,7 @@ class _Reader:
             _member(source, "file"),
             _member(source, "bytes"),
             _member(source, "sha256"),
+            tuple(map(self._check_original, value.get("made_from", ()) if isinstance(value, dict) else ())),
         )
         if not (is_relative(row.file) and is_relative(row.source_file)):
             self._refuse(
@@ -238,6 +242,12 @@ class _Reader:
         if not (row.sha256 is None or _is_sha256(row.sha256)) or not _is_sha256(row.source_sha256):
             self._refuse("a SHA-256", found=repr((row.sha256, row.source_sha256))[:200])
         return row
+
+    def _check_original(self, value: Any) -> OriginalFile:
+        found = OriginalFile(_member(value, "file"), _member(value, "bytes"), _member(value, "sha256"))
+        if not (is_relative(found.file) and _is_size(found.bytes) and _is_sha256(found.sha256)):
+            self._refuse("a file in made_from", found=repr(value)[:200])
+        return found
 
     def _check_others(self, value: Any) -> tuple[tuple[str, str], ...]:
         if not isinstance(value, dict) or not all(map(_is_sha256, value.values())):

@@ -19,6 +19,7 @@ from df11.converter.files import (
     SOURCE_SUFFIXES,
     Action,
     Assignment,
+    Kind,
     assign,
     check_shards,
     container_name,
@@ -70,14 +71,15 @@ def make_plan(
         raise errors.UsageError("the target lies in the source", file=target.label, hint="choose another folder")
     if name is not None:
         manifest, indexes, originals, old_names = None, {}, {}, {}
-        one: Assignment = Assignment("restore" if action == "restore" else "convert", listed[0], name)
+        kinds: dict[Action, Kind] = {"restore": "restore", "export": "copy"}
+        one: Assignment = Assignment(kinds.get(action, "convert"), listed[0], name)
         assignments = [one]
     else:
         if target.is_file:
             raise errors.UsageError("the target is a file", file=target.label, hint="name a folder")
         target.refresh()
         # A folder that is restored to has none: what lies there by this name is about another one.
-        manifest = None if action == "restore" else _known_manifest(target)
+        manifest = None if action in ("restore", "export") else _known_manifest(target)
         check_foreign(target, manifest)
         if action == "restore":
             own = _own_manifest(source, listed, options)
@@ -199,13 +201,18 @@ def _begun(target: Store, run: Run) -> Mapping[str, tuple[Mark, ...]]:
     return {} if journal is None else journal.left(run)
 
 
-def _own_manifest(source: Store, listed: Sequence[Entry], options: Options) -> Manifest | None:
-    # Of the folder that is restored: it alone knows a shard that was called .sft, or a container in another's place.
+def check_ended(source: Store, action: Action) -> None:
+    """Raise ConflictError if a run that fills a folder has not ended, so that this is not all of a model."""
     journal = source.journal()
     if journal is not None and journal.is_there:
         what = "a run that fills this folder has not ended"
-        hint = f"run it again, or remove {journal.path.name} there to restore what it has written"
+        hint = f"run it again, or remove {journal.path.name} there to {action} what it has written"
         raise errors.ConflictError(what, file=source.label, hint=hint)
+
+
+def _own_manifest(source: Store, listed: Sequence[Entry], options: Options) -> Manifest | None:
+    # Of the folder that is restored: it alone knows a shard that was called .sft, or a container in another's place.
+    check_ended(source, "restore")
     suffix = f"shards and indexes get the suffix {SAFETENSORS}, whatever it was"
     if not any(entry.name == FILE_NAME and is_wanted(FILE_NAME, (), options.exclude) for entry in listed):
         if any(entry.name.endswith(DF11) for entry in listed):
@@ -237,9 +244,9 @@ def _check_assignments(
     all_names: Set[str],
     own: Manifest | None,
 ) -> None:
-    wanted = {"convert": ".safetensors", "restore": DF11, "copy": DF11}[action]
+    wanted = DF11 if action in ("restore", "copy") else ".safetensors"
     names = [one.entry.name for one in assignments]
-    is_one = is_shard if action == "convert" else lambda name: name.endswith(DF11)
+    is_one = is_shard if wanted != DF11 else lambda name: name.endswith(DF11)
     if not any(map(is_one, names)) and not (action == "convert" and any(one.endswith(".safetensors") for one in names)):
         hint = "check the path"
         if options.include or options.exclude:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from df11.converter.restore_file import restore_file, restored_layout
 from df11.converter.scan import scan
 from df11.converter.settings import Settings
 from df11.converter.source import Progress, Source
-from df11.converter.verify import verify
+from df11.converter.verify import verify, verify_container
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.storage.atomic import AtomicWriter, open_folder
@@ -172,8 +172,15 @@ def _convert(task: Task, progress: Progress) -> Done:
         started = time.monotonic()
         verify(path, threads=task.settings.threads, on_progress=lambda _: progress(0))
         seconds["verify"] = time.monotonic() - started
-    original = step.original or step.entry.name
-    row = FileRow(step.name, result.output_bytes, None, original, result.source_bytes, result.source_sha256)
+    row = FileRow(
+        step.name,
+        result.output_bytes,
+        None,
+        step.original or step.entry.name,
+        result.source_bytes,
+        result.source_sha256,
+        result.made_from,
+    )
     rows = tuple(dataclasses.replace(row, file=step.name) for row in result.rows)
     return Done(step, path, Entry(step.name, result.output_bytes), row, rows, seconds=seconds)
 
@@ -255,10 +262,9 @@ def _prove(task: Task, progress: Progress) -> Done:
     path = Path(store.locate(step.name))
     hashed = store.hashed(store.entry(step.name)) if from_source else None
     told = progress if from_source else _quiet(progress)
-    against = task.source.locate(step.entry.name) if task.source.address is None and not from_source else None
     try:
         if not from_source:
-            verify(path, against, threads=task.settings.threads, on_progress=told)
+            _prove_kept(path, task, told)
         tensors = scan(path, step.name, threads=task.settings.threads, progress=told)
     except (errors.FormatError, errors.DifferenceError):
         if from_source:
@@ -267,10 +273,21 @@ def _prove(task: Task, progress: Progress) -> Done:
     if not from_source:
         _once(step, progress)(step.entry.size)
     with Container(path) as container:
-        source, size = container.source, container.size
-    row = FileRow(step.name, size, None, step.original or step.entry.name, source.bytes, source.sha256)
+        source, size, made_from = container.source, container.size, container.made_from
+    name = step.original or step.entry.name
+    row = FileRow(step.name, size, None, name, source.bytes, source.sha256, made_from)
     seconds = {"verify": time.monotonic() - started}
     return Done(step, path, hashed or Entry(step.name, size), row, tensors, seconds=seconds)
+
+
+def _prove_kept(path: Path, task: Task, progress: Progress) -> None:
+    with ExitStack() as stack:
+        container = stack.enter_context(Container(path))
+        source = None
+        if task.source.address is None:
+            file = task.source.open(task.step.entry)
+            source = stack.enter_context(Source(file, max_memory=task.settings.max_memory))
+        verify_container(container, source, task.settings.threads, progress)
 
 
 def _place(task: Task) -> tuple[Path, Path]:

@@ -10,6 +10,7 @@ from typing import Final
 
 from df11.converter import parquet
 from df11.converter.apply import SMALL, staged_bytes
+from df11.converter.dfloat11.recognise import decoded
 from df11.converter.files import DF11
 from df11.converter.manifest import FILE_NAME, Cast, Manifest, Origin
 from df11.converter.pipeline import PARQUET_MEMORY
@@ -51,6 +52,7 @@ def prepare(model: Model, limits: Limits) -> Prepared:
     _check_installed()
     source = open_source(model.source)
     source.list()
+    source = decoded(source, max_memory=limits.memory)
     if source.is_file:
         hint = "for one file: df11-convert"
         raise errors.UsageError("a job converts folders and repositories", file=model.source, hint=hint)

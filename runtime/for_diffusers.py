@@ -19,6 +19,7 @@ import torch
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import hub, loading
+from df11.runtime.foreign import refuse_dfloat11
 from df11.runtime.weight import CompressedWeight
 
 _SAFETENSORS: Final = ".safetensors"
@@ -173,6 +174,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
         call = bound.arguments
         model, files = call["model"], call["resolved_model_file"]
         if not files or not str(files[0]).endswith(_DF11):
+            refuse_dfloat11(call["pretrained_model_name_or_path"], model.config)
             return original(cls, *args, **kwargs)
         folder = str(call["pretrained_model_name_or_path"])
         if call.get("hf_quantizer") is not None:

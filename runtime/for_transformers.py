@@ -23,6 +23,7 @@ from torch import nn
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import hub, loading
+from df11.runtime.foreign import refuse_dfloat11, refuse_dfloat11_folder
 from df11.runtime.model import MismatchError, read_index, stays_compressed
 from df11.runtime.modules import is_compressed, materialize
 from df11.runtime.weight import joining
@@ -92,6 +93,8 @@ def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]
         names = [library._add_variant(name, call.get("variant")) for name in (_FILE, _INDEX)]
         if Path(source).is_dir():
             found = [path for name in names if (path := Path(source, download.get("subfolder") or "", name)).is_file()]
+            if not found:
+                refuse_dfloat11_folder(Path(source, download.get("subfolder") or ""))
             return _files(library, str(source), str(found[0]), download) if found else original(*args, **kwargs)
         try:
             return original(*args, **kwargs)
@@ -188,6 +191,8 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if not checkpoint_files or not str(checkpoint_files[0]).endswith(".df11"):
+            if checkpoint_files:  # They would be taken for weights under unknown names.
+                refuse_dfloat11(load_config.pretrained_model_name_or_path, model.config)
             return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         folder = str(load_config.pretrained_model_name_or_path)
         if load_config.hf_quantizer is not None:

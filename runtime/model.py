@@ -16,6 +16,7 @@ from df11.formats import errors, json_text, layout
 from df11.formats.container import Container
 from df11.runtime import cpu, gpu, hub, load, operators
 from df11.runtime.compressed import CompressedTensor
+from df11.runtime.foreign import refuse_dfloat11_folder
 from df11.runtime.modules import enable_prefetch, is_compressed, offload_records
 from df11.runtime.prefetch import CudaStreams
 from df11.runtime.weight import CompressedWeight
@@ -115,6 +116,7 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
         if not indexes:
             if not files:
                 next(root.iterdir(), None)  # glob finds nothing in a folder that may not be read; this raises.
+                refuse_dfloat11_folder(root)
                 raise errors.MissingError("no .df11 file in this folder", file=root)
             return files
         names = read_index(indexes[0])

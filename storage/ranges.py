@@ -170,14 +170,15 @@ class _Range:
 
 
 class RangeReader:
-    """Reads a :class:`RemoteFile` from byte ``start`` on.
+    """Reads a :class:`RemoteFile` from byte ``start`` on, up to ``end`` or its own.
 
     In sequence it fetches ahead; after a jump it fetches just what is requested.
     """
 
-    def __init__(self, file: RemoteFile, start: int) -> None:
+    def __init__(self, file: RemoteFile, start: int, end: int | None = None) -> None:
         self._file = file
         self._start = start
+        self._end = file.size if end is None else end
         self._next = start
         self._reading = threading.Lock()
         self._state = threading.Lock()  # Guards what the fetching threads and stop() also change.
@@ -193,7 +194,7 @@ class RangeReader:
         Raises a Df11Error; after :meth:`stop` possibly another error.
         """
         with self._reading:
-            if position == self._next:
+            if position == self._next and position + len(out) <= self._end:
                 self._read_in_sequence(position, out)
             else:
                 self._file.fetch(position, out, self._stopped)
@@ -211,14 +212,14 @@ class RangeReader:
             chunk = part.data[offset : offset + len(out)]
             out[: len(chunk)] = chunk
             out, position = out[len(chunk) :], position + len(chunk)
-            if offset + len(chunk) == len(part.data) and position < self._file.size:
+            if offset + len(chunk) == len(part.data) and position < self._end:
                 self._get(index + 1)  # Its buffer is free again.
 
     def _get(self, index: int) -> _Range:
         # The part, requested now if necessary. Also requests the next parts while there are buffers; drops all others.
         if not self._threads:
             self._start_threads()
-        size = self._file.size - self._start
+        size = self._end - self._start
         window = range(index, min(index + RANGES, -(-size // RANGE_BYTES)))
         for other in [other for other in self._held if other not in window]:
             self._drop(other)
@@ -293,10 +294,10 @@ class RangeFile(File):
         self._remote = RemoteFile(address, size)
         self._reader: RangeReader | None = None
 
-    def expect(self, position: int) -> None:
-        """Fetch ahead from ``position`` on, once the first bytes there are requested."""
+    def expect(self, position: int, end: int | None = None) -> None:
+        """Fetch ahead from ``position`` on, up to ``end``, once the first bytes there are requested."""
         self._close_reader()
-        self._reader = RangeReader(self._remote, position)
+        self._reader = RangeReader(self._remote, position, end)
 
     def read(self, position: int, out: Bytes) -> None:
         """Fill ``out`` with the bytes from ``position`` on."""

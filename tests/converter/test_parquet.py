@@ -18,6 +18,7 @@ import df11
 from df11.converter import parquet
 from df11.converter.manifest import FILE_NAME, TOOL, Manifest, Origin
 from df11.formats import errors
+from df11.formats.container import OriginalFile
 from tests.support import sources
 from tests.support.conversions import convert, file_row, numpy_counts
 
@@ -163,6 +164,22 @@ def test_other_files(tmp_path):
     refused(other.getvalue(), "no df11 metadata")
     with pytest.raises(errors.MissingError):
         parquet.read(tmp_path)
+
+
+def test_files_that_a_source_was_decoded_from(small):
+    files = (OriginalFile("a.safetensors", 12, "1" * 64), OriginalFile("b.safetensors", 34, "2" * 64))
+    made = replace(small, files=tuple(replace(row, made_from=files) for row in small.files))
+    assert parquet.from_bytes(parquet.to_bytes(made), "x") == made
+    table, document = table_of(made)
+    for wrong in (
+        1,
+        [1],
+        [{}],
+        [{"file": "/a", "bytes": 1, "sha256": "1" * 64}],
+        [{"file": "a", "bytes": -1, "sha256": "1" * 64}],
+    ):
+        document["files"][0]["made_from"] = wrong
+        refused(written(table, document))
 
 
 def test_absurd_sizes(small, monkeypatch):

@@ -112,7 +112,7 @@ LEAVES = leaves(cli.COMMANDS)
 SPELLINGS = (
     "--threads -j --jobs --max-memory --max-disk --cast --verify --no-verify --resume --no-resume --force --dry-run "
     "--json --quiet -q --debug --against --bf16 --engine --private --public --include --exclude --allow-missing "
-    "--output -o --help --version --nonsense --thread "
+    "--output -o --shapes --to --patterns --file-per-unit --help --version --nonsense --thread "
 )
 VALUES = [
     "a",

@@ -67,6 +67,7 @@ PLACES = {
     r"(?<![\w.])(?<!def )open\(": {"storage/atomic.py", "storage/hub.py", "storage/paths.py", "formats/container.py"},
     r"\.(read_text|read_bytes|write_text|write_bytes)\(": {
         "storage/hub.py",
+        "converter/dfloat11/architectures.py",  # A table of this package.
         "runtime/gpu.py",  # The kernel's source, of this package.
         "runtime/omnigen2_classes.py",  # Modules that are imported right after.
     },

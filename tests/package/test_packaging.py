@@ -75,7 +75,7 @@ def package_files() -> set[str]:
         f"df11/{path.name}" for path in (ROOT / "src" / "df11").iterdir() if path.suffix in (".py", ".pyi", ".typed")
     }
     for room in ROOMS:
-        for suffix in (".py", ".pyi", ".md", ".cu", ".j2", ".js"):
+        for suffix in (".py", ".pyi", ".md", ".cu", ".toml", ".j2", ".js"):
             files |= {f"df11/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(f"*{suffix}")}
     return files
 

@@ -132,6 +132,22 @@ def test_a_file_is_fetched_ahead_only_from_where_it_is_expected(hub, address):
     assert f"bytes={RANGE + 1}-{2 * RANGE}" in ranges_asked(hub)
 
 
+def test_nothing_is_fetched_ahead_beyond_where_reading_ends(hub, address):
+    first, last = RANGE + 1, 3 * RANGE + 7
+    with RangeFile(address, len(DATA)) as file:
+        file.expect(first, last)
+        out = np.empty(last - first, np.uint8)
+        for start in range(0, len(out), 900):
+            file.read(first + start, out[start : start + 900])
+        assert out.tobytes() == DATA[first:last]
+        ends = [int(asked.rpartition("-")[2]) for asked in ranges_asked(hub)]
+        assert max(ends) == last - 1
+        file.read(last - 5, out[:10])  # Whoever wants more gets it.
+        assert out[:10].tobytes() == DATA[last - 5 : last + 5]
+        file.read(last + 5, out[:10])
+        assert out[:10].tobytes() == DATA[last + 5 : last + 15]
+
+
 @pytest.mark.parametrize("start", [0, 1, RANGE, len(DATA) - 1, len(DATA)])
 def test_the_chunks_of_a_file(start, hub, address, monkeypatch):
     monkeypatch.setattr("df11.storage.file.CHUNK", 3_333)
