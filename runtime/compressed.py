@@ -39,6 +39,7 @@ class CompressedTensor:
     """A BF16 tensor held as a record on a device, decoded on request. It is never changed.
 
     ``record``: u8, one-dimensional, the record as it is in the file. ``shape``, ``dtype``: of the decoded tensor.
+    ``casts``: dtypes that decoded values are cast to, one after another; the last one is ``dtype``.
     ``segment_elements``: weights per segment of the record (the last may have fewer). On a GPU, decoding is launched on
     torch's current stream. Damaged bytes decode to wrong weights but never cause an access out of bounds;
     :func:`check_errors` reports them. Where tensors have been joined, ``record`` holds their records one after another,
@@ -47,7 +48,7 @@ class CompressedTensor:
 
     record: torch.Tensor
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    casts: tuple[torch.dtype, ...]
     pieces: tuple[Piece, ...]
     prefetcher: Prefetcher | None
     _record_size: int
@@ -57,27 +58,36 @@ class CompressedTensor:
     def __init__(
         self, record: torch.Tensor, shape: Sequence[int], segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS
     ) -> None:
-        import torch
 
         from df11.runtime import operators
 
         elements = math.prod(shape)
         operators.check_record(record, elements, segment_elements)
         piece = Piece(0, record.numel(), elements, segment_elements, 0, (0,) * len(shape), tuple(shape))
-        self._set(record, tuple(shape), torch.bfloat16, (piece,))
+        self._set(record, tuple(shape), (piece,), ())
 
-    def _set(self, record: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, pieces: tuple[Piece, ...]) -> None:
-        self.record, self.shape, self.dtype, self.pieces = record, shape, dtype, pieces
+    def _set(
+        self,
+        record: torch.Tensor,
+        shape: tuple[int, ...],
+        pieces: tuple[Piece, ...],
+        casts: tuple[torch.dtype, ...],
+    ) -> None:
+        self.record, self.shape, self.pieces, self.casts = record, shape, pieces, casts
         self._record_size = record.numel()  # A tracer would record the question, if it were asked later.
         self.prefetcher = self._kept = self._part_of = None
 
     @classmethod
     def of_pieces(
-        cls, record: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, pieces: tuple[Piece, ...]
+        cls,
+        record: torch.Tensor,
+        shape: tuple[int, ...],
+        pieces: tuple[Piece, ...],
+        casts: tuple[torch.dtype, ...] = (),
     ) -> CompressedTensor:
         """A tensor of pieces that have been checked."""
         made = cls.__new__(cls)
-        made._set(record, shape, dtype, pieces)
+        made._set(record, shape, pieces, casts)
         return made
 
     @classmethod
@@ -97,7 +107,29 @@ class CompressedTensor:
     def _with(
         self, record: torch.Tensor, pieces: tuple[Piece, ...], shape: tuple[int, ...] | None = None
     ) -> CompressedTensor:
-        return self.of_pieces(record, self.shape if shape is None else shape, self.dtype, pieces)
+        return self.of_pieces(record, self.shape if shape is None else shape, pieces, self.casts)
+
+    def cast(self, dtype: torch.dtype) -> CompressedTensor:
+        """The same record, decoded to another dtype: what :meth:`torch.Tensor.to` makes of the values at each use."""
+        casts = self.casts
+        # A wider dtype holds the values before it exactly.
+        if casts and casts[-1].itemsize > (self.record_dtype, *casts)[-2].itemsize:
+            casts = casts[:-1]
+        if (self.record_dtype, *casts)[-1] != dtype:
+            casts = (*casts, dtype)
+        return self.of_pieces(self.record, self.shape, self.pieces, casts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decoded tensor."""
+        return (self.record_dtype, *self.casts)[-1]
+
+    @property
+    def record_dtype(self) -> torch.dtype:
+        """The dtype of what the record holds."""
+        import torch
+
+        return torch.bfloat16
 
     @property
     def segment_elements(self) -> int:
@@ -137,7 +169,7 @@ class CompressedTensor:
         return self._with(record, self.pieces)
 
     def decode(self, out: torch.Tensor | None = None, *, background: bool = False) -> torch.Tensor:
-        """All weights, BF16 of ``shape``; written to ``out`` (contiguous BF16, as many weights) if given.
+        """All weights, ``dtype`` of ``shape``; written to ``out`` (contiguous, as many weights) if given.
 
         ``background`` selects the kernel with few registers and little shared memory, which can run beside others on a
         side stream.
@@ -145,18 +177,26 @@ class CompressedTensor:
         from df11.runtime import operators
 
         if out is None and (record := self._only_record) is not None:
-            decoded: torch.Tensor = operators.decode(record, list(self.shape), self.segment_elements, background)
-            return decoded
+            return self._cast(operators.decode(record, list(self.shape), self.segment_elements, background))
         if out is None:
-            out = self.record.new_empty(self.shape, dtype=self.dtype)
-        elif out.dtype != self.dtype or not out.is_contiguous() or out.numel() != self.elements:
+            out = self.record.new_empty(self.shape, dtype=self.record_dtype)
+            self._decode_pieces(out, background)
+            return self._cast(out)
+        if out.dtype != self.dtype or not out.is_contiguous() or out.numel() != self.elements:
             raise errors.UsageError(
                 "the output must be contiguous",
                 expected=f"{self.elements} weights, {self.dtype}",
                 found=f"{tuple(out.shape)}, {out.dtype}",
             )
+        if self.casts:
+            return out.view(self.shape).copy_(self.decode(background=background)).view(out.shape)
         self._decode_pieces(out.view(self.shape), background)
         return out
+
+    def _cast(self, values: torch.Tensor) -> torch.Tensor:
+        for dtype in self.casts:
+            values = values.to(dtype)
+        return values
 
     def _decode_pieces(self, out: torch.Tensor, background: bool) -> None:
         from df11.runtime import operators
@@ -226,10 +266,9 @@ class CompressedTensor:
 
         if (record := self._only_record) is None:
             return self.narrow(start, stop).decode(background=background)
-        decoded: torch.Tensor = operators.decode_rows(
-            record, list(self.shape), self.segment_elements, start, stop, background
+        return self._cast(
+            operators.decode_rows(record, list(self.shape), self.segment_elements, start, stop, background)
         )
-        return decoded
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows with the indices ``ids`` (i64 or i32, any shape, on the same device), as for an embedding.
@@ -244,8 +283,7 @@ class CompressedTensor:
             wanted, places = torch.unique(ids, return_inverse=True)
             rows = [self.rows(row, row + 1) for row in wanted.tolist()]
             return (torch.cat(rows) if rows else self.rows(0, 0))[places]
-        decoded: torch.Tensor = operators.gather_rows(record, list(self.shape), self.segment_elements, ids)
-        return decoded
+        return self._cast(operators.gather_rows(record, list(self.shape), self.segment_elements, ids))
 
 
 def _aligned(record: torch.Tensor) -> torch.Tensor:
@@ -280,7 +318,7 @@ def joined(tensors: Sequence[CompressedTensor], dimension: int, *, stacked: bool
     else:
         shape[dimension] = position
     record = torch.cat([tensor.record for tensor in tensors])
-    return CompressedTensor.of_pieces(record, tuple(shape), tensors[0].dtype, tuple(pieces))
+    return CompressedTensor.of_pieces(record, tuple(shape), tuple(pieces), tensors[0].casts)
 
 
 def decode_many(

@@ -77,7 +77,6 @@ def install(library: Any) -> None:
     model_class._load_pretrained_model = staticmethod(_loading_records(model_class._load_pretrained_model))
     model_class._finalize_model_loading = staticmethod(_finalizing(library, model_class._finalize_model_loading))
     model_class._resize_token_embeddings = _resizing(model_class._resize_token_embeddings)
-    model_class._apply = loading.keeping_dtype(model_class._apply)
 
 
 def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +204,6 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in checkpoint_files]
-            loading.check_dtype(load_config.dtype, containers)
             devices = load_config.device_map or {}
             to_disk = "disk" in devices.values()
             if to_disk:  # transformers would decode them: records stay in their files.

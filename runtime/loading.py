@@ -18,8 +18,8 @@ from df11.formats.record import Scratch
 from df11.runtime import cpu, load
 from df11.runtime import model as models
 from df11.runtime.compressed import CompressedTensor
-from df11.runtime.modules import is_compressed, weights_of
-from df11.runtime.weight import CompressedWeight, FrozenWeightError
+from df11.runtime.modules import weights_of
+from df11.runtime.weight import CompressedWeight
 
 _CPU: Final = torch.device("cpu")
 
@@ -48,30 +48,15 @@ def mapped(container: Container, name: str) -> torch.Tensor:
     return _map(container.path, name, container.info(name).shape, record.segment_elements)
 
 
-def _map(file: str, name: str, shape: Sequence[int], segment_elements: int) -> CompressedWeight:
+def _map(
+    file: str, name: str, shape: Sequence[int], segment_elements: int, casts: Sequence[torch.dtype] = ()
+) -> CompressedWeight:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
         record = opened.get_tensor(name)
-    return CompressedWeight.of(CompressedTensor(record, shape, segment_elements).from_file(file, name))
-
-
-def check_dtype(dtype: torch.dtype, containers: Sequence[Container]) -> None:
-    """Raise a MismatchError if weights that are to stay compressed would be cast, which is impossible."""
-    for container in containers:
-        names = [
-            name
-            for name in container.keys()
-            if models.stays_compressed(container, name) and load.torch_dtype(container, name) != dtype
-        ]
-        if names:
-            held = load.torch_dtype(container, names[0])
-            stored = container.info(names[0]).dtype
-            raise models.MismatchError(
-                f"{len(names)} compressed tensors are {stored} and cannot be loaded as {dtype}",
-                file=container.path,
-                hint=f"pass dtype={held} (torch_dtype in older versions)",
-            )
+    tensor = CompressedTensor(record, shape, segment_elements).from_file(file, name)
+    return CompressedWeight.of(functools.reduce(CompressedTensor.cast, casts, tensor))
 
 
 def first_dtype(container: Container) -> torch.dtype:
@@ -128,7 +113,9 @@ def disk_index(model: nn.Module, on_disk: Callable[[str], bool], folder: str | N
         pieces = value.compressed.pieces if isinstance(value, CompressedWeight) and value.is_whole else ()
         if len(pieces) == 1 and pieces[0].source is not None:
             file, stored_as = pieces[0].source
-            index[name] = {_FILE: (file, stored_as, tuple(value.shape), pieces[0].segment_elements)}
+            index[name] = {
+                _FILE: (file, stored_as, tuple(value.shape), pieces[0].segment_elements, value.compressed.casts)
+            }
         elif folder is None:
             raise errors.UsageError(
                 "parts of the model are to be kept on disk", tensor=name, hint="pass offload_folder"
@@ -196,10 +183,11 @@ def counting_records(original: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.get("buffers_only"):
             return result
         tables = result if isinstance(result, tuple) else (result,)
+        tied = getattr(model, "all_tied_weights_keys", {}) if len(tables) > 1 else {}  # which transformers leaves out
         for name, parameter in model.named_parameters():
             size = parameter.record.numel() if isinstance(parameter, CompressedWeight) else _expected.get(name)
-            if size is not None:
-                saved = parameter.numel() * min(2, parameter.element_size()) - size
+            if size is not None and name not in tied:
+                saved = tables[0].get(name, parameter.numel() * parameter.element_size()) - size
                 parts = name.split(".")
                 _subtract(tables[0], [".".join(parts[:length]) for length in range(len(parts) + 1)], saved)
                 _subtract(tables[-1] if len(tables) > 1 else {}, [".".join(parts[:-1])], saved)
@@ -212,17 +200,3 @@ def _subtract(sizes: dict[str, int], names: Sequence[str], saved: int) -> None:
     for name in names:
         if name in sizes:
             sizes[name] -= saved
-
-
-def keeping_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a model class's ``_apply``, so that a cast raises before anything has changed: records cannot be cast."""
-
-    @functools.wraps(original)
-    def apply(self: Any, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        if is_compressed(self):
-            dtype = function(torch.empty(0, dtype=torch.bfloat16)).dtype
-            if dtype != torch.bfloat16:
-                raise FrozenWeightError(f"to {dtype}")
-        return original(self, function, *args, **kwargs)
-
-    return apply

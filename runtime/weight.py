@@ -16,7 +16,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Final, NamedTuple
@@ -73,7 +73,7 @@ class _FlattensParameters:
 
 def _flatten(weight: CompressedWeight) -> tuple[list[str], Any]:
     compressed = weight.compressed
-    return ["record"], (compressed.shape, compressed.dtype, compressed.pieces)
+    return ["record"], (compressed.shape, compressed.pieces, compressed.casts)
 
 
 class CompressedWeight(torch.Tensor):
@@ -170,7 +170,8 @@ class CompressedWeight(torch.Tensor):
             result = weight_operations.linear(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        with torch._C.DisableTorchFunctionSubclass():
+        is_cast = function in _CASTS and _name(sys._getframe(1)) in CASTING
+        with torch._C.DisableTorchFunctionSubclass(), _keeping_casts() if is_cast else nullcontext():
             return function(*args, **(kwargs or {}))
 
     @classmethod
@@ -197,8 +198,8 @@ class CompressedWeight(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> CompressedWeight:
-        shape, dtype, pieces = context
-        return CompressedWeight.of(CompressedTensor.of_pieces(inner["record"], shape, dtype, pieces))
+        shape, pieces, casts = context
+        return CompressedWeight.of(CompressedTensor.of_pieces(inner["record"], shape, pieces, casts))
 
     @classmethod
     def _stable_hash_for_caching(cls) -> str:
@@ -236,7 +237,7 @@ class CompressedWeight(torch.Tensor):
         if isinstance(value, CompressedWeight) and value.is_whole and value.shape == self.shape:
             with torch._C.DisableTorchFunctionSubclass():
                 torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined] # the device
-            self.compressed, self._memory = value.compressed, None
+            self.compressed, self._form, self._memory = value.compressed, None, None
         elif value.dtype != self.dtype or not self.holds(value):
             raise FrozenWeightError("setting .data" if value.dtype == self.dtype else f"to {value.dtype}")
 
@@ -446,6 +447,41 @@ def joining() -> Iterator[None]:
 def is_joining() -> bool:
     """Whether weights are joined now."""
     return _joining.get()
+
+
+CASTING: Final = {
+    "accelerate.utils.modeling",
+    "diffusers.models.model_loading_utils",
+    "peft.utils.other",
+    "torch.nn.modules.module",
+    "transformers.core_model_loading",
+}
+"""Modules that cast weights in order to keep them so: these stay compressed. Anybody else gets values to work with."""
+_CASTS: Final = frozenset(
+    {
+        torch.Tensor.to,
+        torch.Tensor.type,
+        torch.Tensor.half,
+        torch.Tensor.bfloat16,
+        torch.Tensor.float,
+        torch.Tensor.double,
+    }
+)
+_casting: Final = ContextVar("df11_casting", default=False)
+
+
+@contextmanager
+def _keeping_casts() -> Iterator[None]:
+    token = _casting.set(True)
+    try:
+        yield
+    finally:
+        _casting.reset(token)
+
+
+def is_casting() -> bool:
+    """Whether a cast of a weight is a weight now."""
+    return _casting.get()
 
 
 # They import this module: one fills HANDLERS, the other extends torch.

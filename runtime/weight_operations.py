@@ -232,13 +232,17 @@ def _same(matrix: Any) -> Any:
 
 @_handles(_aten._to_copy.default)
 def _to_copy(matrix: Any, **options: Any) -> Any:
-    device = torch.device(options.get("device") or matrix.device)
-    if not matrix.is_whole or options.get("dtype") not in (None, matrix.dtype) or device == matrix.device:
+    device, dtype = torch.device(options.get("device") or matrix.device), options.get("dtype") or matrix.dtype
+    if device.type == "meta" and matrix.is_whole:
+        return torch.empty_strided(matrix.shape, matrix.stride(), dtype=dtype, device=device)
+    is_moved, is_cast = device != matrix.device, dtype != matrix.dtype
+    is_kept = is_moved if not is_cast else weight.is_casting() and dtype.is_floating_point
+    if not matrix.is_whole or not is_kept:
         return NotImplemented
-    if device.type == "meta":
-        return torch.empty_strided(matrix.shape, matrix.stride(), dtype=matrix.dtype, device=device)
-    moved = matrix.compressed.to(device, non_blocking=bool(options.get("non_blocking")))
-    return CompressedWeight.of(moved)
+    moved = matrix.compressed.cast(dtype) if is_cast else matrix.compressed
+    if is_moved:
+        moved = moved.to(device, non_blocking=bool(options.get("non_blocking")))
+    return CompressedWeight.of(moved, None if is_moved else matrix.device)
 
 
 @_handles(_aten._pin_memory.default, _aten.pin_memory.default)
@@ -279,7 +283,7 @@ def _cat(parts: Any, dim: int = 0) -> Any:
 def _can_join(parts: Any) -> bool:
     if not weight.is_joining() or not all(isinstance(part, CompressedWeight) and part.is_whole for part in parts):
         return False
-    return len({(part.compressed.device, part.device, part.dtype) for part in parts}) == 1
+    return len({(part.compressed.device, part.device, part.compressed.casts) for part in parts}) == 1
 
 
 # Shapes without values, and writing what it holds already.
