@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from df11.runtime import loading, weight
 from df11.runtime.model import plain
@@ -61,6 +64,31 @@ def _materializing(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return update
+
+
+def install_merging(library: Any) -> None:
+    """``peft.tuners.tuners_utils``: weights that an adapter is merged into are decoded."""
+    name = "check_adapters_to_merge"
+    original = getattr(library, name)
+    wrapped = _decoding_merged(original)
+    # Tuners import the function by name.
+    for module in [module for key, module in sys.modules.items() if key.startswith("peft.")]:
+        if vars(module).get(name) is original:
+            setattr(module, name, wrapped)
+
+
+def _decoding_merged(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def check(module: Any, *args: Any, **kwargs: Any) -> Any:
+        names = original(module, *args, **kwargs)
+        layer = module.get_base_layer() if names else None
+        # An attention layer is merged into in every pass, and puts other parameters in the place of its own.
+        if layer is not None and not isinstance(layer, nn.MultiheadAttention) and is_compressed(layer):
+            warnings.warn("layers that an adapter is merged into are decoded, and stay so", stacklevel=3)
+            materialize(layer)
+        return names
+
+    return check
 
 
 def install_fsdp(library: Any) -> None:

@@ -236,7 +236,6 @@ def _finalizing(library: Any, original: Callable[..., Any]) -> Callable[..., Any
             raise errors.UsageError(
                 f"transformers could not convert it: {str(reason).splitlines()[-1]}", file=state.folder, tensor=name
             )
-        loading.check_some_fit(state.folder, state.held, len(loading_info.unexpected_keys))
         info = original(model, load_config, loading_info, *args, **kwargs)
         if state.disk_index is None:
             kept = loading.settle(model)

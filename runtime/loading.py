@@ -65,14 +65,6 @@ def first_dtype(container: Container) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
 
 
-def check_some_fit(path: str, held: int, unexpected: int) -> None:
-    """Raise a MismatchError if a library has found none of its model's tensors in the containers."""
-    if held and unexpected >= held:
-        raise models.MismatchError(
-            "the model and the container have no tensor in common", file=path, hint="check the model class"
-        )
-
-
 def settle(model: nn.Module, is_mapped: Callable[[str], bool] = lambda _: False) -> set[tuple[str, str]]:
     """Tidy a model into which a loader has put weights; returns files and names of what has stayed compressed.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -44,15 +44,24 @@ def is_compressed(model: nn.Module) -> bool:
 def materialize(module: nn.Module) -> nn.Module:
     """Decode all weights in a module into ordinary parameters, which can be trained, fused and edited.
 
-    Returns the module. Tied weights stay tied. Memory grows to that of the BF16 model.
+    Returns the module. Tied weights stay tied, to those of other modules, too. Memory grows to that of the plain model.
     """
     done: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, weight in weights_of(part).items():
             if id(weight) not in done:
-                done[id(weight)] = nn.Parameter(weight.decode(), requires_grad=False)
+                done[id(weight)] = _made_plain(weight)
             setattr(part, name, done[id(weight)])
     return module
+
+
+def _made_plain(weight: CompressedWeight) -> nn.Parameter:
+    parameter = nn.Parameter(weight.decode(), requires_grad=False)
+    try:
+        torch.utils.swap_tensors(weight, parameter)
+    except RuntimeError:  # Autograd or a weak reference still needs the old one.
+        return parameter
+    return cast(nn.Parameter, weight)
 
 
 def offload_records(model: nn.Module, device: torch.device) -> None:

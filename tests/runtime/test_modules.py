@@ -432,11 +432,13 @@ def test_a_large_buffer_is_decoded(tmp_path: Path) -> None:
     assert type(model.table) is torch.Tensor
 
 
-def test_casts_are_refused(model: Model) -> None:
-    for cast in (model.half, model.float, lambda: model.to(torch.float16)):
-        with pytest.raises(FrozenWeightError, match="materialize"):
-            cast()
-    assert model.blocks[0].up.to("cpu") is model.blocks[0].up
+def test_a_part_that_is_materialized_stays_tied(model: Model, original: Model) -> None:
+    embedding, head = model.embed, model.head
+    assert head.weight is embedding.weight
+    runtime.materialize(embedding)
+    assert type(head.weight) is nn.Parameter
+    assert head.weight is embedding.weight
+    assert torch.equal(model(IDS), original(IDS))
 
 
 def test_a_model_that_is_compressed_already(model: Model, path: Path) -> None:

@@ -30,7 +30,7 @@ import df11
 from df11.formats import errors
 from df11.runtime import materialize, model, omnigen2, omnigen2_classes
 from df11.runtime.modules import compressed_modules
-from df11.runtime.weight import CompressedWeight, FrozenWeightError
+from df11.runtime.weight import CompressedWeight
 from tests.support import omnigen2_stand_in as stand_in
 from tests.support.omnigen2 import SOURCE, Family
 
@@ -275,8 +275,6 @@ def test_lora(family: Family, tmp_path: Path) -> None:
     for pipeline in (family.load(), family.load(offload="group")):
         pipeline.transformer.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True, _pipeline=pipeline)
         assert torch.equal(run(pipeline), expected)
-    with pytest.raises(FrozenWeightError, match="materialize"):
-        pipelines[0].transformer.fuse_lora()
     pipelines[0].transformer.disable_adapters()
     assert torch.equal(run(pipelines[0]), plain)
 

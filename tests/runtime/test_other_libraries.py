@@ -122,14 +122,31 @@ def test_a_layer_that_peft_trains_as_a_whole_is_decoded(loaded: nn.Module) -> No
     assert wrapper.modules_to_save["default"].weight.requires_grad
 
 
-@pytest.mark.parametrize("change", ["merge", "pissa"])
-def test_what_peft_would_write_is_refused(change: str, plain: nn.Module, loaded: nn.Module) -> None:
-    config = Lora(r=4, target_modules=["linear"], init_lora_weights="pissa" if change == "pissa" else False)
+def test_what_peft_would_write_is_refused(plain: nn.Module, loaded: nn.Module) -> None:
+    config = Lora(r=4, target_modules=["linear"], init_lora_weights="pissa")
     with pytest.raises(FrozenWeightError, match="materialize"):
-        peft.get_peft_model(copy.deepcopy(loaded), config).merge_and_unload()
+        peft.get_peft_model(copy.deepcopy(loaded), config)
     assert torch.equal(loaded(IDS), plain(IDS))
-    materialized = runtime.materialize(copy.deepcopy(loaded))
-    peft.get_peft_model(materialized, config).merge_and_unload()  # type: ignore[arg-type]
+    peft.get_peft_model(runtime.materialize(copy.deepcopy(loaded)), config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["LoRA, linear", "LoRA, embedding", "OFT", "parameters"])
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_is_merged(name: str, safe: bool, plain: nn.Module, loaded: nn.Module) -> None:
+    results = []
+    for one in (copy.deepcopy(plain), copy.deepcopy(loaded)):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(one, copy.deepcopy(ADAPTERS[name]))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted.merge_adapter(safe_merge=safe)
+        merged = adapted(IDS)
+        adapted.unmerge_adapter()
+        results.append((merged, adapted(IDS)))
+    assert "an adapter is merged into are decoded" in str([str(one.message) for one in caught])
+    assert is_compressed(adapted)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert not torch.equal(results[0][0], plain(IDS))
 
 
 @pytest.fixture

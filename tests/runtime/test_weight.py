@@ -141,7 +141,6 @@ CHANGES: dict[str, Callable[[CompressedWeight], Any]] = {
         if setattr(weight, "grad", torch.ones(300, 256, dtype=BF16)) is None
         else None
     ),
-    "to_": lambda weight: nn.ParameterList([weight]).half(),
     "vector": lambda weight: nn.utils.vector_to_parameters(torch.zeros(76800, dtype=BF16), [weight]),
 }
 
