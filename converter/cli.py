@@ -58,6 +58,10 @@ def convert_command(
     cast: Annotated[
         str | None, Option("--cast", metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)
     ] = None,
+    keep_f32: Annotated[
+        list[str] | None,
+        Option("--keep-f32", metavar="PATTERN", help="Tensors that --cast leaves alone, or @wan etc.; repeatable."),
+    ] = None,
     verify: Annotated[
         bool, Option("--verify/--no-verify", help="Decode and compare everything before writing it.")
     ] = True,
@@ -87,6 +91,7 @@ def convert_command(
             max_memory=max_memory,
             max_disk=max_disk,
             cast=_cast(cast),
+            keep_f32=keep_f32 or (),
             include=include or (),
             exclude=exclude or (),
             allow_missing=allow_missing,
@@ -139,7 +144,7 @@ def _summary(report: ConversionReport) -> str:
     casts = sum(file.cast_tensors for file in report.files)
     if casts:
         exact = sum(file.exact_tensors for file in report.files)
-        text += f"; {casts} tensors cast from F32, {exact} of them unchanged"
+        text += f"; {casts} F32 tensors stored as BF16, {exact} of them without loss"
     return text
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Final, Literal
 
 from df11.converter.apply import Delivery, apply_plan
+from df11.converter.cast import Cast, expand
 from df11.converter.files import is_shard
-from df11.converter.manifest import Cast, TensorRow
+from df11.converter.manifest import TensorRow
 from df11.converter.options import DEFAULT_MEMORY
 from df11.converter.pipeline import PARQUET_MEMORY
 from df11.converter.plan import Options, Plan, Step
@@ -45,9 +46,9 @@ class FileReport:
     tensors: int
     status: Literal["converted", "skipped", "planned"]
     cast_tensors: int
-    """Tensors that were cast from F32 to BF16."""
+    """F32 tensors that are stored as BF16."""
     exact_tensors: int
-    """Cast tensors whose values were all BF16 values already."""
+    """Those whose values were all BF16 values already, so that nothing is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ def convert(
     max_memory: int | str = DEFAULT_MEMORY,
     max_disk: int | str | None = None,
     cast: Cast = None,
+    keep_f32: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_missing: bool = False,
@@ -101,8 +103,10 @@ def convert(
     each is downloaded first, beside its output, and removed afterwards.
 
     ``threads``: encoder threads, by default one per core. ``max_memory``: of the whole process, in bytes or as text
-    such as ``"256MiB"``. ``cast="bf16"`` rounds F32 tensors to BF16. ``include`` and ``exclude``: glob patterns of
-    files, as in the Hub's client. ``allow_missing``: continue although an index names a shard that does not exist.
+    such as ``"256MiB"``. An F32 tensor of BF16 values alone is stored as BF16, which loses nothing. ``cast="bf16"``
+    rounds all F32 tensors to BF16, except those with a name that matches ``keep_f32``: glob patterns, or names of
+    presets (``df11.converter.cast.PRESETS``). ``include`` and ``exclude``: glob patterns of files, as in the Hub's
+    client. ``allow_missing``: continue although an index names a shard that does not exist.
     ``verify``: decode and compare every segment before it is written. ``resume``: keep a finished output of the same
     source and cast; the source's SHA-256 decides. ``force``: replace files that df11 did not write. ``dry_run``: write
     nothing. ``on_total`` and ``on_progress`` get bytes of source, ``on_file`` the report of each shard when it is done.
@@ -119,14 +123,17 @@ def convert(
         raise errors.UsageError("cast", expected="bf16", found=cast)
     if max_disk is not None and not is_address(src):
         raise errors.UsageError("--max-disk is for sources on the Hub", file=src, hint="leave it out")
-    settings = Settings(thread_count(threads), parse_size(max_memory), cast, verify)
+    if keep_f32 and cast is None:
+        raise errors.UsageError("--keep-f32 is for --cast bf16", hint="leave it out: without a cast, F32 loses nothing")
+    keep = expand(keep_f32)
+    settings = Settings(thread_count(threads), parse_size(max_memory), cast, verify, keep)
     source = open_source(src)
     source.list()
     target, name = open_target(source, Path(dst))
     if not source.is_file and not dry_run:
         check_installed()  # Better now than at the end.
     options = Options(
-        cast, tuple(include), tuple(exclude), allow_missing, force, resume, max_memory=settings.max_memory
+        cast, tuple(include), tuple(exclude), allow_missing, force, resume, max_memory=settings.max_memory, keep=keep
     )
     plan = make_plan(source, target, "convert", options, name=name, on_total=on_total, on_progress=on_progress)
     _check_budgets(plan, settings, None if max_disk is None else parse_size(max_disk))

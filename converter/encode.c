@@ -590,3 +590,39 @@ int df11_cast_f32(const uint32_t *source, uint64_t count, uint16_t *out)
 {
     return CHOOSE(cast, (source, count, out)) == 0;
 }
+
+ALWAYS_INLINE void narrow(const uint32_t *source, uint64_t count, uint16_t *out)
+{
+    for (uint64_t i = 0; i < count; i++)
+        out[i] = (uint16_t)(source[i] >> 16);
+}
+
+ALWAYS_INLINE uint32_t any_bits(const uint8_t *source, uint64_t count)
+{
+    uint32_t bits = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        uint32_t value;
+        memcpy(&value, source + 4 * i, sizeof value);
+        bits |= value;
+    }
+    return bits;
+}
+
+COMPILE_TWICE(void, narrow, (const uint32_t *source, uint64_t count, uint16_t *out), (source, count, out))
+COMPILE_TWICE(uint32_t, any_bits, (const uint8_t *source, uint64_t count), (source, count))
+
+/* The upper halves of F32 bits: BF16 bits, if all lower halves are zero. */
+void df11_narrow_f32(const uint32_t *source, uint64_t count, uint16_t *out)
+{
+    CHOOSE(narrow, (source, count, out));
+}
+
+/* Which of the 32 bits are set in any of the values; ends early when one of the lowest 8 is, as then nobody asks for
+ * the others. `source` need not be aligned. */
+uint32_t df11_any_bits_f32(const uint8_t *source, uint64_t count)
+{
+    uint32_t bits = 0;
+    for (uint64_t done = 0; done < count && !(bits & 0xFF); done += 1024)
+        bits |= CHOOSE(any_bits, (source + 4 * done, count - done < 1024 ? count - done : 1024));
+    return bits;
+}

@@ -112,4 +112,17 @@ def count_exponents(weights: Weights) -> npt.NDArray[np.int64]:
 
 def cast_f32(source: npt.NDArray[np.uint32], out: Weights) -> bool:
     """Round F32 bits to BF16 bits as in SPEC.md, section 3; returns whether every value is exact."""
-    return _kernels.cast_f32(source, out)
+    return _kernels.cast_f32(source, out, True)
+
+
+def narrow_f32(source: npt.NDArray[np.uint32], out: Weights) -> None:
+    """Take the upper halves of F32 bits: BF16 bits, if all lower halves are zero."""
+    _kernels.cast_f32(source, out, False)
+
+
+def any_bits_f32(source: Bytes) -> int:
+    """The bits that are set in any of the F32 values in these bytes.
+
+    If one of the lowest 8 is, others may be missing: the rest of the values is then not looked at.
+    """
+    return _kernels.any_bits_f32(source)

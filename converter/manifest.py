@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from df11.converter.cast import Cast
 from df11.converter.exponents import ExponentCounts
 from df11.formats import framing
 from df11.storage.store import Store
@@ -20,9 +21,6 @@ from df11.version import __version__
 FILE_NAME: Final = "df11-manifest.parquet"
 """Name of the manifest in a converted model folder."""
 TOOL: Final = f"df11 {__version__}"
-
-Cast = Literal["bf16"] | None
-"""The dtype that F32 tensors are rounded to."""
 
 
 @dataclass(frozen=True, slots=True)

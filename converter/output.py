@@ -13,7 +13,7 @@ import zstandard
 from df11.converter.batches import SEGMENT_WEIGHTS, SourceTensor
 from df11.converter.encode import EncodedSegment
 from df11.converter.exponents import Exponents
-from df11.converter.manifest import Cast, TensorRow
+from df11.converter.manifest import TensorRow
 from df11.converter.scan import row_of
 from df11.converter.source import Source
 from df11.formats import errors, framing, layout
@@ -29,10 +29,9 @@ SOURCE_HEADER_LEVEL: Final = 19
 class ContainerOutput:
     """The container of one source. Tensors come one after the other, each in any number of parts."""
 
-    def __init__(self, writer: AtomicWriter, source: Source, tensors: Sequence[SourceTensor], cast: Cast) -> None:
+    def __init__(self, writer: AtomicWriter, source: Source, tensors: Sequence[SourceTensor]) -> None:
         self._writer = writer
         self._source = source
-        self._cast = cast if any(tensor.cast for tensor in tensors) else None
         self._entries: dict[str, framing.Entry] = {}
         self._objects: dict[str, dict[str, Any]] = {}
         self._directory: list[SegmentPlace] = []
@@ -65,7 +64,6 @@ class ContainerOutput:
     def write_segment(self, tensor: SourceTensor, segment: EncodedSegment) -> None:
         """Append a segment to the record of a tensor; the first one starts the record."""
         if not self._directory:
-            self._start = self._writer.position
             segments = -(-tensor.entry.elements // SEGMENT_WEIGHTS)
             self._writer.position += layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size * segments
         offset = self._writer.position - self._start
@@ -76,44 +74,56 @@ class ContainerOutput:
         )
         self._writer.write(segment.data)
 
-    def end_record(self, tensor: SourceTensor, exponents: Exponents, *, exact: bool) -> bool:
-        """Finish the record of a tensor with these exponents.
+    def end_record(self, tensor: SourceTensor, dtype: str, exponents: Exponents, *, exact: bool) -> bool:
+        """Finish the record of a tensor of this dtype with these exponents.
 
         If it is not smaller than the tensor itself, drop it and return False.
         """
         size = self._writer.position - self._start
-        directory, self._directory = self._directory, []
-        if size >= tensor.target_size:
-            self._writer.rewind(self._start)
+        directory = self._directory
+        if size >= tensor.size_as(dtype):
+            self.drop()
             return False
         self._writer.write(pack_front(directory, SEGMENT_WEIGHTS), self._start)
         entry = _record_entry(tensor, self._start - self._data_start, size)
         stored = tuple(segment.stored_checksum for segment in directory)
         decoded = tuple(segment.decoded_checksum for segment in directory)
-        self._add(entry, _record_object(tensor, exact), tensor.entry.shape, stored, decoded, exponents)
+        self._add(entry, _object(tensor, dtype, exact), tensor.entry.shape, stored, decoded, exponents)
         return True
 
+    def drop(self) -> None:
+        """Forget what has been written of the tensor at hand."""
+        self._writer.rewind(self._start)
+        self._start_tensor()
+
+    def _start_tensor(self) -> None:
+        self._start, self._directory, self._checksum = self._writer.position, [], xxhash.xxh3_64()
+
     def write_verbatim(
-        self, tensor: SourceTensor, data: Bytes, exponents: Exponents = None, *, last: bool, exact: bool = True
+        self,
+        tensor: SourceTensor,
+        dtype: str,
+        data: Bytes,
+        exponents: Exponents = None,
+        *,
+        last: bool,
+        exact: bool = True,
     ) -> None:
-        """Append bytes of a verbatim tensor; with ``last`` the tensor ends."""
+        """Append bytes of a verbatim tensor of this dtype; with ``last`` the tensor ends."""
         self._writer.write(data)
         self._checksum.update(data)
         if last:
             end = self._writer.position - self._data_start
-            entry = framing.Entry(
-                tensor.entry.name, tensor.target_dtype, tensor.entry.shape, end - tensor.target_size, end
-            )
+            entry = framing.Entry(tensor.entry.name, dtype, tensor.entry.shape, end - tensor.size_as(dtype), end)
             checksum = (self._checksum.intdigest(),)
             self._add(
                 entry,
-                _verbatim_object(tensor, exact, self._checksum.hexdigest()),
+                _object(tensor, dtype, exact, self._checksum.hexdigest()),
                 entry.shape,
                 checksum,
                 checksum,
                 exponents,
             )
-            self._checksum = xxhash.xxh3_64()
 
     def _add(
         self,
@@ -127,6 +137,7 @@ class ContainerOutput:
         self._entries[entry.name] = entry
         self._objects[entry.name] = value
         info = TensorInfo(entry.name, value["dtype"], shape, value["encoding"], entry.size, value.get("exact"))
+        self._start_tensor()
         self.rows.append(row_of(self._writer.path.name, info, stored, decoded, exponents))
 
     def finish(self, source_sha256: str) -> None:
@@ -141,7 +152,7 @@ class ContainerOutput:
             "bytes": self._source.size,
             "sha256": sha256,
             "header_bytes": len(self._source.header.raw),
-            "cast": self._cast,
+            "cast": "bf16" if any("exact" in value for value in objects.values()) else None,
         }
         metadata = {
             layout.METADATA_VERSION: str(layout.VERSION),
@@ -159,13 +170,15 @@ class ContainerOutput:
         entries = []
         objects = {}
         for tensor in tensors:
-            record = (_record_entry(tensor, end, end), _record_object(tensor, exact=False))
-            verbatim = (
-                framing.Entry(tensor.entry.name, tensor.target_dtype, tensor.entry.shape, end, end),
-                _verbatim_object(tensor, False, "f" * 16),
-            )
+            forms = []
+            for dtype in tensor.dtypes:
+                verbatim = framing.Entry(tensor.entry.name, dtype, tensor.entry.shape, end, end)
+                forms += [
+                    (_record_entry(tensor, end, end), _object(tensor, dtype, exact=False)),
+                    (verbatim, _object(tensor, dtype, False, "f" * 16)),
+                ]
             entry, objects[tensor.entry.name] = max(
-                record, verbatim, key=lambda form: len(_entry_json(form[0])) + len(_object_json(form[1]))
+                forms, key=lambda form: len(_entry_json(form[0])) + len(_object_json(form[1]))
             )
             entries.append(entry)
         return len(self._header(entries, objects, "f" * 64))
@@ -175,14 +188,12 @@ def _record_entry(tensor: SourceTensor, start: int, size: int) -> framing.Entry:
     return framing.Entry(tensor.entry.name, "U8", (size,), start, start + size)
 
 
-def _record_object(tensor: SourceTensor, exact: bool) -> dict[str, Any]:
-    value: dict[str, Any] = {"encoding": "df11", "dtype": "BF16", "shape": list(tensor.entry.shape)}
-    return value | {"exact": exact} if tensor.cast else value
-
-
-def _verbatim_object(tensor: SourceTensor, exact: bool, checksum: str) -> dict[str, Any]:
-    value: dict[str, Any] = {"encoding": "verbatim", "dtype": tensor.target_dtype, "shape": list(tensor.entry.shape)}
-    return (value | {"exact": exact} if tensor.cast else value) | {"xxh3": checksum}
+def _object(tensor: SourceTensor, dtype: str, exact: bool, checksum: str | None = None) -> dict[str, Any]:
+    # A tensor object: of a verbatim tensor if there is a checksum, else of a record.
+    encoding = "df11" if checksum is None else "verbatim"
+    value: dict[str, Any] = {"encoding": encoding, "dtype": dtype, "shape": list(tensor.entry.shape)}
+    value |= {"exact": exact} if dtype != tensor.entry.dtype else {}
+    return value if checksum is None else value | {"xxh3": checksum}
 
 
 def _entry_json(entry: framing.Entry) -> bytes:

@@ -347,8 +347,8 @@ class _Reader:
             self._refuse("encoding, size or checksums do not fit the tensor", tensor=name)
         if (row.elements, row.bits_per_weight) != (value["elements"], value["bits_per_weight"]):
             self._refuse("elements or bits_per_weight", tensor=name, expected=(row.elements, row.bits_per_weight))
-        if row.exact is not None and (cast is None or dtype != "BF16"):
-            self._refuse("exact is only for tensors that were cast", tensor=name)
+        if row.exact is not None and (dtype != "BF16" or (cast is None and not row.exact)):
+            self._refuse("exact is only for F32 tensors stored as BF16, and false only for a cast", tensor=name)
         self._check_exponents(row)
         return row
 

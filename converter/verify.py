@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from df11.converter.files import DF11, check_shards, container_name, index_names, is_shard, raise_if_missing, shard_name
-from df11.converter.kernels import cast_f32
+from df11.converter.kernels import cast_f32, narrow_f32
 from df11.converter.ordered import ordered
 from df11.converter.restore_file import restore_file, restored_layout
 from df11.converter.settings import thread_count
@@ -43,7 +43,8 @@ class _Task:
     index: int
     source_start: int
     """First byte, in the data of the source."""
-    cast: bool
+    exact: bool | None
+    """As in the tensor object: None unless it was F32."""
 
 
 def verify(
@@ -169,17 +170,17 @@ def _compare_tensors(container: Container, source: Source, threads: int, progres
             if info.encoding == "df11":
                 record = container.record(name)
                 for index in range(len(record.segments)):
-                    yield _Task(record, index, entries[name].start, info.exact is not None)
+                    yield _Task(record, index, entries[name].start, info.exact)
 
     def check(task: _Task, scratch: tuple[Scratch, ...]) -> None:
         place = task.record.segments[task.index]
         stored, weights, original = scratch
         segment = task.record.read_segment(task.index, stored)
-        width = 4 if task.cast else 2
+        width = 2 if task.exact is None else 4
         data = original.take(width * place.elements)
         source.read(task.source_start + width * place.first_element, data)
         decoded = weights.take(2 * place.elements).view(np.uint16)
-        segment.compare(_cast(data, decoded) if task.cast else data.view(np.uint16))
+        segment.compare(data.view(np.uint16) if task.exact is None else _to_bf16(data, decoded, exact=task.exact))
 
     left = container.size
     for task, _ in ordered(check, tasks(), threads):
@@ -193,17 +194,19 @@ def _compare_tensors(container: Container, source: Source, threads: int, progres
 
 
 def _compare_verbatim(container: Container, source: Source, name: str, start: int) -> None:
-    cast = container.info(name).exact is not None
+    exact = container.info(name).exact
     for block in container.verbatim_blocks(name):
-        data = np.empty(len(block) * (2 if cast else 1), np.uint8)
+        data = np.empty(len(block) * (1 if exact is None else 2), np.uint8)
         source.read(start, data)
         start += len(data)
-        found = _cast(data, np.empty(len(block) // 2, np.uint16)).view(np.uint8) if cast else data
+        found = data
+        if exact is not None:
+            found = _to_bf16(data, np.empty(len(block) // 2, np.uint16), exact=exact).view(np.uint8)
         if not np.array_equal(found, block):
             raise errors.DifferenceError("the bytes differ from the source's", file=container.path, tensor=name)
 
 
-def _cast(data: Bytes, out: Weights) -> Weights:
-    # F32 bytes rounded to BF16
-    cast_f32(data.view(np.uint32), out)
+def _to_bf16(data: Bytes, out: Weights, *, exact: bool) -> Weights:
+    # F32 bytes as BF16; a NaN keeps its payload if that loses nothing.
+    (narrow_f32 if exact else cast_f32)(data.view(np.uint32), out)
     return out

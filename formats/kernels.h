@@ -181,6 +181,8 @@ int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights,
                           unsigned filler, uint8_t *out, uint64_t end, uint64_t *exceptions);
 void df11_count_exponents(const uint16_t *weights, uint64_t count, int64_t *exponents);
 int df11_cast_f32(const uint32_t *source, uint64_t count, uint16_t *out);
+void df11_narrow_f32(const uint32_t *source, uint64_t count, uint16_t *out);
+uint32_t df11_any_bits_f32(const uint8_t *source, uint64_t count);
 
 #ifdef HAVE_AVX2
 /* sha256.c: only for CPUs with SHA instructions. */

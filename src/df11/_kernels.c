@@ -303,22 +303,39 @@ static PyObject *count_exponents(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+/* (source, out, round): round F32 bits to BF16 bits, or take their upper halves; returns whether rounding was exact. */
 static PyObject *cast_f32(PyObject *module, PyObject *arguments)
 {
     PyObject *source, *out;
     Py_buffer buffers[2];
-    int exact;
+    int rounded, exact = 1;
     (void)module;
 
-    if (!PyArg_ParseTuple(arguments, "OO", &source, &out) || get_buffer(source, &buffers[0], "source", 4, 0, 0) < 0)
+    if (!PyArg_ParseTuple(arguments, "OOp", &source, &out, &rounded)
+        || get_buffer(source, &buffers[0], "source", 4, 0, 0) < 0)
         return NULL;
     if (get_buffer(out, &buffers[1], "out", 2, buffers[0].len / 4, 1) < 0) {
         PyBuffer_Release(&buffers[0]);
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS exact = df11_cast_f32(buffers[0].buf, (uint64_t)buffers[0].len / 4, buffers[1].buf);
+    Py_BEGIN_ALLOW_THREADS if (rounded) exact =
+        df11_cast_f32(buffers[0].buf, (uint64_t)buffers[0].len / 4, buffers[1].buf);
+    else df11_narrow_f32(buffers[0].buf, (uint64_t)buffers[0].len / 4, buffers[1].buf);
     Py_END_ALLOW_THREADS release_buffers(buffers, 2);
     return PyBool_FromLong(exact);
+}
+
+static PyObject *any_bits_f32(PyObject *module, PyObject *source)
+{
+    Py_buffer buffer;
+    uint32_t bits;
+    (void)module;
+
+    if (get_buffer(source, &buffer, "source", 1, 0, 0) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS bits = df11_any_bits_f32(buffer.buf, (uint64_t)buffer.len / 4);
+    Py_END_ALLOW_THREADS PyBuffer_Release(&buffer);
+    return PyLong_FromUnsignedLong(bits);
 }
 
 /* SHA-256. */
@@ -409,6 +426,7 @@ static PyMethodDef methods[] = {
     {"encode_tiles", encode_tiles, METH_VARARGS, NULL},
     {"count_exponents", count_exponents, METH_VARARGS, NULL},
     {"cast_f32", cast_f32, METH_VARARGS, NULL},
+    {"any_bits_f32", any_bits_f32, METH_O, NULL},
     {"new_sha256", new_sha256, METH_NOARGS, NULL},
 #ifdef HAVE_AVX2
     {"update_sha256", update_sha256, METH_VARARGS, NULL},

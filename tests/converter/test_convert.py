@@ -230,14 +230,6 @@ def test_one_value_that_changes_makes_a_tensor_inexact(bits, tmp_path):
     assert (file.cast_tensors, file.exact_tensors) == (1, 0)
 
 
-def test_without_a_cast_f32_is_kept(tmp_path):
-    source = sources.write(tmp_path / "x.safetensors", [f32("a", (100, 100), 1, exact=True)])
-    (file,) = df11.convert(source, tmp_path / "x.df11").files
-    assert (file.cast_tensors, file.exact_tensors) == (0, 0)
-    with df11.open(tmp_path / "x.df11") as container:
-        assert (container.info("a").dtype, container.info("a").exact) == ("F32", None)
-
-
 # The same bytes under all circumstances.
 
 

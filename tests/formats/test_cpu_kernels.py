@@ -195,7 +195,7 @@ def test_encoding_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="PyCapsule"):
         _kernels.build_code(object(), weights)
     with pytest.raises(ValueError, match="out"):
-        _kernels.cast_f32(words(3, np.uint32), words(2, np.uint16))
+        _kernels.cast_f32(words(3, np.uint32), words(2, np.uint16), True)
     with pytest.raises(ValueError, match="counts"):
         _kernels.count_exponents(weights, words(255, np.int64))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from df11.converter.apply import apply_plan
+from df11.converter.cast import Cast
 from df11.converter.convert import open_target
-from df11.converter.manifest import Cast, FileRow, TensorRow
+from df11.converter.manifest import FileRow, TensorRow
 from df11.converter.plan import Options
 from df11.converter.planning import make_plan
 from df11.converter.settings import Settings
