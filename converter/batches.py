@@ -87,8 +87,9 @@ class Batch:
     @property
     def output_size(self) -> int:
         """Bytes that the encoder may need for all pieces."""
-        coded = [piece.weights for piece in self.pieces if piece.tensor.fate is Fate.CODE]
-        return sum(layout.raw_segment_size(weights) for weights in coded) + (ENCODE_SLACK if coded else 0)
+        coded = [piece for piece in self.pieces if piece.tensor.fate is Fate.CODE]
+        sizes = [layout.raw_segment_size(piece.weights, layout.KINDS[piece.tensor.dtypes[0]]) for piece in coded]
+        return sum(sizes) + (ENCODE_SLACK if coded else 0)
 
 
 def list_tensors(header: framing.Header, cast: Cast, keep: Sequence[str] = ()) -> list[SourceTensor]:
@@ -96,7 +97,7 @@ def list_tensors(header: framing.Header, cast: Cast, keep: Sequence[str] = ()) -
     tensors = []
     for entry in header.entries:
         is_cast = entry.dtype == "F32" and is_rounded(entry.name, cast, keep)
-        if entry.dtype in ("BF16", "F32") and 0 < entry.elements <= layout.MAX_RECORD_WEIGHTS:
+        if entry.dtype in layout.KINDS and 0 < entry.elements <= layout.MAX_RECORD_WEIGHTS:
             fate = Fate.CODE
         elif entry.size and entry.size % layout.RECORD_ALIGNMENT == 0 and not is_cast:
             fate = Fate.COPY

@@ -35,10 +35,18 @@ from df11.storage.store import Store, has_content, same_content
 
 log: Final = logging.getLogger("df11")
 
-EXPECTED_RATIOS: Final[Mapping[str, float]] = {"BF16": 0.67}
+EXPECTED_RATIOS: Final[Mapping[str, float]] = {
+    "BF16": 0.67,
+    "F16": 0.855,
+    "F32": 0.84,
+    "F8_E4M3": 0.84,
+    "F8_E5M2": 0.72,
+}
 """Size of a record relative to the decoded tensor, by dtype, for estimates only."""
-LEAST_RATIOS: Final[Mapping[str, float]] = {"BF16": 0.5}
-"""The least that it can be: signs and mantissas are not compressed."""
+LEAST_RATIOS: Final[Mapping[str, float]] = {
+    kind.dtype: kind.least_size(256) / (256 * kind.bytes) for kind in layout.KINDS.values()
+}
+"""The least that it can be: signs, and the mantissa bits beside them, are not compressed."""
 _HEADERS: Final = 1 << 16
 
 

@@ -26,6 +26,7 @@ from df11.converter.source import Progress, ignore
 from df11.converter.work import Done
 from df11.formats import errors
 from df11.formats.container import Container
+from df11.formats.layout import KINDS
 from df11.storage.address import is_address
 from df11.storage.local import LocalStore
 from df11.storage.paths import kind_of, same
@@ -235,10 +236,12 @@ def tell_if_nothing_is_compressed(plan: Plan, rows: Sequence[TensorRow]) -> None
         return
     dtypes = Counter(row.dtype for row in rows)
     found = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items(), key=lambda item: -item[1]))
-    why = f"its tensors are {found}, and only BF16 is compressed" if dtypes else "its shards have no tensors"
+    why = f"its tensors are {found}" if dtypes else "its shards have no tensors"
     if not any(is_shard(step.entry.name) for step in plan.steps) and not dtypes:
         why = "it holds only adapters, which peft and diffusers read themselves"
-    elif set(dtypes) == {"BF16"}:
+    elif not KINDS.keys().isdisjoint(dtypes):
         why = "its tensors are too small, or have too many different exponents"
+    elif dtypes:
+        why += f", and only {', '.join(KINDS)} are compressed"
     hint = "; --cast bf16 would round F32 to it" if "F32" in dtypes and plan.options.cast is None else ""
     log.warning("%s: nothing was compressed: %s%s", plan.source.label, why, hint)

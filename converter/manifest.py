@@ -68,7 +68,7 @@ class TensorRow:
     encoding: Literal["df11", "verbatim"]
     stored_bytes: int
     exponent_entropy: float | None
-    """In bits; None for tensors that are empty or not BF16."""
+    """In bits; None for tensors that are empty, and for verbatim ones that are not BF16."""
     exponent_counts: ExponentCounts | None
     """None for tensors without an entropy and those of fewer than COUNTED_WEIGHTS weights."""
     exact: bool | None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import xxhash
 import zstandard
 
-from df11.converter.batches import SEGMENT_WEIGHTS, SourceTensor
+from df11.converter.batches import SEGMENT_WEIGHTS, Fate, SourceTensor
 from df11.converter.encode import EncodedSegment
 from df11.converter.exponents import Exponents
 from df11.converter.manifest import TensorRow
@@ -24,6 +24,11 @@ from df11.version import __version__
 
 SOURCE_HEADER_LEVEL: Final = 19
 """Zstandard level of the source header: fixed, so that the output is the same everywhere."""
+
+
+MOST_OF_A_TENSOR: Final = 0.97
+"""A record that is not smaller than this share of its tensor is not worth its decoding; of BF16 any that is smaller is,
+as in release 0.1."""
 
 
 class ContainerOutput:
@@ -77,14 +82,14 @@ class ContainerOutput:
     def end_record(self, tensor: SourceTensor, dtype: str, exponents: Exponents, *, exact: bool) -> bool:
         """Finish the record of a tensor of this dtype with these exponents.
 
-        If it is not smaller than the tensor itself, drop it and return False.
+        If it does not pay, drop it and return False.
         """
         size = self._writer.position - self._start
         directory = self._directory
-        if size >= tensor.size_as(dtype):
+        if size >= tensor.size_as(dtype) * (1 if dtype == "BF16" else MOST_OF_A_TENSOR):
             self.drop()
             return False
-        self._writer.write(pack_front(directory, SEGMENT_WEIGHTS), self._start)
+        self._writer.write(pack_front(directory, SEGMENT_WEIGHTS, layout.KINDS[dtype]), self._start)
         entry = _record_entry(tensor, self._start - self._data_start, size)
         stored = tuple(segment.stored_checksum for segment in directory)
         decoded = tuple(segment.decoded_checksum for segment in directory)
@@ -142,12 +147,17 @@ class ContainerOutput:
 
     def finish(self, source_sha256: str) -> None:
         """Write the header, once all tensors are written."""
-        header = self._header(list(self._entries.values()), self._objects, source_sha256)
+        records = {value["dtype"] for value in self._objects.values() if value["encoding"] == "df11"}
+        header = self._header(list(self._entries.values()), self._objects, source_sha256, records)
         room = self._data_start - 8
         header += b" " * (room - len(header))
         self._writer.write(room.to_bytes(8, "little") + header, 0)
 
-    def _header(self, entries: Sequence[framing.Entry], objects: dict[str, dict[str, Any]], sha256: str) -> bytes:
+    def _header(
+        self, entries: Sequence[framing.Entry], objects: dict[str, dict[str, Any]], sha256: str, records: Iterable[str]
+    ) -> bytes:
+        # ``records``: the dtypes of records.
+        features = [feature for dtype in records if (feature := layout.KINDS[dtype].feature) is not None]
         source = {
             "bytes": self._source.size,
             "sha256": sha256,
@@ -156,7 +166,7 @@ class ContainerOutput:
         }
         metadata = {
             layout.METADATA_VERSION: str(layout.VERSION),
-            layout.METADATA_REQUIRES: "[]",
+            layout.METADATA_REQUIRES: framing.compact_json(sorted(features)).decode(),
             layout.METADATA_WRITER: f"df11 {__version__}",
             layout.METADATA_SOURCE: framing.compact_json(source).decode(),
             layout.METADATA_SOURCE_HEADER: self._source_header,
@@ -181,7 +191,8 @@ class ContainerOutput:
                 forms, key=lambda form: len(_entry_json(form[0])) + len(_object_json(form[1]))
             )
             entries.append(entry)
-        return len(self._header(entries, objects, "f" * 64))
+        records = {dtype for tensor in tensors if tensor.fate is Fate.CODE for dtype in tensor.dtypes}
+        return len(self._header(entries, objects, "f" * 64, records))
 
 
 def _record_entry(tensor: SourceTensor, start: int, size: int) -> framing.Entry:

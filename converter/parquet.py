@@ -331,7 +331,7 @@ class _Reader:
         )
         if row.encoding == "df11":
             right = (
-                dtype == "BF16"
+                dtype in layout.KINDS
                 and row.elements > 0
                 and 0 < len(row.stored_xxh3) == len(row.decoded_xxh3)
                 and row.stored_bytes > 0
@@ -361,7 +361,7 @@ class _Reader:
         return ExponentCounts.of(array)
 
     def _check_exponents(self, row: TensorRow) -> None:
-        counted = has_exponents(row.dtype, row.elements)
+        counted = has_exponents(row.encoding, row.dtype, row.elements)
         entropy, counts = row.exponent_entropy, row.exponent_counts
         if (entropy is not None) != counted or (counts is not None) != (counted and row.elements >= COUNTED_WEIGHTS):
             self._refuse("exponent_entropy or exponent_counts is missing or superfluous", tensor=row.name)

@@ -20,13 +20,13 @@ import xxhash
 from df11.converter.batches import Batch, Fate, Piece, SourceTensor, list_tensors, make_batches, split_tensor
 from df11.converter.encode import EncodedSegment, SegmentEncoder
 from df11.converter.exponents import COUNTED_WEIGHTS, ExponentCounts, Exponents, summarized
-from df11.converter.kernels import Sha256, any_bits_f32, cast_f32, narrow_f32
+from df11.converter.kernels import Sha256, any_bits, cast_f32, narrow_f32
 from df11.converter.manifest import TensorRow
 from df11.converter.output import ContainerOutput
 from df11.converter.settings import BASE_MEMORY, HEADER_MEMORY, Settings, too_little_memory
 from df11.converter.source import Progress, Source
 from df11.formats import errors, framing, layout
-from df11.formats.record import Bytes, Weights
+from df11.formats.record import Bytes, Weights, weights_dtype
 from df11.storage.atomic import AtomicWriter
 
 TENSOR_MEMORY: Final = 2560
@@ -74,7 +74,7 @@ class _Slot:
     # The memory of one batch on its way from the reader to the writer.
     input: Bytes
     output: Bytes
-    weights: Weights
+    weights: Bytes
     encoder: SegmentEncoder
 
 
@@ -96,7 +96,7 @@ def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progr
     batches = make_batches(tensors)
     slots, spare = _make_slots(batches, source, settings)
     output = ContainerOutput(writer, source, tensors)
-    assembly = _Assembly(source, output, tensors, spare)
+    assembly = _Assembly(source, output, tensors, spare, verify=settings.verify)
     digest = source.start_sha256()
     progress(source.header.data_start)
     for batch, outcomes in _process_batches(batches, list(slots), source, digest, settings, progress):
@@ -124,9 +124,15 @@ class _Assembly:
     # Puts pieces into the container, in the order of the source.
 
     def __init__(
-        self, source: Source, output: ContainerOutput, tensors: Sequence[SourceTensor], spare: _Slot | None
+        self,
+        source: Source,
+        output: ContainerOutput,
+        tensors: Sequence[SourceTensor],
+        spare: _Slot | None,
+        *,
+        verify: bool,
     ) -> None:
-        self._source, self._output, self._spare = source, output, spare
+        self._source, self._output, self._spare, self._verify = source, output, spare, verify
         self._deferred = [_Stored(tensor, tensor.dtypes[0]) for tensor in tensors if not tensor.entry.size]
         self._now = _Stored(tensors[0], "") if tensors else None
         self.inexact: list[str] = []
@@ -140,29 +146,45 @@ class _Assembly:
             self._do_again(now, outcome.dtype)
         now.checksums.append(outcome.checksum)
         now.exact = now.exact and outcome.exact
-        in_place = tensor.fate is not Fate.DEFER and tensor.entry.size % layout.RECORD_ALIGNMENT == 0
         if outcome.segment is not None:
             now.exponents = _joined(now.exponents, outcome.exponents)
             self._output.write_segment(tensor, outcome.segment)
-        elif in_place:
+        elif tensor.fate is Fate.COPY:
             self._output.write_verbatim(tensor, now.dtype, outcome.source, last=piece.last)
         if not piece.last:
             return
         if not now.exact:
             self.inexact.append(tensor.entry.name)
-        if outcome.segment is not None:
-            in_place = self._output.end_record(tensor, now.dtype, now.exponents, exact=now.exact)
-        if not in_place:
+        if outcome.segment is not None and not self._output.end_record(
+            tensor, now.dtype, now.exponents, exact=now.exact
+        ):
+            self._keep_verbatim(now, outcome)
+        elif tensor.fate is Fate.DEFER:
             self._deferred.append(now)
+
+    def _keep_verbatim(self, now: _Stored, outcome: _Outcome) -> None:
+        # A record would not pay. The tensor stays in its place unless its size would misalign the next record.
+        tensor = now.tensor
+        if now.dtype == "BF16" or tensor.entry.size % layout.RECORD_ALIGNMENT:
+            self._deferred.append(now)
+        elif len(now.checksums) == 1:
+            self._output.write_verbatim(tensor, now.dtype, outcome.source, last=True)
+        else:
+            assert self._spare is not None
+            for data, last in self._read_again(now, self._spare):
+                self._output.write_verbatim(tensor, now.dtype, data, last=last)
 
     def _do_again(self, now: _Stored, dtype: str) -> None:
         # All values were BF16 up to here: what has been written of the tensor becomes the F32 that it is.
         self._output.drop()
         now.dtype, now.exponents = dtype, None
         assert self._spare is not None
-        if now.tensor.entry.size % layout.RECORD_ALIGNMENT == 0:
-            for data, _ in self._read_again(now, self._spare):
-                self._output.write_verbatim(now.tensor, dtype, data, last=False)
+        for data, _ in self._read_again(now, self._spare):
+            segment, _, exponents = _encode(
+                data, dtype, now.tensor, self._spare, 0, self._source.path, verify=self._verify
+            )
+            now.exponents = _joined(now.exponents, exponents)
+            self._output.write_segment(now.tensor, segment)
 
     def _read_again(self, now: _Stored, slot: _Slot) -> Iterator[tuple[Bytes, bool]]:
         # The bytes of each piece so far, and whether it is the last. They must be the ones that were hashed.
@@ -182,9 +204,10 @@ class _Assembly:
                 self._output.write_verbatim(tensor, one.dtype, np.empty(0, np.uint8), last=True)
                 continue
             for data, last in self._read_again(one, slot):
-                stored = data if one.dtype == tensor.entry.dtype else _to_bf16(data, slot.weights, tensor)[0]
+                stored = data if one.dtype == tensor.entry.dtype else _weights(data, one.dtype, tensor, slot)[0]
+                exponents = one.exponents if one.dtype == "BF16" else None
                 self._output.write_verbatim(
-                    tensor, one.dtype, stored.view(np.uint8), one.exponents, last=last, exact=one.exact
+                    tensor, one.dtype, stored.view(np.uint8), exponents, last=last, exact=one.exact
                 )
 
 
@@ -217,21 +240,21 @@ def _needs(batches: list[Batch], source: Source) -> _Needs:
     read = max((batch.size for batch in batches), default=0)
     write = max((batch.output_size for batch in batches), default=0)
     # F32 needs space for its BF16 weights; so does a tensor whose start is not aligned for its weights.
-    weights = max(
-        (
-            piece.weights
-            for piece, batch in pieces
-            if piece.tensor.fate is Fate.CODE and (piece.tensor.entry.dtype == "F32" or (piece.start - batch.start) % 2)
-        ),
-        default=0,
-    )
-    # One more slot to do a tensor again that turns out not to be BF16.
-    spare = any(piece.tensor.may_be_bf16 and not piece.last for piece, _ in pieces)
-    each = read + write + 2 * weights + ENCODER_MEMORY
+    weights = max((_scratch(piece, batch) for piece, batch in pieces if piece.tensor.fate is Fate.CODE), default=0)
+    # One more slot to do a tensor again that turns out not to be BF16, or to be better kept as it is.
+    spare = any(p.tensor.fate is Fate.CODE and p.tensor.dtypes[0] != "BF16" and not p.last for p, _ in pieces)
+    each = read + write + weights + ENCODER_MEMORY
     entries = source.header.entries
     base = BASE_MEMORY + HEADER_MEMORY * len(source.header.raw) + TENSOR_MEMORY * len(entries)
     base += COUNTS_MEMORY * sum(entry.elements >= COUNTED_WEIGHTS for entry in entries) + source.memory
     return _Needs(read, write, weights, each, base, spare, base + (MIN_SLOTS + spare) * each)
+
+
+def _scratch(piece: Piece, batch: Batch) -> int:
+    width = piece.size // piece.weights
+    if (piece.start - batch.start) % width:
+        return piece.size
+    return 2 * piece.weights if piece.tensor.entry.dtype == "F32" else 0
 
 
 def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> tuple[list[_Slot], _Slot | None]:
@@ -244,7 +267,7 @@ def _make_slots(batches: list[Batch], source: Source, settings: Settings) -> tup
         _Slot(
             np.empty(needs.read, np.uint8),
             np.empty(needs.write, np.uint8),
-            np.empty(needs.weights, np.uint16),
+            np.empty(needs.weights, np.uint8),
             SegmentEncoder(),
         )
         for _ in range(count + needs.spare)
@@ -327,7 +350,7 @@ class _Narrowing:
             return tensor.dtypes[0]
         if piece.start == tensor.entry.start:
             self._lost = False
-        self._lost = self._lost or any_bits_f32(data) & 0xFFFF != 0
+        self._lost = self._lost or any_bits(data, layout.F32) & 0xFFFF != 0
         return "F32" if self._lost else "BF16"
 
 
@@ -350,41 +373,48 @@ def _process(batch: Batch, slot: _Slot, dtypes: list[str], path: str, *, verify:
     outcomes = []
     used = 0
     for piece, dtype in zip(batch.pieces, dtypes, strict=True):
-        source = _bytes_of(piece, batch, slot)
-        if piece.tensor.fate is not Fate.CODE or dtype != "BF16":
+        source, tensor = _bytes_of(piece, batch, slot), piece.tensor
+        if tensor.fate is not Fate.CODE:
             outcomes.append(_Outcome(source, xxhash.xxh3_64_intdigest(source), dtype, None, True, None))
             continue
-        weights, exact = _to_bf16(source, slot.weights, piece.tensor)
-        try:
-            segment = slot.encoder.encode(weights, slot.output[used:], verify=verify)
-        except errors.DifferenceError as error:
-            raise errors.DifferenceError(
-                f"the encoded data does not decode to the source ({error})",
-                file=path,
-                tensor=piece.tensor.entry.name,
-                hint="this is a defect in df11 or in the memory of this machine: please report it",
-            ) from None
+        segment, exact, exponents = _encode(source, dtype, tensor, slot, used, path, verify=verify)
         used += len(segment.data)
-        is_bf16 = piece.tensor.entry.dtype == "BF16"
-        checksum = segment.decoded_checksum if is_bf16 else xxhash.xxh3_64_intdigest(source)
-        exponents = summarized(slot.encoder.exponents, piece.tensor.entry.elements)
+        is_same = dtype == tensor.entry.dtype
+        checksum = segment.decoded_checksum if is_same else xxhash.xxh3_64_intdigest(source)
         outcomes.append(_Outcome(source, checksum, dtype, segment, exact, exponents))
     return outcomes
 
 
-def _to_bf16(source: Bytes, scratch: Weights, tensor: SourceTensor) -> tuple[Weights, bool]:
-    # The BF16 weights of a piece, and whether they represent it exactly.
-    if tensor.entry.dtype == "F32":
-        bits = source.view(np.uint32)
+def _encode(
+    source: Bytes, dtype: str, tensor: SourceTensor, slot: _Slot, used: int, path: str, *, verify: bool
+) -> tuple[EncodedSegment, bool, Exponents]:
+    # A piece of a tensor as a segment of this dtype, whether that is exact, and its exponents. ``used``: bytes of the
+    # slot's output that are taken.
+    weights, exact = _weights(source, dtype, tensor, slot)
+    try:
+        segment = slot.encoder.encode(weights, slot.output[used:], layout.KINDS[dtype], verify=verify)
+    except errors.DifferenceError as error:
+        raise errors.DifferenceError(
+            f"the encoded data does not decode to the source ({error})",
+            file=path,
+            tensor=tensor.entry.name,
+            hint="this is a defect in df11 or in the memory of this machine: please report it",
+        ) from None
+    return segment, exact, summarized(slot.encoder.exponents, tensor.entry.elements)
+
+
+def _weights(source: Bytes, dtype: str, tensor: SourceTensor, slot: _Slot) -> tuple[Weights, bool]:
+    # The weights of a piece as this dtype, and whether they represent it exactly.
+    bits = source.view(weights_dtype(layout.KINDS[tensor.entry.dtype]))
+    if dtype == tensor.entry.dtype:
         if not bits.flags.aligned:
-            bits = bits.copy()
-        out = scratch[: len(bits)]
-        if tensor.cast:
-            return out, cast_f32(bits, out)
-        narrow_f32(bits, out)
-        return out, True
-    weights = source.view(np.uint16)
-    if not weights.flags.aligned:
-        scratch[: len(weights)] = weights
-        weights = scratch[: len(weights)]
-    return weights, True
+            bits = slot.weights[: len(source)].view(bits.dtype)
+            bits.view(np.uint8)[:] = source
+        return bits, True
+    if not bits.flags.aligned:
+        bits = bits.copy()
+    out = slot.weights[: 2 * len(bits)].view(np.uint16)
+    if tensor.cast:
+        return out, cast_f32(bits, out)
+    narrow_f32(bits, out)
+    return out, True

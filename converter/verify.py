@@ -20,7 +20,7 @@ from df11.converter.settings import thread_count
 from df11.converter.source import Progress, Source, ignore
 from df11.formats import errors, framing
 from df11.formats.container import Container, TensorInfo
-from df11.formats.record import Bytes, Record, Scratch, Weights
+from df11.formats.record import Bytes, Record, Scratch, Weights, weights_dtype
 from df11.storage.entry import Entry
 from df11.storage.store import Store, open_source
 
@@ -176,11 +176,15 @@ def _compare_tensors(container: Container, source: Source, threads: int, progres
         place = task.record.segments[task.index]
         stored, weights, original = scratch
         segment = task.record.read_segment(task.index, stored)
-        width = 2 if task.exact is None else 4
+        kind = task.record.kind
+        width = kind.bytes if task.exact is None else 4
         data = original.take(width * place.elements)
         source.read(task.source_start + width * place.first_element, data)
-        decoded = weights.take(2 * place.elements).view(np.uint16)
-        segment.compare(data.view(np.uint16) if task.exact is None else _to_bf16(data, decoded, exact=task.exact))
+        if task.exact is None:
+            segment.compare(data.view(weights_dtype(kind)))
+        else:
+            decoded = weights.take(2 * place.elements).view(np.uint16)
+            segment.compare(_to_bf16(data, decoded, exact=task.exact))
 
     left = container.size
     for task, _ in ordered(check, tasks(), threads):

@@ -43,7 +43,7 @@ def lengths_of(section: bytes, size: int) -> dict[int, int]:
 
 def code_of(weights: Weights) -> dict[int, int]:
     """The code that the encoder chooses, even if it would not use it."""
-    code = kernels.Encoder().build_code(weights)
+    code = kernels.Encoder().build_code(weights, layout.BF16)
     return lengths_of(code.section.tobytes(), code.alphabet_size)
 
 
@@ -295,7 +295,7 @@ def table_of(lengths: dict[int, int], edit: tuple[int, int] | None = None) -> tu
     data = np.frombuffer(bytearray(section), np.uint8)
     if edit is not None:
         data[edit[0]] = edit[1]
-    table = build_decode_table(data, size)
+    table = build_decode_table(data, size, layout.BF16)
     if isinstance(table, int):
         return table, np.empty(0, np.uint32)
     return OK, np.frombuffer(ctypes.string_at(POINTER(table, b"df11.table"), 4 * 4096), np.uint32)

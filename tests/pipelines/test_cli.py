@@ -149,7 +149,7 @@ def test_text_is_for_people_and_goes_to_standard_error(model, tmp_path):
 def test_a_conversion_ends_with_a_summary(model, tmp_path):
     result = commands.run("convert", model, tmp_path / "out", "--cast", "bf16").fine()
     (line,) = result.err.splitlines()
-    assert re.search(r"2 files.*plus 1 copied; 2 tensors cast from F32, 1 of them unchanged", line)
+    assert re.search(r"2 files.*plus 1 copied; 2 F32 tensors stored as BF16, 1 of them without loss", line)
     (line,) = commands.run("convert", model, tmp_path / "out", "--cast", "bf16").fine().err.splitlines()
     assert "2 of them already finished" in line
 
