@@ -240,7 +240,7 @@ def tell_if_nothing_is_compressed(plan: Plan, rows: Sequence[TensorRow]) -> None
     if not any(is_shard(step.entry.name) for step in plan.steps) and not dtypes:
         why = "it holds only adapters, which peft and diffusers read themselves"
     elif not KINDS.keys().isdisjoint(dtypes):
-        why = "its tensors are too small, or have too many different exponents"
+        why += ", which are too small or have too many different exponents"
     elif dtypes:
         why += f", and only {', '.join(KINDS)} are compressed"
     hint = "; --cast bf16 would round F32 to it" if "F32" in dtypes and plan.options.cast is None else ""

@@ -101,41 +101,70 @@ ALWAYS_INLINE uint16_t weight_of(unsigned half, unsigned s)
     return (uint16_t)((half & 0x7F80) | (s & 0x7F) | (s & 0x80) << 8);
 }
 
-/* Put the weights of a chunk together. `halves`: those of its entries, u16 [256]. In a plane of less than whole bytes,
- * neighbouring bytes hold neighbouring weights: each loop below has shifts that are the same for 32 weights or more. */
-ALWAYS_INLINE void assemble(enum df11_kind kind, const any_u16 *halves, const uint8_t *const *planes, void *to)
+/* Rows of a chunk: those weights whose bits a plane has at the same place in neighbouring bytes. With `k` constant, 16
+ * weights take a few instructions. */
+ALWAYS_INLINE void f16_row(unsigned k, const any_u16 *RESTRICT halves, const uint8_t *RESTRICT signs,
+                           const uint8_t *RESTRICT high, const uint8_t *RESTRICT low, uint16_t *RESTRICT out)
 {
-    const uint8_t *first = planes[0], *second = planes[1], *third = planes[2];
+    for (unsigned i = 0; i < 32; i++) {
+        uint16_t sign = (uint16_t)((uint16_t)(signs[i] << (15 - k)) & 0x8000);
+        uint16_t two = (uint16_t)((uint16_t)(high[i] << (8 - (k & 6))) & 0x300);
+        out[i] = (uint16_t)(sign | (uint16_t)((uint16_t)(halves[i] << 3) & 0x7C00) | two | low[i]);
+    }
+}
 
-    if (kind == BF16) {
-        uint16_t *out = to;
+ALWAYS_INLINE void e5m2_row(unsigned k, const any_u16 *RESTRICT halves, const uint8_t *RESTRICT signs,
+                            const uint8_t *RESTRICT mantissas, uint8_t *RESTRICT out)
+{
+    for (unsigned i = 0; i < 32; i++) {
+        uint16_t sign = (uint16_t)((uint16_t)(signs[i] << 7 >> k) & 0x80);
+        uint16_t mantissa = (uint16_t)(mantissas[i] >> (k & 6) & 3);
+        out[i] = (uint8_t)(sign | (uint16_t)((uint16_t)(halves[i] >> 5) & 0x7C) | mantissa);
+    }
+}
+
+ALWAYS_INLINE void e4m3_row(unsigned k, const any_u16 *RESTRICT halves, const uint8_t *RESTRICT raw,
+                            uint8_t *RESTRICT out)
+{
+    for (unsigned i = 0; i < 128; i++) {
+        uint16_t s = (uint16_t)(raw[i] >> 4 * k);
+        out[i] = (uint8_t)((uint16_t)((s & 8) << 4) | (uint16_t)((uint16_t)(halves[i] >> 4) & 0x78) | (s & 7));
+    }
+}
+
+#define EACH_ROW(row) row(0) row(1) row(2) row(3) row(4) row(5) row(6) row(7)
+
+/* Put the weights of a chunk together. `halves`: those of its entries, u16 [256]. */
+ALWAYS_INLINE void assemble(enum df11_kind kind, const any_u16 *RESTRICT halves, const uint8_t *const *planes,
+                            void *RESTRICT to)
+{
+    const uint8_t *RESTRICT first = planes[0], *RESTRICT second = planes[1], *RESTRICT third = planes[2];
+    uint8_t *RESTRICT bytes = to;
+    uint16_t *RESTRICT shorts = to;
+    uint32_t *RESTRICT words = to;
+
+    switch (kind) {
+    case F16:
+#define ROW(k) f16_row(k, halves + 32 * k, first, second + (k & 1) * 32, third + 32 * k, shorts + 32 * k);
+        EACH_ROW(ROW)
+#undef ROW
+        break;
+    case F32:
         for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
-            out[i] = weight_of(halves[i], first[i]);
-    } else if (kind == F16) {
-        uint16_t *out = to;
-        for (unsigned k = 0; k < 8; k++, halves += 32, third += 32, out += 32)
-            for (unsigned i = 0; i < 32; i++) {
-                unsigned sign = first[i] >> k & 1, high = second[(k & 1) * 32 + i] >> (k & 6) & 3;
-                out[i] = (uint16_t)(sign << 15 | (halves[i] << 3 & 0x7C00) | high << 8 | third[i]);
-            }
-    } else if (kind == F32) {
-        uint32_t *out = to;
+            words[i] = (uint32_t)weight_of(halves[i], first[i]) << 16 | (uint32_t)(second[i] << 8 | third[i]);
+        break;
+    case F8_E4M3:
+        e4m3_row(0, halves, first, bytes);
+        e4m3_row(1, halves + 128, first, bytes + 128);
+        break;
+    case F8_E5M2:
+#define ROW(k) e5m2_row(k, halves + 32 * k, first, second + (k & 1) * 32, bytes + 32 * k);
+        EACH_ROW(ROW)
+#undef ROW
+        break;
+    default:
         for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
-            out[i] = (uint32_t)weight_of(halves[i], first[i]) << 16 | (uint32_t)(second[i] << 8 | third[i]);
-    } else if (kind == F8_E4M3) {
-        uint8_t *out = to;
-        for (unsigned k = 0; k < 2; k++, halves += 128, out += 128)
-            for (unsigned i = 0; i < 128; i++) {
-                unsigned s = first[i] >> 4 * k;
-                out[i] = (uint8_t)((s & 8) << 4 | (halves[i] >> 4 & 0x78) | (s & 7));
-            }
-    } else {
-        uint8_t *out = to;
-        for (unsigned k = 0; k < 8; k++, halves += 32, out += 32)
-            for (unsigned i = 0; i < 32; i++) {
-                unsigned sign = first[i] >> k & 1, mantissa = second[(k & 1) * 32 + i] >> (k & 6) & 3;
-                out[i] = (uint8_t)(sign << 7 | (halves[i] >> 5 & 0x7C) | mantissa);
-            }
+            shorts[i] = weight_of(halves[i], first[i]);
     }
 }
 

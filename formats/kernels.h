@@ -62,11 +62,13 @@ enum { LANE_OVERFLOW = -1, NOT_SMALLER = -2 };
 #if defined(__GNUC__) || defined(__clang__)
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define RESTRICT __restrict__
 typedef uint16_t __attribute__((may_alias)) any_u16; /* halves of what was stored as u32 */
 #else
 #include <intrin.h>
 #define ALWAYS_INLINE static __forceinline
 #define UNLIKELY(x) (x)
+#define RESTRICT __restrict
 typedef uint16_t any_u16;
 #endif
 

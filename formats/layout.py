@@ -204,7 +204,7 @@ def raw_segment_size(weights: int, kind: Kind = BF16) -> int:
 
 
 def segment_size_range(weights: int, kind: Kind = BF16) -> tuple[int, int]:
-    """Smallest and largest size in bytes of a segment of this many weights: the bits that are never left out, and raw."""
+    """Smallest and largest size in bytes of a segment of this many weights: what is never left out of it, and raw."""
     return align(SEGMENT_HEADER.size + kind.least_size(weights)), raw_segment_size(weights, kind)
 
 

@@ -123,6 +123,7 @@ def model_card(
         total=total,
         notes=Markup((fields.notes or "").strip()),  # noqa: S704 - the user's own Markdown
         sizes=sizes,
+        dtypes=summary.by_dtype(manifest),
         all_cast=all(row.cast == row.tensors for row in sizes),
         plots=[{"title": title, "path": plots[plot]} for plot, title in _TITLES.items() if plot in plots],
         speed=None if fields.results is None else read_results(fields.results),

@@ -128,6 +128,7 @@ def _render(manifest: Manifest, title: str, drawn: Sequence[plots.Plot]) -> str:
         kinds=[row for stack in stacks for row in _kinds(stack)],
         outside=[_spread(name, {}, rows) for name, rows in summary.alike(outside)[:MOST_OUTSIDE]],
         exponents=list(_exponents(manifest)),
+        dtypes=summary.by_dtype(manifest),
         outlier_weights=summary.OUTLIER_WEIGHTS,
         most_outliers=MOST_OUTLIERS,
         outliers=outliers,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from df11.formats import errors, layout
-from df11.formats.record import Bytes, Place, Record, Segment, Weights, open_record
+from df11.formats.record import Bytes, Place, Record, Segment, Weights, open_record, weights_dtype
 from df11.runtime.kernels import Range
 
 _LARGE_PAGE: Final = 2 << 20
@@ -53,7 +53,8 @@ class _Opened:
 
     def segment(self, index: int) -> Segment:
         entry = self.record.segments[index]
-        return Segment(self.data[entry.offset : entry.offset + entry.size], entry, self.record.place, trusted=True)
+        data = self.data[entry.offset : entry.offset + entry.size]
+        return Segment(data, entry, self.record.place, self.record.kind, trusted=True)
 
 
 class Cpu:
@@ -84,7 +85,7 @@ class Cpu:
             raise errors.UsageError("no such row", expected=f"0 to {rows - 1}", found=int(wrong[0]))
         record, out = (
             _open(matrix),
-            _array(matrix.output, count * row_weights, np.dtype(np.uint16)).reshape(count, row_weights),
+            _array(matrix.output, count * row_weights, weights_dtype(matrix.kind)).reshape(count, row_weights),
         )
         order = np.argsort(numbers, kind="stable")
         # Rows that share tiles are decoded together, so that no tile is decoded twice; one segment at most.
@@ -107,7 +108,7 @@ def _open(part: Range) -> _Opened:
     def read(offset: int, out: Bytes) -> None:
         out[:] = data[offset : offset + len(out)]
 
-    record = open_record(read, part.record_size, Place())
+    record = open_record(read, part.record_size, Place(), part.kind)
     if (record.element_count, record.segment_elements) != (part.element_count, part.segment_elements):
         raise errors.EntryError(
             "the record does not match its shape",
@@ -126,7 +127,7 @@ def _decode_segment(record: _Opened, index: int, part: Range) -> None:
     segment = record.segment(index)
     low = max(part.first - start, 0)
     high = min(part.last - start, segment.entry.elements)
-    out = _array(part.output + 2 * (start + low - part.first), high - low, np.dtype(np.uint16))
+    out = _array(part.output + part.kind.bytes * (start + low - part.first), high - low, weights_dtype(part.kind))
     if low == 0 and high == segment.entry.elements:
         segment.decode(out)
     else:
@@ -139,7 +140,7 @@ def _gather_run(
     # Decode rows numbers[run], in ascending order, by decoding everything from the first to the last.
     row_weights = out.shape[1]
     first, last = int(numbers[run[0]]), int(numbers[run[-1]]) + 1
-    rows = np.empty((last - first, row_weights), np.uint16)
+    rows = np.empty((last - first, row_weights), weights_dtype(matrix.kind))
     part = dataclasses.replace(matrix, first=first * row_weights, last=last * row_weights, output=rows.ctypes.data)
     for index in _segments(part):
         _decode_segment(record, index, part)

@@ -228,7 +228,7 @@ def load_tensor(
     If so, it is the record, on ``records``, and its geometry; else the values, on ``device``, and None.
     """
     info = container.info(name)
-    if info.encoding == "df11" and info.elements >= SMALL:
+    if info.encoding == "df11" and info.elements >= SMALL and load.decodes_on_a_device(info):
         record = container.record(name)
         data = torch.from_numpy(record.read_whole()).to(records)
         return nn.Parameter(data, requires_grad=False), Geometry(info.shape, record.segment_elements)

@@ -129,7 +129,7 @@ def mapped(container: Container, name: str) -> torch.Tensor:
 def stays_compressed(container: Container, name: str) -> bool:
     """Whether a tensor is large enough to stay compressed."""
     info = container.info(name)
-    return info.encoding == "df11" and info.elements >= models.SMALL
+    return info.encoding == "df11" and info.elements >= models.SMALL and load.decodes_on_a_device(info)
 
 
 def check_dtype(dtype: torch.dtype, containers: Sequence[Container]) -> None:

@@ -66,6 +66,8 @@ class Range:
     first: int
     last: int
     output: int
+    kind: layout.Kind = layout.BF16
+    """What the record holds; only the CPU decodes others than BF16."""
 
 
 def blocks_of(part: Range, tiles_per_block: int) -> int:

@@ -119,12 +119,13 @@ def read_record(data: bytes) -> None:
         record = open_record(read, len(data), Place())
         decoded = record.decode().tobytes()
         middle = record.element_count // 2
-        if record.decode(middle).tobytes() != decoded[2 * middle :]:
+        if record.decode(middle).tobytes() != decoded[record.kind.bytes * middle :]:
             raise Fault("a range of weights differs from the record")
     except errors.Df11Error as error:
         refusal = error
     try:
-        expected = reference.decode_record(data)
+        kind = layout.KINDS_BY_CODE.get(int.from_bytes(data[5:6], "little"), layout.BF16)
+        expected = reference.decode_record(data, None, kind.dtype)
     except errors.FormatError as error:
         if refusal is None:
             raise Fault(f"only the reference decoder refuses it: {error}") from None
