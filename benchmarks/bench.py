@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks import harness, job, measure, omnigen2, peers, results, sections, synthetic
+from benchmarks import dtypes, harness, job, measure, omnigen2, peers, results, sections, synthetic
 from benchmarks.harness import Board, Checkout, say
 from benchmarks.sections import Bench
 
@@ -26,12 +26,21 @@ SECTIONS: Final[dict[str, Callable[[Bench], None]]] = {
     "convert": sections.convert,
     "sizes": sections.sizes,
     "memory": sections.memory,
+    "dtypes": dtypes.dtypes,
     "job": job.job,
     "omnigen2": omnigen2.omnigen2,
 }
 DEFAULT: Final = ("start", "cores", "convert", "sizes", "memory")
 SHARED_MEMORY: Final = Path("/dev/shm")
-ROOM: Final = {"start": 3e8, "cores": 2e8, "convert": 16.5e9, "sizes": 1.6e9, "memory": 11e9, "job": 15e9}
+ROOM: Final = {
+    "start": 3e8,
+    "cores": 2e8,
+    "convert": 16.5e9,
+    "sizes": 1.6e9,
+    "memory": 11e9,
+    "dtypes": 4e8,
+    "job": 15e9,
+}
 """Bytes that a section needs in its folder at a time; scaled by --size."""
 ON_DISK: Final = ("job", "omnigen2")
 """Sections that measure a real disk."""

@@ -19,7 +19,7 @@ import safetensors
 import df11
 from df11.converter.inspect import as_text, describe
 from df11.converter.restore_file import restore_file, restored_layout
-from df11.formats import errors, framing, reference
+from df11.formats import errors, framing, layout, reference
 from df11.formats.container import NUMPY_DTYPES, Container
 from df11.formats.record import Bytes, Place, open_record
 from tests.fuzz.edits import edit_bytes, edit_json, edit_json_text, edit_text, number
