@@ -53,7 +53,7 @@ class Peers:
         return [Program("lmzip", [str(self.python.with_name("lmz")), *map(str, arguments)], output)]
 
     def smallest(self, source: Path, target: Path, dtype: str | None = "bfloat16") -> list[Program]:
-        """All programs that can tell the compressed size of a file of a dtype, as zipnn calls it; None: without zipnn."""
+        """All programs that can tell the size of a file of a dtype, as zipnn calls it, compressed; None: no zipnn."""
         if self.python is None:
             return []
         programs = self.lmzip("compress", "-q", "-f", source, target, output=target)
