@@ -134,7 +134,7 @@ class _Assembly:
     ) -> None:
         self._source, self._output, self._spare, self._verify = source, output, spare, verify
         self._deferred = [_Stored(tensor, tensor.dtypes[0]) for tensor in tensors if not tensor.entry.size]
-        self._now = _Stored(tensors[0], "") if tensors else None
+        self._now: _Stored | None = None
         self.inexact: list[str] = []
 
     def add(self, piece: Piece, outcome: _Outcome) -> None:

@@ -101,6 +101,11 @@ ALWAYS_INLINE uint16_t weight_of(unsigned half, unsigned s)
     return (uint16_t)((half & 0x7F80) | (s & 0x7F) | (s & 0x80) << 8);
 }
 
+ALWAYS_INLINE uint32_t f32_of(unsigned half, unsigned first, unsigned second, unsigned third)
+{
+    return (uint32_t)weight_of(half, first) << 16 | second << 8 | third;
+}
+
 /* Rows of a chunk: those weights whose bits a plane has at the same place in neighbouring bytes. With `k` constant, 16
  * weights take a few instructions. */
 ALWAYS_INLINE void f16_row(unsigned k, const any_u16 *RESTRICT halves, const uint8_t *RESTRICT signs,
@@ -151,7 +156,7 @@ ALWAYS_INLINE void assemble(enum df11_kind kind, const any_u16 *RESTRICT halves,
         break;
     case F32:
         for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
-            words[i] = (uint32_t)weight_of(halves[i], first[i]) << 16 | (uint32_t)(second[i] << 8 | third[i]);
+            words[i] = f32_of(halves[i], first[i], second[i], third[i]);
         break;
     case F8_E4M3:
         e4m3_row(0, halves, first, bytes);
@@ -179,11 +184,18 @@ ALWAYS_INLINE uint32_t load_weight(enum df11_kind kind, const void *weights, uns
 ALWAYS_INLINE int compare(enum df11_kind kind, const any_u16 *halves, const uint8_t *const *planes, const void *source,
                           uint8_t *notes)
 {
+    const uint8_t *first = planes[0], *second = planes[1], *third = planes[2];
     uint32_t weights[CHUNK_WEIGHTS], different = 0;
-    if (kind == BF16) { /* Without writing the weights down. */
+    if (kind == BF16) { /* Without writing the weights down, which is faster. */
         uint16_t any = 0;
         for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
-            any |= weight_of(halves[i], planes[0][i]) ^ ((const uint16_t *)source)[i];
+            any |= weight_of(halves[i], first[i]) ^ ((const uint16_t *)source)[i];
+        if (!any)
+            return 0;
+    } else if (kind == F32) {
+        uint32_t any = 0;
+        for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
+            any |= f32_of(halves[i], first[i], second[i], third[i]) ^ ((const uint32_t *)source)[i];
         if (!any)
             return 0;
     }
