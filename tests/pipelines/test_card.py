@@ -260,7 +260,9 @@ def test_changed_values_are_said():
     assert "this **changed values**.\n" in body
     assert "in 1 of 2 files. **Their F32 originals cannot be restored from here**" in body
     assert "$ df11 restore --bf16 name-df11 restored" in body
-    rows = tables(body)[1][1:]
+    dtypes, proofs = tables(body)[1:3]
+    assert [row[0] for row in dtypes] == ["dtype of the source", "BF16", "F32, as BF16", "I64"]
+    rows = proofs[1:]
     manifest = made.model()
     assert [row[0] for row in rows] == ["text/model.safetensors", "vae/part.safetensors"]
     assert [row[2] for row in rows] == [file.source_sha256 for file in manifest.files]
