@@ -40,6 +40,9 @@ class CompressedTensor:
         import torch
 
         record = container.record(name)
+        if record.kind is not layout.BF16:
+            what = "only BF16 is held compressed"
+            raise errors.DtypeError(what, file=container.path, tensor=name, found=record.kind.dtype)
         data = torch.from_numpy(record.read_whole())
         return cls(data.to(device), container.info(name).shape, record.segment_elements)
 

@@ -87,12 +87,14 @@ def check_record(record: torch.Tensor, weights: int, segment_elements: int, kind
         )
 
 
-def _range(record: torch.Tensor, weights: int, segment_elements: int, first: int, out: torch.Tensor) -> Range:
-    kind = kind_of(out.dtype, record.device)
+def _range(
+    record: torch.Tensor, weights: int, segment_elements: int, first: int, out: torch.Tensor, dtype: torch.dtype
+) -> Range:
+    kind = kind_of(dtype, record.device)
     check_record(record, weights, segment_elements, kind)
-    if not out.is_contiguous() or out.device != record.device:
+    if out.dtype != dtype or not out.is_contiguous() or out.device != record.device:
         raise errors.UsageError(
-            "the output must be a contiguous tensor on the record's device",
+            f"the output must be a contiguous tensor of {dtype} on the record's device",
             expected=record.device,
             found=f"{out.dtype} on {out.device}{'' if out.is_contiguous() else ', not contiguous'}",
         )
@@ -112,7 +114,9 @@ def decode(
 ) -> torch.Tensor:
     """All weights of a record, of ``shape``. ``background``: use the kernel that can run beside others."""
     out = record.new_empty(shape, dtype=dtype)
-    decoder_of(record.device).decode([_range(record, out.numel(), segment_elements, 0, out)], background=background)
+    decoder_of(record.device).decode(
+        [_range(record, out.numel(), segment_elements, 0, out, dtype)], background=background
+    )
     return out
 
 
@@ -143,7 +147,7 @@ def decode_rows(
     out = record.new_empty([stop - start, *shape[1:]], dtype=dtype)
     first = start * math.prod(shape[1:])
     decoder_of(record.device).decode(
-        [_range(record, math.prod(shape), segment_elements, first, out)], background=background
+        [_range(record, math.prod(shape), segment_elements, first, out, dtype)], background=background
     )
     return out
 
@@ -208,6 +212,7 @@ def decode_into(
     first: list[int],
     out: list[torch.Tensor],
     background: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Decode from each record (of ``weights`` weights) as many as its output holds, from weight ``first`` on.
 
@@ -221,7 +226,8 @@ def decode_into(
         raise errors.UsageError(
             "records on several devices", found=", ".join(sorted({str(record.device) for record in records}))
         )
-    ranges = [_range(*part) for part in zip(records, weights, segment_elements, first, out, strict=True)]
+    parts = zip(records, weights, segment_elements, first, out, strict=True)
+    ranges = [_range(*part, dtype) for part in parts]
     decoder_of(records[0].device).decode(ranges, background=background)
 
 

@@ -84,7 +84,7 @@ def test_the_operators_decode_every_dtype(dtype: torch.dtype, folder: Path) -> N
     assert found.shape == (2, 2, 299)
     assert bits(found) == b"".join(bits(plain[row]) for row in (3, 300, 3, 0))
     out = torch.empty(5000, dtype=dtype)
-    ops.decode_into([record], [plain.numel()], [segment], [777], [out])
+    ops.decode_into([record], [plain.numel()], [segment], [777], [out], dtype=dtype)
     assert bits(out) == bits(plain.view(-1)[777:5777])
     other = DTYPES[DTYPES.index(dtype) - 1]
     with pytest.raises(errors.Df11Error, match=r"dtype|size"):
@@ -110,3 +110,10 @@ def test_a_model_gives_the_bits_of_the_plain_one(dtype: torch.dtype, tmp_path: P
     loaded = runtime.load_model(build().to("meta"), tmp_path / "model.df11", "cpu")
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 300))).to(dtype)
     assert bits(loaded(x).detach()) == bits(plain(x).detach())
+
+
+def test_only_bf16_is_held_compressed(folder: Path) -> None:
+    with Container(folder / "x.df11") as container:
+        with pytest.raises(errors.DtypeError, match="F16"):
+            runtime.CompressedTensor.load(container, "torch.float16", "cpu")
+        assert runtime.CompressedTensor.load(container, "torch.bfloat16", "cpu").decode().dtype == torch.bfloat16
