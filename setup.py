@@ -16,8 +16,9 @@ setup(
                 "formats/decode.c",
                 "converter/encode.c",
                 "converter/sha256.c",
+                "converter/dfloat11/kernels.c",
             ],
-            depends=["formats/kernels.h"],
+            depends=["formats/kernels.h", "converter/dfloat11/kernels.h"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if build_backend.LIMITED else [],
             py_limited_api=build_backend.LIMITED,
         )

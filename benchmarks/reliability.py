@@ -55,8 +55,11 @@ def _crash(found: Mapping[str, Any]) -> list[str]:
     total = ("all", *(sum(one[key] for one in commands.values()) for key in _COUNTS))
     bits = found["bits"]
     violations = sum(len(one["violations"]) for one in commands.values())
+    step = found.get("step", 1)
     return [
         results.as_text(found["machine"]),
+        *([f"One in {step} of all faults was tried, evenly."] if step > 1 else []),
+        *([found["note"]] if "note" in found else []),
         table(_TITLES, [*rows, total]),
         f"{violations} of these ended otherwise than this page promises.",
         f"{bits['bits']:,} bits of a container were flipped, one at a time. `verify` noticed {bits['noticed']:,}. "

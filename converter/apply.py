@@ -31,6 +31,9 @@ SMALL: Final = 1 << 20
 """Files up to this size are read into memory and go to a repository with the last commit. Each larger one is a task."""
 TOGETHER: Final = 16 << 20
 """Bytes of small files held in memory until a commit."""
+MANIFEST_EVERY: Final = 256 << 20
+"""Bytes of finished files after which a folder gets a manifest again; later, an eighth of all. What it does not name
+yet is in the journal: the next run only has to read it."""
 COPIES_PER_COMMIT: Final = 64
 COPIED_BYTES_PER_COMMIT: Final = 4 << 30
 """Copied files share commits: the Hub limits commits per hour."""
@@ -145,6 +148,8 @@ class _Applied:
     progress: Progress
     done: list[Done] = field(default_factory=list)
     waiting: list[Done] = field(default_factory=list)
+    unnamed: int = 0
+    """Bytes of finished files that no manifest names yet."""
     is_done: bool = False
 
     def __post_init__(self) -> None:
@@ -154,8 +159,20 @@ class _Applied:
         is_made = plan.action == "convert" or (plan.action == "copy" and plan.target.versioned)
         self.has_manifest = is_made and not plan.source.is_file
         self.order = [step.name for step in plan.steps if step.name.endswith(DF11)]
+        renamed = tuple(sorted(plan.renamed.items()))
+        self.manifest = dataclasses.replace(
+            plan.manifest, origin=plan.origin, cast=plan.options.cast, tool=TOOL, renamed=renamed
+        )
         # What is still to be replaced or removed is named until that has been done: the next run must know it.
-        self.manifest = dataclasses.replace(plan.manifest, origin=plan.origin, cast=plan.options.cast, tool=TOOL)
+        self.files = self.manifest.by_file()
+        for step in plan.steps:
+            if (
+                step.kept and step.original is not None and step.name in self.files
+            ):  # A shard may have got another name.
+                row, tensors = self.files[step.name]
+                self.files[step.name] = (dataclasses.replace(row, source_file=step.original), tensors)
+        self.others = dict(self.manifest.others)
+        self.named = sum(row.bytes for row in self.manifest.files)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -179,7 +196,7 @@ class _Applied:
             raise errors.ConflictError(what, file=plan.target.label, hint="run the same command again")
         # The next run has to know what is to go, even if the manifest that names it has been replaced.
         stale = [_mark_there(plan.target, name) for name in plan.stale]
-        self.journal.begin([*stale, *(Mark.begun(step.name) for step in plan.steps if not step.kept)])
+        self.journal.begin(plan.run, [*stale, *(Mark.begun(step.name) for step in plan.steps if not step.kept)])
 
     @property
     def journal_path(self) -> Path | None:
@@ -196,14 +213,16 @@ class _Applied:
         self.waiting.append(done)
         self.delivery.on_done(done)
         if done.row is not None and self.has_manifest:
-            self.manifest = self.manifest.with_file(done.row, done.tensors)
+            self.files[done.row.file] = (done.row, done.tensors)
         elif done.entry.sha256 is not None:
-            others = {**dict(self.manifest.others), done.step.name: done.entry.sha256}
-            self.manifest = dataclasses.replace(self.manifest, others=tuple(sorted(others.items())))
+            self.others[done.step.name] = done.entry.sha256
+        self.unnamed += done.entry.size
         if self.delivery.containers_per_commit is not None and self._is_due(self.delivery.containers_per_commit):
             self.commit_waiting()
 
     def _is_due(self, containers: int) -> bool:
+        if not self.plan.target.versioned:
+            return self.unnamed >= max(MANIFEST_EVERY, self.named // 8)
         copies = [done.entry.size for done in self.waiting if done.row is None]
         return (
             len(self.waiting) - len(copies) >= containers
@@ -218,13 +237,18 @@ class _Applied:
         names = [done.step.name for done in self.waiting]
         puts = [done.put for done in self.waiting if done.put is not None]
         if any(done.row for done in self.waiting) and self.has_manifest:
-            puts.append(self.plan.target.put(FILE_NAME, _manifest_bytes(self.manifest)))
+            manifest = self.manifest.holding(self.files.values())
+            manifest = dataclasses.replace(manifest, others=tuple(sorted(self.others.items())))
+            puts.append(self.plan.target.put(FILE_NAME, _manifest_bytes(manifest)))
         self.waiting.clear()
+        self.named, self.unnamed = self.named + self.unnamed, 0
         self._commit(puts, (), names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more")
 
     def _commit(self, puts: Sequence[Put], removed: Sequence[str], what: str) -> None:
         if self.journal is not None:
             self.begin()
+            for name in removed:
+                self.plan.target.check_stamp(name, self.plan.stamp.get(name))
             if marks := [_mark_of(put.entry) for put in puts if put.payload and put.entry.name != FILE_NAME]:
                 append(self.journal.path, marks)
         self.plan.target.commit(puts, removed, self.delivery.title(what))
@@ -251,7 +275,8 @@ class _Applied:
             if step.data is not None and not step.kept:
                 files[step.name], modes[step.name] = step.data, plan.source.mode(step.entry)
                 sent[step.name] = Entry.of(step.name, step.data)
-        manifest = self.manifest.ordered([*self.order, *plan.left_out])
+        names = [*self.order, *plan.left_out]
+        manifest = self.manifest.holding(self.files[name] for name in names if name in self.files)
         written = self._written(manifest) | sent
         if self.has_manifest:
             last = dict(self.delivery.last(manifest))
@@ -286,7 +311,7 @@ class _Applied:
 
     def _others(self, written: Mapping[str, Entry]) -> tuple[tuple[str, str], ...]:
         target = self.plan.target
-        found = {name: sha256 for name, sha256 in self.manifest.others if name not in self.plan.stale}
+        found = {name: sha256 for name, sha256 in self.others.items() if name not in self.plan.stale}
         for name, entry in written.items():
             if name.endswith(DF11) or name == FILE_NAME:
                 continue
@@ -313,7 +338,7 @@ def _mark_of(entry: Entry) -> Mark:
 
 def _mark_there(target: Store, name: str) -> Mark:
     if not name.endswith(DF11):
-        return _mark_of(target.hashed(target.find([name])[name]))
+        return _mark_of(target.hashed(target.entry(name)))
     with Container(target.locate(name)) as container:
         return Mark(name, container.size, container.source.sha256, "source")
 

@@ -55,6 +55,15 @@ def convert_command(
     include: Include = None,
     exclude: Exclude = None,
     allow_missing: AllowMissing = False,
+    shapes: Annotated[
+        str | None,
+        Option(
+            "--shapes",
+            metavar="ORIGINAL",
+            help="Of a DFloat11 checkpoint: the original model, whose headers tell shapes; a path, or hf://owner/name.",
+            show_default=False,
+        ),
+    ] = None,
     cast: Annotated[
         str | None, Option("--cast", metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)
     ] = None,
@@ -95,6 +104,7 @@ def convert_command(
             include=include or (),
             exclude=exclude or (),
             allow_missing=allow_missing,
+            shapes=shapes,
             verify=verify,
             resume=resume,
             force=force,
@@ -151,8 +161,13 @@ def _summary(report: ConversionReport) -> str:
 def verify_command(
     path: ContainerPath,
     against: Annotated[
-        Path | None,
-        Option("--against", metavar="SRC", help="Also compare with this source, bit for bit.", show_default=False),
+        str | None,
+        Option(
+            "--against",
+            metavar="SRC",
+            help="Also compare with this source, bit for bit: a path, or hf://owner/name on the Hub.",
+            show_default=False,
+        ),
     ] = None,
     threads: Threads = None,
     json_lines: Json = False,
@@ -215,14 +230,63 @@ def restore_command(
         event("done", files=len(report.files), bytes=sum(file.bytes for file in report.files), copied=report.copied)
 
 
-def inspect_command(path: ContainerPath, json_lines: Json = False, debug: Debug = False) -> None:
-    """List tensors, sizes and the source's hash."""
+def export_command(
+    model: ContainerPath,
+    out: Annotated[Path, Argument(metavar="OUT", help="A file for a file, a folder for a folder.")],
+    to: Annotated[
+        str | None, Option("--to", metavar="LAYOUT", help="dfloat11 or safetensors.", show_default=False)
+    ] = None,
+    patterns: Annotated[
+        Path | None,
+        Option(
+            "--patterns",
+            metavar="FILE",
+            help="For dfloat11, of a model that is not known: a JSON file with its pattern_dict.",
+            show_default=False,
+        ),
+    ] = None,
+    file_per_unit: Annotated[bool, Option("--file-per-unit", help="For dfloat11: a file for each unit.")] = False,
+    threads: Threads = None,
+    force: Force = False,
+    json_lines: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a converted model as DFloat11's loaders read it, or as plain safetensors files."""
     del debug
+    from df11.converter.export import export
+
+    with Bar("export", quiet=quiet) as bar:
+        report = export(
+            model,
+            out,
+            to or "",
+            patterns=patterns,
+            file_per_unit=file_per_unit,
+            threads=threads,
+            force=force,
+            on_total=bar.total,
+            on_progress=bar.advance,
+        )
+    if json_lines:
+        for file in report.files:
+            event("file", **asdict(file))
+        event("done", files=len(report.files), bytes=report.bytes, units=report.units, seconds=round(report.seconds, 3))
+    say(f"{len(report.files)} files, {report.bytes:,} bytes in {report.seconds:.1f} s", quiet=quiet)
+
+
+def inspect_command(path: ContainerPath, json_lines: Json = False, debug: Debug = False) -> None:
+    """List tensors, sizes and the source's hash; of a DFloat11 checkpoint, its units."""
+    del debug
+    from df11.converter.dfloat11 import describe as dfloat11
     from df11.converter.files import list_containers
     from df11.converter.inspect import as_text, describe
     from df11.formats.container import Container
 
-    for file in list_containers(path):
+    checkpoints = dfloat11.describe(path)
+    for checkpoint in checkpoints:
+        print_line(json.dumps(checkpoint) if json_lines else dfloat11.as_text(checkpoint))
+    for file in [] if checkpoints else list_containers(path):
         with Container(file) as container:
             description = describe(container)
         print_line(json.dumps(description) if json_lines else as_text(description))
@@ -232,5 +296,6 @@ COMMANDS: Final[dict[str, Command]] = {
     "convert": convert_command,
     "verify": verify_command,
     "restore": restore_command,
+    "export": export_command,
     "inspect": inspect_command,
 }

@@ -15,22 +15,25 @@ from df11.converter.files import (
     Action,
     Assignment,
     container_name,
+    folder_of,
     index_names,
     is_shard,
-    shard_name,
+    original_name,
     with_attributes,
 )
 from df11.converter.index import rewrite_index
 from df11.converter.manifest import FILE_NAME, FileRow, Manifest
+from df11.converter.output import original_files
 from df11.converter.pipeline import least_memory
 from df11.converter.plan import Options, Step
 from df11.converter.restore_file import restored_layout
-from df11.converter.scan import up_to_date
+from df11.converter.scan import check_described, up_to_date
 from df11.converter.source import Progress, Source
 from df11.formats import errors, layout
-from df11.formats.container import Container
+from df11.formats.container import Container, OriginalFile
 from df11.storage.entry import Entry
 from df11.storage.journal import Mark
+from df11.storage.overlay import Overlay
 from df11.storage.store import Store, has_content, same_content
 
 log: Final = logging.getLogger("df11")
@@ -62,17 +65,19 @@ class Comparison:
         manifest: Manifest | None,
         progress: Progress,
         indexes: Mapping[str, bytes],
-        originals: Mapping[str, str],
+        own: Manifest | None,
         begun: Mapping[str, tuple[Mark, ...]],
     ) -> None:
         self._source, self._target, self._action, self._options = source, target, action, options
         self._progress = progress
-        self._indexes, self._originals = indexes, originals
-        self._files = {} if manifest is None else {row.file: row for row in manifest.files}
-        self._rows = {} if manifest is None else manifest.by_file()
+        self._indexes = indexes
+        self._originals = {} if own is None else own.originals
+        self._described = {} if own is None else {row.file: row for row in own.files}
+        known = {} if manifest is None else manifest.by_file()
+        self._files = {name: row for name, (row, _) in known.items()}
+        self._rows = {name: rows for name, (_, rows) in known.items()}
         self._others = {} if manifest is None else dict(manifest.others)
         self._begun = begun
-        self._is_one_file = source.is_file
         self.names: Collection[str] = ()
         self.held: Mapping[str, Entry] = {}
 
@@ -122,7 +127,7 @@ class Comparison:
         """
         known = {**self._files, **self._begun, **self._others}
         shards = [name for name in known if name.endswith(DF11)]
-        if self._action == "restore":  # Of what is finished nothing is known: it is the user's.
+        if self._action in ("restore", "export"):  # Of what is finished nothing is known: it is the user's.
             shards += [name for name in self._begun if is_shard(name)]
         names = [*shards, *(name for name in index_names(known) if DF11 in name)]
         return [name for name in names if name in self.held and self._is_ours(name, self.held[name])]
@@ -154,8 +159,11 @@ class Comparison:
         return mark.of == "content" and has_content(self._target, there, Entry(mark.name, mark.size, mark.sha256))
 
     def _step(self, kind: Literal["convert", "restore", "prove", "copy"], one: Assignment) -> Step:
-        size = one.entry.size
-        return Step(kind, one.entry, one.name, there=one.name in self.held, least=size, most=size, expected=size)
+        size, original = one.entry.size, None
+        if one.name.endswith(DF11):
+            original = one.entry.name if kind == "convert" else original_name(one.entry.name, self._originals)
+        there = one.name in self.held
+        return Step(kind, one.entry, one.name, original, there=there, least=size, most=size, expected=size)
 
     # Whether an existing file may be replaced.
 
@@ -213,7 +221,7 @@ class Comparison:
             return step
         if not has_content(self._target, there, _entry_of(row)):
             return step
-        sha256, step = self._source_sha256(step)
+        sha256, step = self._source_sha256(step, row.source_sha256, row.made_from, is_known=True)
         return dataclasses.replace(step, kept=True) if sha256 == row.source_sha256 else step
 
     def _compare_by_container(self, step: Step, there: Entry) -> Step:
@@ -221,7 +229,7 @@ class Comparison:
         path = self._target.locate(step.name)
         try:
             with Container(path) as container:
-                stored = container.source
+                stored, made_from = container.source, container.made_from
                 row = self._files.get(step.name)
                 is_known = row is not None and _describes(row, step, there, container)
                 is_known = is_known and up_to_date(self._rows.get(step.name, ()), container)
@@ -231,21 +239,30 @@ class Comparison:
             return step
         if stored.bytes != step.entry.size or not is_right:
             return step
-        sha256, step = self._source_sha256(step)
+        sha256, step = self._source_sha256(step, stored.sha256, made_from, is_known=is_known)
         if sha256 != stored.sha256:
             return step
         if self._options.prove and row is not None and row.sha256 is not None:
             is_known = is_known and self._target.hashed(there).sha256 == row.sha256
-        if is_known or self._is_one_file:
+        if is_known:
             return dataclasses.replace(step, kept=True, source_sha256=sha256)
         return dataclasses.replace(step, kind="prove", source_sha256=sha256, least=0, expected=0, most=0)
 
     def _agrees(self, name: str, exact: bool | None) -> bool:
         return agrees(name, exact, self._options.cast, self._options.keep)
 
-    def _source_sha256(self, step: Step) -> tuple[str, Step]:
+    def _source_sha256(
+        self, step: Step, before: str, made_from: tuple[OriginalFile, ...], *, is_known: bool
+    ) -> tuple[str | None, Step]:
+        # Of a file that is made from others, ``before`` if these are the ones that it was made from before, by a
+        # manifest that knows the container. What a container says of itself does not prove that it holds them.
         if step.entry.sha256 is not None:
             return step.entry.sha256, step
+        if isinstance(self._source, Overlay) and (sources := self._source.made_from(step.entry)):
+            if original_files(sources) != made_from:
+                return None, step
+            if is_known:
+                return before, step
         with Source(self._source.open(step.entry), max_memory=self._options.max_memory) as source:
             sha256 = source.sha256(self._progress)
         return sha256, dataclasses.replace(step, counted=True, source_sha256=sha256)
@@ -254,16 +271,18 @@ class Comparison:
         step = self._step("restore", one)
         there = self.held.get(one.name)
         with Container(self._source.locate(one.entry.name)) as container:
+            check_described(self._described.get(one.entry.name), container)
             wanted = restored_layout(container, bf16=self._options.bf16)
             size = wanted.size
             step = dataclasses.replace(step, least=size, most=size, expected=size, tensors=len(container))
+            step = dataclasses.replace(step, source_sha256=wanted.sha256)
         if there is None:
             return step
         if there.size == wanted.size:
             if wanted.sha256 is None:
                 return dataclasses.replace(step, there=False)  # Only the result tells whether this is the same.
             if self._target.hashed(there).sha256 == wanted.sha256:
-                return dataclasses.replace(step, kept=True, source_sha256=wanted.sha256)
+                return dataclasses.replace(step, kept=True)
         self.check_free(one.name)
         return step
 
@@ -287,7 +306,7 @@ class Comparison:
         return row is not None and has_content(self._target, there, _entry_of(row))
 
     def _index(self, one: Assignment) -> Step:
-        folder = one.entry.name[: one.entry.name.rfind("/") + 1]
+        folder = folder_of(one.entry.name)
 
         def rename(shard: str) -> str:
             if self._action == "convert":
@@ -295,7 +314,7 @@ class Comparison:
                     where = self._source.locate(one.entry.name)
                     raise errors.SafetensorsError(f"the index already names {DF11} files", file=where)
                 return container_name(shard)
-            known = shard_name(posixpath.normpath(folder + shard), self._originals)
+            known = original_name(posixpath.normpath(folder + shard), self._originals)
             return shard.removesuffix(DF11) + known[known.rindex(".") :] if shard.endswith(DF11) else shard
 
         data = rewrite_index(self._indexes[one.entry.name], rename, self._source.locate(one.entry.name))
@@ -314,7 +333,8 @@ class Comparison:
         if not kept:
             self.check_free(one.name)
         size = len(data)
-        return Step("write", one.entry, one.name, kept, there is not None, data, most=size, expected=size)
+        is_there = there is not None
+        return Step("write", one.entry, one.name, None, kept, is_there, data, most=size, expected=size)
 
 
 def _describes(row: FileRow, step: Step, there: Entry, container: Container) -> bool:

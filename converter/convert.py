@@ -14,6 +14,7 @@ from typing import Final, Literal
 
 from df11.converter.apply import Delivery, apply_plan
 from df11.converter.cast import Cast, expand
+from df11.converter.dfloat11.recognise import decoded
 from df11.converter.files import is_shard
 from df11.converter.manifest import TensorRow
 from df11.converter.options import DEFAULT_MEMORY
@@ -89,6 +90,7 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_missing: bool = False,
+    shapes: str | os.PathLike[str] | None = None,
     verify: bool = True,
     resume: bool = True,
     force: bool = False,
@@ -101,7 +103,8 @@ def convert(
 
     ``src`` may be on the Hub: ``"hf://owner/name[@revision][/path]"``. The revision is resolved once. Shards are read
     while they are converted, and each must have the SHA-256 that the Hub lists. With ``max_disk``, in bytes or as text,
-    each is downloaded first, beside its output, and removed afterwards.
+    each is downloaded first, beside its output, and removed afterwards. A DFloat11 checkpoint becomes the model that it
+    decodes to; ``shapes`` names the original model, if nothing else tells the shapes of its tensors.
 
     ``threads``: encoder threads, by default one per core. ``max_memory``: of the whole process, in bytes or as text
     such as ``"256MiB"``. An F32 tensor of BF16 values alone is stored as BF16, which loses nothing. ``cast="bf16"``
@@ -130,6 +133,7 @@ def convert(
     settings = Settings(thread_count(threads), parse_size(max_memory), cast, verify, keep)
     source = open_source(src)
     source.list()
+    source = decoded(source, shapes=shapes, max_memory=settings.max_memory)
     target, name = open_target(source, Path(dst))
     if not source.is_file and not dry_run:
         check_installed()  # Better now than at the end.
@@ -158,7 +162,7 @@ def convert(
                 reports[done.step.name] = _report(plan, done)
                 on_file(reports[done.step.name])
 
-        # The manifest after every shard, so that a run that is killed is known by the next; if there is memory for it.
+        # The manifest now and then, so that the next run need not read all that this one has made; if there is memory.
         less = dataclasses.replace(settings, max_memory=settings.max_memory - PARQUET_MEMORY)
         is_room = not source.is_file and max(step.memory for step in plan.steps) <= less.max_memory
         delivery = Delivery(containers_per_commit=1 if is_room else None, download=max_disk is not None, on_done=report)

@@ -1,7 +1,13 @@
-"""Encode one segment: count pairs, choose the code, write header, table, tiles and stream, and prove it by decoding."""
+"""Encode one segment: count pairs, choose the code, write header, table, tiles and stream, and prove it by decoding.
+
+Also whole records in memory, for weights that were never in a file as they are held.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final
 
@@ -9,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from df11.converter.kernels import LANE_OVERFLOW, Encoder, Sha256, any_bits, count_exponents
+from df11.converter.kernels import ENCODE_SLACK, LANE_OVERFLOW, Encoder, Sha256, any_bits, count_exponents
 from df11.formats import errors, layout
-from df11.formats.record import Bytes, Place, Segment, SegmentPlace, Weights
+from df11.formats.record import Bytes, Place, Segment, SegmentPlace, Weights, pack_front
 
 _HEADER_SIZE: Final = layout.SEGMENT_HEADER.size
+_threads: Final = threading.local()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +132,29 @@ def _encode_raw(weights: Weights, kind: layout.Kind, out: Bytes) -> int:
     out[_HEADER_SIZE:end] = weights.view(np.uint8)
     out[end:size] = 0
     return size
+
+
+def encode_records(tensors: Sequence[Weights], threads: Executor) -> list[Bytes]:
+    """The records, u8, of some tensors, each u16 of 1 to 2**40 weights; ``threads`` work on segments of 2**21 weights.
+
+    Every segment is decoded and compared; see :meth:`SegmentEncoder.encode`.
+    """
+    size = layout.DEFAULT_SEGMENT_WEIGHTS
+    pending = [
+        [threads.submit(_encode_segment, weights[first : first + size]) for first in range(0, len(weights), size)]
+        for weights in tensors
+    ]
+    records = []
+    for segments in pending:
+        places, parts = zip(*(segment.result() for segment in segments), strict=True)
+        records.append(np.frombuffer(b"".join([pack_front(places, size), *parts]), np.uint8))
+    return records
+
+
+def _encode_segment(weights: Weights) -> tuple[SegmentPlace, bytes]:
+    if not hasattr(_threads, "encoder"):
+        _threads.encoder = SegmentEncoder()
+    out = np.empty(layout.raw_segment_size(len(weights)) + ENCODE_SLACK, np.uint8)
+    segment = _threads.encoder.encode(weights, out, verify=True)
+    place = SegmentPlace(0, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0)
+    return place, segment.data.tobytes()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from df11.converter.index import read_shards, split_index_name
-from df11.converter.manifest import FILE_NAME
+from df11.converter.manifest import FILE_NAME, is_relative
 from df11.formats import errors
 from df11.storage.entry import Entry
 from df11.storage.local import LocalStore
@@ -20,6 +20,7 @@ from df11.storage.store import open_source
 SAFETENSORS: Final = ".safetensors"
 SOURCE_SUFFIXES: Final = (SAFETENSORS, ".sft")
 DF11: Final = ".df11"
+CONFIG: Final = "config.json"
 ATTRIBUTES: Final = ".gitattributes"
 ATTRIBUTES_LINE: Final = b"\n*.df11 filter=lfs diff=lfs merge=lfs -text\n"
 """Added to the copy of a .gitattributes file, so that git keeps containers in LFS like shards."""
@@ -29,8 +30,10 @@ _BY_NAME: Final = re.compile(
 )
 """Small files that peft and diffusers look up by these names and read themselves."""
 
-Action = Literal["convert", "restore", "copy"]
-"""What happens to a model folder: shards into containers, containers into shards, or everything copied."""
+Action = Literal["convert", "restore", "copy", "export"]
+"""What happens to a model folder: shards into containers, containers into shards, or everything copied.
+
+An export copies, too: its source shows the files of another layout, which are made while they are copied."""
 Kind = Literal["convert", "restore", "copy", "index", "attributes"]
 
 
@@ -57,13 +60,22 @@ def container_name(name: str) -> str:
     return name
 
 
-def shard_name(name: str, originals: Mapping[str, str]) -> str:
-    """A container's name before conversion. ``originals``: names in a manifest, trusted only for the suffix."""
-    if not name.endswith(DF11):
+def folder_of(name: str) -> str:
+    """The folder of a file, with a slash at its end, or ""."""
+    return name[: name.rfind("/") + 1]
+
+
+def original_name(name: str, originals: Mapping[str, str]) -> str:
+    """A container's or its index's name before conversion; other names stay the same.
+
+    ``originals``: names in a manifest, trusted only for the suffix.
+    """
+    stem, rest = split_index_name(name) or (name, "")
+    if not stem.endswith(DF11):
         return name
-    stem = name.removesuffix(DF11)
+    stem = stem.removesuffix(DF11)
     known = originals.get(name)
-    return known if known in {stem + suffix for suffix in SOURCE_SUFFIXES} else stem + SAFETENSORS
+    return known if known in {stem + suffix + rest for suffix in SOURCE_SUFFIXES} else stem + SAFETENSORS + rest
 
 
 def assign(entries: Iterable[Entry], action: Action, originals: Mapping[str, str] = {}) -> list[Assignment]:
@@ -91,13 +103,13 @@ def assign(entries: Iterable[Entry], action: Action, originals: Mapping[str, str
     return sorted(found.values(), key=lambda one: order.index(one.kind))
 
 
-def target_names(entries: Iterable[Entry], action: Action, originals: Mapping[str, str]) -> set[str]:
-    """The names that all files of a folder would have in the target."""
-    return {_assign_one(entry.name, action, originals)[1] for entry in entries}
+def target_names(names: Iterable[str], action: Action, originals: Mapping[str, str]) -> set[str]:
+    """The names that files would have in the target."""
+    return {_assign_one(name, action, originals)[1] for name in names}
 
 
 def _assign_one(name: str, action: Action, originals: Mapping[str, str]) -> tuple[Kind | None, str]:
-    if action == "copy":
+    if action in ("copy", "export"):
         return "copy", name
     if name == FILE_NAME:
         return None, name
@@ -111,18 +123,38 @@ def _assign_one(name: str, action: Action, originals: Mapping[str, str]) -> tupl
             return "index", container_name(index[0]) + index[1]
     else:
         if name.endswith(DF11):
-            return "restore", shard_name(name, originals)
+            return "restore", original_name(name, originals)
         if index is not None and index[0].endswith(DF11):
-            return "index", _index_name(index[0], originals) + index[1]
+            return "index", original_name(name, originals)
     return "copy", name
 
 
-def _index_name(stem: str, originals: Mapping[str, str]) -> str:
-    # What an index takes its name from: what its shards, those beside it, were called.
-    folder = stem.rpartition("/")[0]
-    before = [original for name, original in originals.items() if name.rpartition("/")[0] == folder]
-    is_sft = bool(before) and all(name.endswith(".sft") for name in before)
-    return stem.removesuffix(DF11) + (".sft" if is_sft else SAFETENSORS)
+def renamed(assignments: Iterable[Assignment], indexes: Mapping[str, bytes], where: str) -> dict[str, str]:
+    """What converted files, and those that index files name, were called, unless their new names say it.
+
+    With these, :func:`original_name` gives every name back. Raises UsageError for an index, given by name and content,
+    whose names it would not. ``where``: the folder, for errors.
+    """
+    named = {(index, shard) for index, shard in named_files(indexes, where) if is_shard(shard)}
+    before = {container_name(shard): shard for _, shard in sorted(named)}  # Some may be missing.
+    before |= {one.name: one.entry.name for one in assignments if one.kind in ("convert", "index")}
+    found = {name: old for name, old in before.items() if original_name(name, {}) != old and is_relative(old)}
+    for index, shard in sorted(named):
+        if original_name(container_name(shard), found) != shard:
+            what = (
+                f"it names {errors.shortened(shard)}, whose name could not be restored: two shards would get one name"
+            )
+            hint = "correct it, or leave it out: --exclude"
+            raise errors.UsageError(what, file=f"{where}/{index}", hint=hint)
+    return found
+
+
+def named_files(indexes: Mapping[str, bytes], where: str) -> Iterator[tuple[str, str]]:
+    """Each index file, given by name and content, with each file that it names, there or not."""
+    for index, data in indexes.items():
+        folder = folder_of(index)
+        for shard in set(read_shards(data, f"{where}/{index}").values()):
+            yield index, posixpath.normpath(folder + shard)
 
 
 def with_attributes(data: bytes, action: Action) -> bytes:
@@ -146,8 +178,8 @@ def check_shards(indexes: Mapping[str, bytes], names: Collection[str], where: st
     named: set[str] = set()
     folders: set[tuple[str, str]] = set()
     for index, data in indexes.items():
-        folder = index[: index.rfind("/") + 1]
-        shards = {posixpath.normpath(folder + shard) for shard in read_shards(data, f"{where}/{index}").values()}
+        folder = folder_of(index)
+        shards = {shard for _, shard in named_files({index: data}, where)}
         named |= shards
         missing += [(index, shard) for shard in sorted(shards - set(names))]
         split = split_index_name(index)

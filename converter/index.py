@@ -13,9 +13,10 @@ from df11.formats import errors, json_text, layout
 MOST_VALUES: Final = layout.MAX_TENSORS + 65_536
 """JSON values of an index: a shard for each tensor, and what else it says."""
 
-_INDEX: Final = re.compile(r"\.index(\.[^.]+)?\.json$")
+_INDEX: Final = re.compile(r"\.index(\.[^./]+)?\.json\Z")
 """What follows a shard's suffix in an index file's name. In a variant, it holds the variant's name."""
-_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:]')
+_TOKEN: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\]:]')
+"""Strings and brackets. Possessive, so that a long string does not fill the memory with places to go back to."""
 
 
 def split_index_name(name: str) -> tuple[str, str] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 from df11.formats import errors, layout
@@ -32,7 +34,7 @@ def describe(container: Container) -> dict[str, Any]:
         "bytes": container.size,
         "source": {"sha256": container.source.sha256, "bytes": container.source.bytes, "cast": container.source.cast},
         "tensors": tensors,
-    }
+    } | ({"made_from": [asdict(file) for file in container.made_from]} if container.made_from else {})
 
 
 WIDEST: Final = 80
@@ -56,14 +58,7 @@ def as_text(description: dict[str, Any]) -> str:
                 "-" if bits is None else f"{bits:.2f}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column < 4 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    lines = as_table(rows, left=4)
     source = description["source"]
     ratio = description["bytes"] / source["bytes"]
     cast = " cast to BF16" if source["cast"] else ""
@@ -71,5 +66,22 @@ def as_text(description: dict[str, Any]) -> str:
         f"{errors.printable(description['path'], errors.MOST_OF_A_PATH)}: {description['bytes']:,} bytes, "
         f"{ratio:.4f} of {source['bytes']:,} bytes of source{cast}"
     )
-    lines.append(f"source SHA-256 {source['sha256']}")
+    what = "SHA-256 of what was decoded" if "made_from" in description else "source SHA-256"
+    lines.append(f"{what} {source['sha256']}")
+    for file in description.get("made_from", ()):
+        name = errors.printable(file["file"], WIDEST)
+        lines.append(f"decoded from DFloat11's {name}, {file['bytes']:,} bytes, SHA-256 {file['sha256']}")
     return "\n".join(lines)
+
+
+def as_table(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Rows as lines with columns of the same width, the first ``left`` of which are aligned to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

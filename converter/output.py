@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 import xxhash
@@ -17,9 +18,10 @@ from df11.converter.manifest import TensorRow
 from df11.converter.scan import row_of
 from df11.converter.source import Source
 from df11.formats import errors, framing, layout
-from df11.formats.container import TensorInfo
+from df11.formats.container import OriginalFile, TensorInfo
 from df11.formats.record import Bytes, SegmentPlace, pack_front
 from df11.storage.atomic import AtomicWriter
+from df11.storage.entry import Entry
 from df11.version import __version__
 
 SOURCE_HEADER_LEVEL: Final = 19
@@ -42,6 +44,8 @@ class ContainerOutput:
         self._directory: list[SegmentPlace] = []
         self.rows: list[TensorRow] = []
         """The finished tensors, in order."""
+        self.made_from: tuple[OriginalFile, ...] = ()
+        """The files that the source was decoded from; known once it is finished."""
         self._checksum = xxhash.xxh3_64()
         self._source_header = base64.b64encode(
             zstandard.ZstdCompressor(level=SOURCE_HEADER_LEVEL).compress(source.header.raw)
@@ -148,13 +152,20 @@ class ContainerOutput:
     def finish(self, source_sha256: str) -> None:
         """Write the header, once all tensors are written."""
         records = {value["dtype"] for value in self._objects.values() if value["encoding"] == "df11"}
-        header = self._header(list(self._entries.values()), self._objects, source_sha256, records)
+        sources = self._source.hashed_sources()
+        self.made_from = original_files(sources)
+        header = self._header(list(self._entries.values()), self._objects, source_sha256, records, sources)
         room = self._data_start - 8
         header += b" " * (room - len(header))
         self._writer.write(room.to_bytes(8, "little") + header, 0)
 
     def _header(
-        self, entries: Sequence[framing.Entry], objects: dict[str, dict[str, Any]], sha256: str, records: Iterable[str]
+        self,
+        entries: Sequence[framing.Entry],
+        objects: dict[str, dict[str, Any]],
+        sha256: str,
+        records: Iterable[str],
+        made_from: Sequence[Entry],
     ) -> bytes:
         # ``records``: the dtypes of records.
         features = [feature for dtype in records if (feature := layout.KINDS[dtype].feature) is not None]
@@ -172,6 +183,9 @@ class ContainerOutput:
             layout.METADATA_SOURCE_HEADER: self._source_header,
             layout.METADATA_TENSORS: framing.compact_json(objects).decode(),
         }
+        if made_from:
+            files = [asdict(one) for one in original_files(made_from)]
+            metadata[layout.METADATA_MADE_FROM] = framing.compact_json(files).decode()
         return framing.encode_header(entries, metadata)
 
     def _header_room(self, tensors: Sequence[SourceTensor]) -> int:
@@ -192,7 +206,12 @@ class ContainerOutput:
             )
             entries.append(entry)
         records = {dtype for tensor in tensors if tensor.fate is Fate.CODE for dtype in tensor.dtypes}
-        return len(self._header(entries, objects, "f" * 64, records))
+        return len(self._header(entries, objects, "f" * 64, records, self._source.sources))
+
+
+def original_files(entries: Sequence[Entry]) -> tuple[OriginalFile, ...]:
+    """Files that a source is made from, as a container names them; a SHA-256 that is not known yet has its length."""
+    return tuple(OriginalFile(one.name, one.size, one.sha256 or "f" * 64) for one in entries)
 
 
 def _record_entry(tensor: SourceTensor, start: int, size: int) -> framing.Entry:

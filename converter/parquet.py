@@ -9,6 +9,7 @@ import math
 import os
 import string
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -16,8 +17,9 @@ import numpy as np
 
 from df11.converter import parquet_bounds
 from df11.converter.exponents import COUNTED_WEIGHTS, ExponentCounts, has_exponents
-from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin, TensorRow
+from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin, TensorRow, is_relative
 from df11.formats import errors, framing, json_text, layout
+from df11.formats.container import OriginalFile
 from df11.storage.paths import kind_of, read_file
 
 try:
@@ -31,7 +33,7 @@ METADATA_KEY: Final = b"df11"
 MAX_BYTES: Final = 256 << 20
 """Largest manifest that is read: about a hundred times that of a model of a hundred thousand tensors."""
 MAX_ROWS: Final = 4_000_000
-FEW_ROWS: Final = 50_000
+FEW_ROWS: Final = 20_000
 """Rows that any file may have; a large one may have more."""
 MAX_NAMES: Final = 1 << 20
 """Characters of all names that any file may have; a large one may have more."""
@@ -95,12 +97,7 @@ def _cell(row: TensorRow, column: str) -> Any:
     value = getattr(row, column)
     if isinstance(value, ExponentCounts):
         return value.array()
-    return _text(value) if column == "file" else value
-
-
-def _text(path: str) -> str:
-    # A file name that is not UTF-8, in another spelling: Parquet could not hold it.
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return value
 
 
 def _document(manifest: Manifest) -> dict[str, Any]:
@@ -108,18 +105,25 @@ def _document(manifest: Manifest) -> dict[str, Any]:
     return {
         "version": VERSION,
         "tool": manifest.tool,
-        "source": {"repository": origin.repository, "commit": origin.commit, "path": _text(origin.path)},
+        "source": {
+            "repository": origin.repository,
+            "commit": origin.commit,
+            "path": origin.path,
+            "private": origin.private,
+        },
         "options": {"cast": manifest.cast},
         "files": [
             {
-                "file": _text(file.file),
+                "file": file.file,
                 "bytes": file.bytes,
                 "sha256": file.sha256,
-                "source": {"file": _text(file.source_file), "bytes": file.source_bytes, "sha256": file.source_sha256},
+                "source": {"file": file.source_file, "bytes": file.source_bytes, "sha256": file.source_sha256},
+                **({"made_from": [asdict(one) for one in file.made_from]} if file.made_from else {}),
             }
             for file in manifest.files
         ],
-        "others": {_text(name): sha256 for name, sha256 in manifest.others},
+        "others": dict(manifest.others),
+        "renamed": dict(manifest.renamed),
     }
 
 
@@ -159,7 +163,7 @@ class _Reader:
         self._where = where
         self._size = len(data)
         # Two checksums in each row, which no compression makes smaller, unless tensors are equal: few, then.
-        most = min(MAX_ROWS, FEW_ROWS + self._size // 12)
+        most = min(MAX_ROWS, FEW_ROWS + self._size // 16)
         try:
             self._checked = parquet_bounds.check(data, most)
         except parquet_bounds.DamageError as damage:
@@ -180,8 +184,9 @@ class _Reader:
         document = self._read_document()
         origin, cast, tool, files = self._check_document(document)
         others = self._check_others(document.get("others", {}))  # Files of 0.1 have none.
+        renamed = self._check_renamed(document.get("renamed", {}))
         self._check_columns()
-        return Manifest(origin, cast, tool, files, self._read_rows(files, cast), others)
+        return Manifest(origin, cast, tool, files, self._read_rows(files, cast), others, renamed)
 
     def _read_document(self) -> Any:
         raw = self._checked.metadata.get(METADATA_KEY)
@@ -198,11 +203,13 @@ class _Reader:
             self._refuse("version", expected=VERSION, found=repr(version)[:80])
         tool, source, cast = document.get("tool"), document.get("source"), _member(document.get("options"), "cast")
         repository, commit, path = (_member(source, key) for key in ("repository", "commit", "path"))
+        private = _member(source, "private")  # Earlier files have none.
         if not (
             isinstance(tool, str)
             and isinstance(repository, str | None)
             and isinstance(commit, str | None)
             and isinstance(path, str)
+            and isinstance(private, bool | None)
         ):
             self._refuse("tool or source is not as specified")
         if cast not in (None, "bf16"):
@@ -213,7 +220,7 @@ class _Reader:
         rows = tuple(map(self._check_file, files))
         if len({row.file for row in rows}) != len(rows):
             self._refuse("a file is named twice")
-        return Origin(repository, commit, path), cast, tool, rows
+        return Origin(repository, commit, path, private), cast, tool, rows
 
     def _check_file(self, value: Any) -> FileRow:
         source = _member(value, "source")
@@ -224,8 +231,9 @@ class _Reader:
             _member(source, "file"),
             _member(source, "bytes"),
             _member(source, "sha256"),
+            tuple(map(self._check_original, value.get("made_from", ()) if isinstance(value, dict) else ())),
         )
-        if not (_is_relative(row.file) and _is_relative(row.source_file)):
+        if not (is_relative(row.file) and is_relative(row.source_file)):
             self._refuse(
                 "the name of a file must be relative to its model folder", found=repr((row.file, row.source_file))[:200]
             )
@@ -235,11 +243,22 @@ class _Reader:
             self._refuse("a SHA-256", found=repr((row.sha256, row.source_sha256))[:200])
         return row
 
+    def _check_original(self, value: Any) -> OriginalFile:
+        found = OriginalFile(_member(value, "file"), _member(value, "bytes"), _member(value, "sha256"))
+        if not (is_relative(found.file) and _is_size(found.bytes) and _is_sha256(found.sha256)):
+            self._refuse("a file in made_from", found=repr(value)[:200])
+        return found
+
     def _check_others(self, value: Any) -> tuple[tuple[str, str], ...]:
         if not isinstance(value, dict) or not all(map(_is_sha256, value.values())):
             self._refuse("others must map names to SHA-256")
-        if not all(map(_is_relative, value)):
+        if not all(map(is_relative, value)):
             self._refuse("the name of a file must be relative to its folder", found=repr(sorted(value))[:200])
+        return tuple(value.items())
+
+    def _check_renamed(self, value: Any) -> tuple[tuple[str, str], ...]:
+        if not isinstance(value, dict) or not all(map(is_relative, [*value, *value.values()])):
+            self._refuse("renamed must map names to names, relative to the folder", found=repr(value)[:200])
         return tuple(value.items())
 
     def _check_columns(self) -> None:
@@ -388,9 +407,3 @@ def _is_size(value: object) -> bool:
 
 def _is_sha256(value: object) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set(string.digits + "abcdef")
-
-
-def _is_relative(value: object) -> bool:
-    return (
-        isinstance(value, str) and "\0" not in value and all(part not in ("", ".", "..") for part in value.split("/"))
-    )

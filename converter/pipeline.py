@@ -26,6 +26,7 @@ from df11.converter.output import ContainerOutput
 from df11.converter.settings import BASE_MEMORY, HEADER_MEMORY, Settings, too_little_memory
 from df11.converter.source import Progress, Source
 from df11.formats import errors, framing, layout
+from df11.formats.container import OriginalFile
 from df11.formats.record import Bytes, Weights, weights_dtype
 from df11.storage.atomic import AtomicWriter
 
@@ -67,6 +68,8 @@ class Converted:
     """Tensors whose values the cast changed."""
     rows: tuple[TensorRow, ...]
     """Rows of the manifest, in the order of the container; ``file`` is the container's name without its folder."""
+    made_from: tuple[OriginalFile, ...]
+    """The files that the source was decoded from; none if it was a file itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,9 @@ def convert_file(source: Source, writer: AtomicWriter, settings: Settings, progr
     source.check_unchanged()
     sha256 = digest.hexdigest()
     output.finish(sha256)
-    return Converted(source.size, writer.position, sha256, len(tensors), tuple(assembly.inexact), tuple(output.rows))
+    rows = tuple(output.rows)
+    inexact = tuple(assembly.inexact)
+    return Converted(source.size, writer.position, sha256, len(tensors), inexact, rows, output.made_from)
 
 
 @dataclass(slots=True)

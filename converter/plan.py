@@ -10,6 +10,7 @@ from df11.converter.cast import Cast
 from df11.converter.files import Action
 from df11.converter.manifest import Manifest, Origin
 from df11.storage.entry import Entry
+from df11.storage.journal import Run
 from df11.storage.store import Store
 
 
@@ -54,6 +55,8 @@ class Step:
     """The file in the source."""
     name: str
     """Its name in the target."""
+    original: str | None = None
+    """Of a container: the name of the shard that it is made from."""
     kept: bool = False
     """Whether the target already has it."""
     there: bool = False
@@ -62,7 +65,7 @@ class Step:
     counted: bool = False
     """Whether progress has already counted it, because its hash had to be computed."""
     source_sha256: str | None = None
-    """Hash of a local file, if it had to be computed."""
+    """Hash of a local file, if it had to be computed; of what a container restores, unless a cast has changed it."""
     tensors: int = 0
     memory: int = 0
     """Least bytes of memory for the work."""
@@ -89,6 +92,8 @@ class Plan:
     """What the target has under the relevant names."""
     manifest: Manifest
     """The target's manifest, or an empty one."""
+    renamed: Mapping[str, str]
+    """What the target's manifest is to say of names: see :attr:`Manifest.renamed`."""
     is_ours: bool
     """Whether the target has a manifest."""
     stale: tuple[str, ...]
@@ -100,7 +105,9 @@ class Plan:
     stamp: Mapping[str, object]
     """By what it can be seen that the target has changed since."""
     begun: tuple[str, ...]
-    """Files that a run which did not end has named here."""
+    """Files that a run which did the same, and did not end, has named here."""
+    run: Run
+    """What this run does, for the target's journal."""
 
     @property
     def tasks(self) -> list[Step]:

@@ -13,11 +13,9 @@ from df11.converter.convert import open_target
 from df11.converter.options import DEFAULT_MEMORY
 from df11.converter.plan import Options, Plan, Step
 from df11.converter.planning import make_plan
-from df11.converter.restore_file import restored_layout
 from df11.converter.settings import Settings, parse_size, thread_count
 from df11.converter.source import Progress, ignore
 from df11.converter.work import Done
-from df11.formats.container import Container
 from df11.storage.store import open_source
 
 
@@ -73,16 +71,16 @@ def restore(
     outcome = apply_plan(plan, settings, progress=on_progress)
     done = {one.step.name: one for one in outcome.done}
     return RestoreReport(
-        tuple(_report(plan, step, done.get(step.name), bf16=bf16) for step in shards), len(plan.steps) - len(shards)
+        tuple(_report(plan, step, done.get(step.name)) for step in shards), len(plan.steps) - len(shards)
     )
 
 
-def _report(plan: Plan, step: Step, done: Done | None, *, bf16: bool) -> RestoredFile:
-    source = plan.locate(step)
-    with Container(source) as container:
-        is_source = restored_layout(container, bf16=bf16).sha256 is not None
+def _report(plan: Plan, step: Step, done: Done | None) -> RestoredFile:
+    # From what was done: the source may have changed since.
     sha256 = step.source_sha256 if done is None else done.entry.sha256
     assert sha256 is not None
     is_new = done is not None and not done.step.kept
-    output = plan.target.locate(step.name)
-    return RestoredFile(source, output, step.most, sha256, not is_source, "restored" if is_new else "skipped")
+    source, output = plan.locate(step), plan.target.locate(step.name)
+    return RestoredFile(
+        source, output, step.most, sha256, step.source_sha256 is None, "restored" if is_new else "skipped"
+    )

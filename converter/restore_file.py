@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -75,6 +75,28 @@ def restore_file(
     Raises a DifferenceError, after the last block, if that is not the source's. ``progress`` gets bytes written.
     """
     digest = hashlib.sha256()
+    head = np.frombuffer(len(target.header).to_bytes(8, "little") + target.header, np.uint8)
+    digest.update(head)
+    write(head)
+    progress(len(head))
+    with ThreadPoolExecutor(1, "df11-hash") as hasher:
+        for data in decoded_blocks(container, target.entries, threads):
+            hashing = hasher.submit(digest.update, data)
+            write(data)
+            hashing.result()
+            progress(len(data))
+    sha256 = digest.hexdigest()
+    if target.sha256 is not None and sha256 != target.sha256:
+        what = "the restored file is not the source"
+        raise errors.DifferenceError(what, file=container.path, expected=f"SHA-256 {target.sha256}", found=sha256)
+    return sha256
+
+
+def decoded_blocks(container: Container, entries: Iterable[framing.Entry], threads: int) -> Iterator[Bytes]:
+    """The bytes of tensors, in the dtypes of ``entries``, one after the other, a few MiB at a time.
+
+    A block is valid until the next one is requested.
+    """
 
     def produce(task: tuple[Record, int, bool] | Bytes, scratch: tuple[Scratch, ...]) -> Bytes:
         # Decode one segment, or pass on verbatim bytes.
@@ -87,7 +109,7 @@ def restore_file(
         return _widen(weights, widened.take(4 * len(weights)).view(np.uint32)) if widen else weights.view(np.uint8)
 
     def tasks() -> Iterator[tuple[Record, int, bool] | Bytes]:
-        for entry in target.entries:
+        for entry in entries:
             info = container.info(entry.name)
             widen = info.exact is not None and entry.dtype == "F32"
             if info.encoding == "df11":
@@ -97,21 +119,7 @@ def restore_file(
                 for chunk in container.verbatim_blocks(entry.name):
                     yield _widen(chunk.view(np.uint16), np.empty(len(chunk) // 2, np.uint32)) if widen else chunk
 
-    head = np.frombuffer(len(target.header).to_bytes(8, "little") + target.header, np.uint8)
-    digest.update(head)
-    write(head)
-    progress(len(head))
-    with ThreadPoolExecutor(1, "df11-hash") as hasher:
-        for _, data in ordered(produce, tasks(), threads):
-            hashing = hasher.submit(digest.update, data)
-            write(data)
-            hashing.result()
-            progress(len(data))
-    sha256 = digest.hexdigest()
-    if target.sha256 is not None and sha256 != target.sha256:
-        what = "the restored file is not the source"
-        raise errors.DifferenceError(what, file=container.path, expected=f"SHA-256 {target.sha256}", found=sha256)
-    return sha256
+    return (data for _, data in ordered(produce, tasks(), threads))
 
 
 def _widen(weights: Weights, out: npt.NDArray[np.uint32]) -> Bytes:

@@ -13,7 +13,7 @@ import numpy as np
 
 from df11.converter.exponents import Counts, ExponentCounts, Exponents, has_exponents, summarized
 from df11.converter.kernels import count_exponents
-from df11.converter.manifest import TensorRow
+from df11.converter.manifest import FileRow, TensorRow
 from df11.converter.ordered import ordered
 from df11.converter.source import Progress, ignore
 from df11.formats import errors
@@ -48,6 +48,16 @@ def up_to_date(rows: Sequence[TensorRow], container: Container) -> bool:
         if row.name != name or row != _row(container, name, row.file, known):
             return False
     return True
+
+
+def check_described(row: FileRow | None, container: Container) -> None:
+    """Raise a DifferenceError if a manifest's row is about another container than the one that has its name."""
+    if row is not None and row.source_sha256 != container.source.sha256:
+        what = "this container was made from another file than the manifest says"
+        hint = "convert the model again, or remove the manifest if this is meant to be so"
+        raise errors.DifferenceError(
+            what, file=container.path, expected=row.source_sha256, found=container.source.sha256, hint=hint
+        )
 
 
 def row_of(

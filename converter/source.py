@@ -12,6 +12,7 @@ from df11.converter.kernels import Sha256
 from df11.converter.settings import BASE_MEMORY, HEADER_MEMORY, SMALL_HEADER, too_little_memory
 from df11.formats import errors, framing
 from df11.formats.record import Bytes
+from df11.storage.entry import Entry
 from df11.storage.file import CHUNK, File, LocalFile
 
 Progress = Callable[[int], None]
@@ -39,6 +40,8 @@ class Source:
         self.size = file.size
         self.memory = file.memory
         """Bytes of memory that reading takes, besides the caller's buffers."""
+        self.sources = file.sources
+        """The files that it is made from while it is read; none if it is a file itself."""
         try:
             head = np.empty(min(file.size, HEAD_BYTES), np.uint8)
             file.read(0, head)
@@ -73,6 +76,10 @@ class Source:
     def read(self, start: int, out: Bytes) -> None:
         """Fill ``out`` with data from byte ``start`` of the data on. Thread-safe."""
         self._file.read(self.header.data_start + start, out)
+
+    def hashed_sources(self) -> tuple[Entry, ...]:
+        """The files that it is made from, with their SHA-256."""
+        return self._file.hashed_sources()
 
     def stop(self) -> None:
         """Wake all threads that wait for data: from now on, reads raise an error."""

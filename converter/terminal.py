@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any, Final, Self
 
 from df11.converter import options
 from df11.formats import errors
+from df11.storage.secrets import without_secrets
 from df11.version import __version__
 
 INTERRUPTED: Final = 130
@@ -62,7 +62,8 @@ def _lines(text: str) -> str:
 def say(text: str, *, quiet: bool = False) -> None:
     """Text for people, on standard error."""
     if not quiet:
-        print(_lines(text), file=sys.stderr)  # noqa: T201
+        with contextlib.suppress(OSError):  # Where it cannot be told, the work still goes on.
+            print(_lines(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def print_line(text: str) -> None:
@@ -178,14 +179,14 @@ def _start(command: options.Command, values: dict[str, Any]) -> int | None:
 
 
 def redacted(text: str) -> str:
-    """``text`` without the Hub's token, wherever it comes from and wherever the client found it."""
+    """``text`` without passwords of addresses, and without the Hub's token, wherever the client found it."""
     tokens = [os.environ.get("HF_TOKEN", ""), os.environ.get("HUGGING_FACE_HUB_TOKEN", "")]
     if "huggingface_hub" in sys.modules:  # Otherwise none was read from a file.
         with contextlib.suppress(Exception):  # An unreadable file: then the text holds no token.
             tokens.append(sys.modules["huggingface_hub"].get_token() or "")
     for token in {token.strip() for token in tokens} - {""}:
         text = text.replace(token, "***")
-    return re.sub(r"//[^/\s@]*@", "//***@", text)  # A name and a password in an address.
+    return without_secrets(text)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -200,6 +201,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "out of memory; use fewer --threads", errors.BudgetError.exit_code
         case KeyboardInterrupt():
             return "interrupted; run the same command again to continue", INTERRUPTED
+        case RuntimeError() if "start new thread" in str(error):
+            return "the system has no more threads; use fewer --threads", errors.BudgetError.exit_code
         case _ if hasattr(error, "format_message"):  # A usage error from Typer, which has no public class for it.
             return f"{error.format_message()} Try --help.", errors.UsageError.exit_code
         case _:

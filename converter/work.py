@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shutil
+import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from df11.converter.compare import already_there
-from df11.converter.files import DF11, SAFETENSORS
+from df11.converter.files import DF11
 from df11.converter.manifest import FileRow, TensorRow
 from df11.converter.pipeline import convert_file
 from df11.converter.plan import Plan, Step
@@ -19,14 +20,13 @@ from df11.converter.restore_file import restore_file, restored_layout
 from df11.converter.scan import scan
 from df11.converter.settings import Settings
 from df11.converter.source import Progress, Source
-from df11.converter.verify import verify
+from df11.converter.verify import verify, verify_container
 from df11.formats import errors
 from df11.formats.container import Container
-from df11.storage.atomic import AtomicWriter
+from df11.storage.atomic import AtomicWriter, open_folder
 from df11.storage.entry import Entry
 from df11.storage.file import File
 from df11.storage.journal import Mark, append
-from df11.storage.paths import kind_of
 from df11.storage.store import Put, Store
 
 
@@ -45,6 +45,9 @@ class Task:
     prove: bool = False
     """Verify a container, and compute its hash, again from the disk."""
     force: bool = False
+    """Whether whatever file is there may be replaced."""
+    stamp: object = None
+    """Of the file that the target had under this name when the work was planned."""
     download: bool = False
     """Download the shard to the disk first, beside its output."""
     journal: Path | None = None
@@ -61,7 +64,7 @@ class Task:
         download: bool = False,
         journal: Path | None = None,
     ) -> Task:
-        """The task of a step. No force is needed if the target is ours, or the step replaces what is ours."""
+        """The task of a step."""
         options = plan.options
         return cls(
             step,
@@ -71,7 +74,8 @@ class Task:
             settings,
             options.bf16,
             options.prove,
-            options.force or step.there,
+            options.force,
+            plan.stamp.get(step.name),
             download,
             journal,
         )
@@ -136,7 +140,15 @@ def deliver(task: Task, done: Done) -> Done:
 def discard(task: Task) -> None:
     """Remove a task's files from its staging folder."""
     if task.staging is not None:
-        shutil.rmtree(task.staging, ignore_errors=True)
+        import shutil  # It imports every kind of archive, which takes as long as a small conversion.
+
+        # Whoever exchanges a folder on the way for a link must not have it removed where that leads.
+        with contextlib.suppress(errors.Df11Error):
+            place = open_folder(task.staging.parent, task.staging.parents[1])
+            try:
+                shutil.rmtree(task.staging.name, ignore_errors=True, dir_fd=place)
+            finally:
+                os.close(place)
 
 
 def _convert(task: Task, progress: Progress) -> Done:
@@ -160,7 +172,15 @@ def _convert(task: Task, progress: Progress) -> Done:
         started = time.monotonic()
         verify(path, threads=task.settings.threads, on_progress=lambda _: progress(0))
         seconds["verify"] = time.monotonic() - started
-    row = FileRow(step.name, result.output_bytes, None, step.entry.name, result.source_bytes, result.source_sha256)
+    row = FileRow(
+        step.name,
+        result.output_bytes,
+        None,
+        step.original or step.entry.name,
+        result.source_bytes,
+        result.source_sha256,
+        result.made_from,
+    )
     rows = tuple(dataclasses.replace(row, file=step.name) for row in result.rows)
     return Done(step, path, Entry(step.name, result.output_bytes), row, rows, seconds=seconds)
 
@@ -188,6 +208,9 @@ def _restore(task: Task, progress: Progress) -> Done:
     where = task.source.locate(step.entry.name)
     with Container(where) as container:
         target = restored_layout(container, bf16=task.bf16)
+        if target.sha256 != step.source_sha256:
+            hint = "run the same command again"
+            raise errors.ConflictError("this file has changed since the run began", file=where, hint=hint)
         with AtomicWriter(path, root=root, mode=task.source.mode(step.entry)) as writer:
             sha256 = restore_file(container, target, writer.write, task.settings.threads, progress)
             entry = Entry(step.name, target.size, sha256)
@@ -230,15 +253,18 @@ def _verify_partial(writer: AtomicWriter, task: Task, progress: Progress) -> Non
 
 
 def _prove(task: Task, progress: Progress) -> Done:
-    # A container already on a disk: its whole content is decoded and checked, which also yields its rows.
+    # A container already on a disk: its whole content is decoded and checked, which also yields its rows. One that is
+    # to be kept must hold the source, whatever it says of itself.
     step = task.step
     started = time.monotonic()
     from_source = step.name == step.entry.name
     store = task.source if from_source else task.target
     path = Path(store.locate(step.name))
-    hashed = store.hashed(store.find([step.name])[step.name]) if from_source else None
+    hashed = store.hashed(store.entry(step.name)) if from_source else None
     told = progress if from_source else _quiet(progress)
     try:
+        if not from_source:
+            _prove_kept(path, task, told)
         tensors = scan(path, step.name, threads=task.settings.threads, progress=told)
     except (errors.FormatError, errors.DifferenceError):
         if from_source:
@@ -247,11 +273,21 @@ def _prove(task: Task, progress: Progress) -> Done:
     if not from_source:
         _once(step, progress)(step.entry.size)
     with Container(path) as container:
-        source, size = container.source, container.size
-    name = step.entry.name if not from_source else step.name.rpartition(".")[0] + SAFETENSORS
-    row = FileRow(step.name, size, None, name, source.bytes, source.sha256)
+        source, size, made_from = container.source, container.size, container.made_from
+    name = step.original or step.entry.name
+    row = FileRow(step.name, size, None, name, source.bytes, source.sha256, made_from)
     seconds = {"verify": time.monotonic() - started}
     return Done(step, path, hashed or Entry(step.name, size), row, tensors, seconds=seconds)
+
+
+def _prove_kept(path: Path, task: Task, progress: Progress) -> None:
+    with ExitStack() as stack:
+        container = stack.enter_context(Container(path))
+        source = None
+        if task.source.address is None:
+            file = task.source.open(task.step.entry)
+            source = stack.enter_context(Source(file, max_memory=task.settings.max_memory))
+        verify_container(container, source, task.settings.threads, progress)
 
 
 def _place(task: Task) -> tuple[Path, Path]:
@@ -259,14 +295,17 @@ def _place(task: Task) -> tuple[Path, Path]:
 
 
 def _commit(task: Task, writer: AtomicWriter, mark: Mark) -> None:
-    if not task.force and kind_of(writer.path) is not None:
-        if task.step.kind == "restore":
+    def check() -> None:
+        if task.force:
+            return
+        task.target.check_stamp(task.step.name, task.stamp)
+        if task.stamp is not None and not task.step.there:
             raise already_there(str(writer.path))
-        what = "this file has appeared in the meantime"
-        raise errors.ConflictError(what, file=writer.path, hint="run the same command again")
+
+    check()
     if task.journal is not None:
         append(task.journal, [mark])
-    writer.commit()
+    writer.commit(check)  # Again, as much time may have passed until the bytes were on the disk.
 
 
 def _once(step: Step, progress: Progress) -> Progress:

@@ -84,6 +84,15 @@ class SourceInfo:
     cast: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class OriginalFile:
+    """A file that the source was decoded from. Sizes in bytes, SHA-256 in hexadecimal."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
 class Container:
     """An open `.df11` file: a context manager that several threads may read from."""
 
@@ -146,6 +155,8 @@ class Container:
             )
         self.writer = metadata[layout.METADATA_WRITER]
         self.source = self._parse_source(self._json(layout.METADATA_SOURCE))
+        self.made_from = self._read_made_from()
+        """The files that the source was decoded from; none if the source was a file itself."""
         self._entries = {entry.name: entry for entry in self._header.entries}
         self._infos: dict[str, TensorInfo] = {}
         self._checksums: dict[str, int] = {}
@@ -191,6 +202,18 @@ class Container:
                 found=info.header_bytes,
             )
         return info
+
+    def _read_made_from(self) -> tuple[OriginalFile, ...]:
+        # No reader needs it: what is not as it should be is as good as missing.
+        try:
+            files = [OriginalFile(**value) for value in self._json(layout.METADATA_MADE_FROM)]
+        except (errors.FormatError, TypeError, KeyError):
+            return ()
+        is_valid = all(
+            isinstance(one.file, str) and framing.is_size(one.bytes) and _is_hexadecimal(one.sha256, 64)
+            for one in files
+        )
+        return tuple(files) if is_valid else ()
 
     def _parse_tensor(self, entry: framing.Entry, value: Any) -> TensorInfo:
         where: dict[str, Any] = {"file": self.path, "tensor": entry.name}

@@ -164,6 +164,13 @@ class TensorRangeError(SafetensorsError):
     """Byte ranges overlap, leave a hole, or reach past the end of the file."""
 
 
+# A checkpoint of DFloat11, docs/dfloat11.md.
+
+
+class CheckpointError(Df11Error):
+    """A DFloat11 checkpoint breaks a rule of its layout, or a model cannot be written in it."""
+
+
 # The manifest, docs/manifest.md.
 
 

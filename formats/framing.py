@@ -278,3 +278,8 @@ def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> byte
 def compact_json(value: object) -> bytes:
     """JSON without white space, in UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def indented_json(value: object) -> bytes:
+    """JSON for people, as the config.json of a model is written."""
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8")

@@ -97,6 +97,8 @@ METADATA_WRITER: Final = "df11.writer"
 METADATA_SOURCE: Final = "df11.source"
 METADATA_SOURCE_HEADER: Final = "df11.source_header"
 METADATA_TENSORS: Final = "df11.tensors"
+METADATA_MADE_FROM: Final = "df11.made_from"
+"""Not required."""
 METADATA_KEYS: Final = (
     METADATA_VERSION,
     METADATA_REQUIRES,

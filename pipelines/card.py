@@ -112,6 +112,7 @@ def model_card(
     parts = [sizes for sizes, _ in summary.parts(manifest)]
     sizes = [*parts, total] if len(parts) > 1 else parts
     proofs = summary.proofs(manifest)
+    imported = list(dict.fromkeys(original for file in manifest.files for original in file.made_from))
     folder = wording.folder_name(origin.repository)
     place = repository or folder
     loader, class_name, variable = _loader(data.library_name, configs)
@@ -121,6 +122,8 @@ def model_card(
         source_page=wording.hub_page(origin.repository, origin.commit, origin.path),
         tool=manifest.tool,
         total=total,
+        imported=imported,
+        imported_bytes=sum(file.bytes for file in imported),
         notes=Markup((fields.notes or "").strip()),  # noqa: S704 - the user's own Markdown
         sizes=sizes,
         dtypes=summary.by_dtype(manifest),

@@ -147,7 +147,12 @@ def hub_push(
         str, Argument(metavar="TARGET", help="owner/name or hf://owner/name@branch; created if it does not exist.")
     ],
     private: Annotated[bool, Option("--private", help="Create the repository private; refuse a public one.")] = False,
-    public: Annotated[bool, Option("--public", help="Create the repository public. Default: the Hub decides.")] = False,
+    public: Annotated[
+        bool,
+        Option(
+            "--public", help="Create the repository public. Default: the Hub decides, but private if the source was."
+        ),
+    ] = False,
     include: Include = None,
     exclude: Exclude = None,
     allow_missing: AllowMissing = False,
@@ -229,6 +234,7 @@ def report_command(
     output: Annotated[
         Path, Option("--output", "-o", metavar="DIR", help="Folder for report.html and its pictures.")
     ] = Path("df11-report"),
+    force: Force = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -236,7 +242,7 @@ def report_command(
     del debug
     from df11.pipelines.report import write_report
 
-    for path in write_report(model, output):
+    for path in write_report(model, output, force=force):
         terminal.say(str(path), quiet=quiet)
 
 

@@ -6,6 +6,7 @@ docs/jobs.md describes the keys. Everything is checked before work begins: a mis
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import tomllib
 from collections.abc import Mapping
@@ -33,7 +34,8 @@ class Model:
     target: str
     cast: Cast
     private: bool | None
-    """For a target on the Hub. None leaves a new one to the Hub, and accepts an existing one as it is."""
+    """For a target on the Hub. None: a new one is private if the source is known to be, else as the Hub decides; an
+    existing one is accepted as it is, but no public one for a private source."""
     include: tuple[str, ...]
     """Glob patterns of files, relative to the source; none: all files."""
     exclude: tuple[str, ...]
@@ -57,6 +59,14 @@ class Limits:
     threads: int | None
     work: Path
     """Folder for the waiting files, which are removed once they are uploaded."""
+
+
+MOST_PARTS: Final = 16
+"""Of a dotted key. The reader keeps each part with all parts before it."""
+LONGEST_PATTERN: Final = 1000
+"""Characters. The time that a pattern takes grows with the square of its length."""
+_PART: Final = r"""(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
+_LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-])(?:{_PART}){{{MOST_PARTS}}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +124,8 @@ class _Table:
 
     def strings(self, key: str) -> tuple[str, ...]:
         value = self.take(key, list, [])
-        if not all(isinstance(item, str) for item in value):
-            raise self.error(key, "a list of strings", value)
+        if not all(isinstance(item, str) and len(item) <= LONGEST_PATTERN for item in value):
+            raise self.error(key, f"a list of strings of up to {LONGEST_PATTERN} characters", value)
         return tuple(value)
 
     def end(self, known: str) -> None:
@@ -133,7 +143,10 @@ def read_job(path: str | os.PathLike[str]) -> Job:
     file = Path(path)
     data = read_file(file, LARGEST)
     try:
-        content = tomllib.loads(data.decode("utf-8"))
+        text = data.decode("utf-8")
+        if _LONG_KEY.search(text):
+            raise errors.UsageError("a key of too many parts", file=file, expected=f"at most {MOST_PARTS}")
+        content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # Too many digits of a number are a ValueError, too.
         raise errors.UsageError(f"not a TOML file: {error}", file=file) from None
     top = _Table(content, file, "the job")

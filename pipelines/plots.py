@@ -5,10 +5,13 @@ Each plot is drawn once, as a PNG (light, at twice the size) and as an SVG that 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -50,6 +53,7 @@ class Plot:
         """A PNG with a white background."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
 
         with canvas.settings():
             figure = self.draw(canvas.LIGHT)
@@ -58,7 +62,9 @@ class Plot:
             drawn.draw()
         image = Image.fromarray(np.asarray(drawn.buffer_rgba())[:, :, :3])
         buffer = io.BytesIO()
-        image.quantize(_PNG_COLOURS, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+        made_by = PngInfo()
+        made_by.add_text("Software", "df11")
+        image.quantize(_PNG_COLOURS, dither=Image.Dither.NONE).save(buffer, "png", optimize=True, pnginfo=made_by)
         return buffer.getvalue()
 
     def svg(self) -> str:
@@ -100,7 +106,9 @@ def draw_plots(manifest: Manifest) -> dict[str, bytes]:
 def plots(manifest: Manifest) -> list[Plot]:
     """The plots of :func:`plan`, ready to draw. Raises a MissingExtraError without matplotlib."""
     try:
-        import matplotlib.figure  # noqa: F401
+        # Matplotlib reads a file of this name in the current folder, which may be a stranger's model.
+        with contextlib.chdir(Path(__file__).parent) if os.path.lexists("matplotlibrc") else contextlib.nullcontext():
+            import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError:
         raise errors.missing_extra("matplotlib", "report") from None
     return plan(manifest)

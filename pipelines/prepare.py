@@ -11,6 +11,7 @@ from typing import Final
 from df11.converter import parquet
 from df11.converter.apply import SMALL, staged_bytes
 from df11.converter.cast import Cast
+from df11.converter.dfloat11.recognise import decoded
 from df11.converter.files import DF11
 from df11.converter.manifest import FILE_NAME, Manifest, Origin
 from df11.converter.pipeline import PARQUET_MEMORY
@@ -22,6 +23,7 @@ from df11.formats.container import Container
 from df11.pipelines.card import CONFIGS, plot_paths, render_card
 from df11.pipelines.job import Limits, Model
 from df11.pipelines.plots import FOLDER, NAMES, path
+from df11.storage.address import SCHEME
 from df11.storage.entry import Entry
 from df11.storage.store import Store, open_source, open_store
 
@@ -51,6 +53,7 @@ def prepare(model: Model, limits: Limits) -> Prepared:
     _check_installed()
     source = open_source(model.source)
     source.list()
+    source = decoded(source, max_memory=limits.memory)
     if source.is_file:
         hint = "for one file: df11-convert"
         raise errors.UsageError("a job converts folders and repositories", file=model.source, hint=hint)
@@ -83,13 +86,16 @@ def prepare_push(source: Store, model: Model) -> Prepared:
         what = "this is a file" if source.is_file else f"no {DF11} file in this folder"
         raise errors.UsageError(what, file=source.label, hint="name a converted folder")
     own = parquet.read(source.locate(FILE_NAME)) if any(entry.name == FILE_NAME for entry in listed) else None
-    if own is not None and not _describes(own, source, containers):
+    if own is not None and _describes(own, source, containers):
+        origin, cast = own.origin, own.cast
+    else:  # Whatever else the manifest is about, what was private in this folder may still be.
+        origin, cast = Origin(private=None if own is None else own.origin.private), _cast_of(source, containers)
         own = None
-    origin, cast = (own.origin, own.cast) if own is not None else (Origin(), _cast_of(source, containers))
     options = Options(cast, model.include, (*model.exclude, *_NOT_COPIED), model.allow_missing, may_force=False)
-    plan = make_plan(source, open_store(model.target), "copy", options)
+    plan = make_plan(source, open_store(model.target), "copy", options, own=own)
+    plan = dataclasses.replace(plan, origin=origin)
     check_visibility(plan, model)
-    return _prepared(dataclasses.replace(model, cast=cast), dataclasses.replace(plan, origin=origin))
+    return _prepared(dataclasses.replace(model, cast=cast), plan)
 
 
 def _prepared(model: Model, plan: Plan) -> Prepared:
@@ -119,10 +125,16 @@ def check_visibility(plan: Plan, model: Model) -> None:
     if model.private:
         what = "the repository is public, but should be private"
         raise errors.UsageError(what, file=plan.target.label, hint="change one of them")
-    if model.private is None and plan.source.private:
-        what = f"this repository is public, and the source, {plan.source.label}, is private"
+    if model.private is None and plan.origin.private:
+        name = plan.source.label if plan.origin.repository is None else f"{SCHEME}{plan.origin.repository}"
+        what = f"this repository is public, and the source, {name}, is private"
         hint = "make it private, or say that it may be public: --public, or private = false in the job"
         raise errors.UsageError(what, file=plan.target.label, hint=hint)
+
+
+def is_to_be_private(plan: Plan, model: Model) -> bool | None:
+    """Whether a new repository is created private; None leaves it to the Hub."""
+    return True if model.private is None and plan.origin.private else model.private
 
 
 def _describes(manifest: Manifest, source: Store, containers: Sequence[Entry]) -> bool:

@@ -29,16 +29,21 @@ MOST_OUTLIERS: Final = 30
 MOST_OUTSIDE: Final = 16
 
 
+MARKS: Final = (b'<meta name="generator" content="df11">', b"Software\0df11")
+"""What a page and a picture of ours have near their starts."""
+
+
 def write_report(
-    model: str | os.PathLike[str], output: str | os.PathLike[str], *, title: str | None = None
+    model: str | os.PathLike[str], output: str | os.PathLike[str], *, title: str | None = None, force: bool = False
 ) -> list[Path]:
     """Write ``report.html`` and the PNGs of its plots into the folder ``output``, and return their paths.
 
     ``model``: a converted model folder, a `.df11` file, or an ``hf://`` address of either; only the manifest is
     downloaded. A local model without a manifest is decoded to get the same figures. ``title``: by default the model's
-    name. Raises a Df11Error. Needs jinja2, matplotlib and pyarrow.
+    name. ``force``: replace files there that are no report's. Raises a Df11Error. Needs jinja2, matplotlib and pyarrow.
     """
     from df11.storage.atomic import write_bytes
+    from df11.storage.paths import kind_of
 
     manifest, name = find_manifest(model)
     drawn = plots.plots(manifest)
@@ -46,20 +51,29 @@ def write_report(
         PAGE: _render(manifest, name if title is None else title, drawn).encode(),
         **{f"{plot.name}.png": plot.png() for plot in drawn},
     }
-    paths = []
-    for name, content in contents.items():
-        path = Path(output) / name
+    paths = {Path(output) / name: content for name, content in contents.items()}
+    for path in paths:
+        if not force and kind_of(path) == "file" and not _is_ours(path):
+            hint = "choose another folder, or pass --force"
+            raise errors.UsageError("this file exists, and is not from a report", file=path, hint=hint)
+    for path, content in paths.items():
         write_bytes(path, content, root=Path(output))
-        paths.append(path)
-    return paths
+    return list(paths)
+
+
+def _is_ours(path: Path) -> bool:
+    from df11.storage.paths import open_regular
+
+    with open_regular(path) as file:
+        start = file.read(4096)
+    return any(mark in start for mark in MARKS)
 
 
 def find_manifest(model: str | os.PathLike[str]) -> tuple[Manifest, str]:
     """The manifest of a converted model folder or file, and a name for it. See :func:`write_report`."""
     from df11.converter import parquet
     from df11.converter.files import list_containers
-    from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin
-    from df11.converter.planning import read_manifest
+    from df11.converter.manifest import FILE_NAME, FileRow, Manifest, Origin, read_manifest
     from df11.converter.scan import scan
     from df11.converter.settings import thread_count
     from df11.formats.container import Container

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -13,6 +12,8 @@ from df11.storage.paths import read_file
 SECTIONS: Final = ("image", "text", "sizes", "block")
 """The sections that matter to users of a model. A results file has many more, for work on the kernels."""
 LARGEST: Final = 16 << 20
+MOST_VALUE: Final = 1e18
+"""Of a time, a size or a ratio; a whole number of any length is JSON."""
 MOST_ROWS: Final = 200
 _COLUMNS: Final = {
     "seconds": "time",
@@ -74,7 +75,7 @@ def _is_row(row: Any) -> bool:
     ):
         return False
     return all(
-        value is None or (type(value) in (int, float) and 0 <= value < math.inf)
+        value is None or (type(value) in (int, float) and 0 <= value < MOST_VALUE)
         for key, value in row.items()
         if key in _COLUMNS
     )

@@ -28,7 +28,7 @@ from df11.pipelines import summary
 from df11.pipelines.card import plot_paths
 from df11.pipelines.job import Job, Limits, Model
 from df11.pipelines.plots import draw_plots
-from df11.pipelines.prepare import CARD, Prepared, check_visibility, prepare, render
+from df11.pipelines.prepare import CARD, Prepared, check_visibility, is_to_be_private, prepare, render
 from df11.storage.entry import Entry
 from df11.storage.paths import existing
 from df11.storage.store import has_content
@@ -210,7 +210,7 @@ def _start(prepared: Prepared) -> None:
 
         client.check_card(render(prepared, plan.manifest), f"{target.label}/{CARD}")
     is_new = target.head is None
-    target.create(private=prepared.model.private)
+    target.create(private=is_to_be_private(plan, prepared.model))
     check_visibility(plan, prepared.model)
     if is_new:
         check_foreign(target, plan.manifest)  # A new branch starts with the contents of main.

@@ -28,6 +28,8 @@ OUTLIER_BITS: Final = 0.25
 """Least distance of an outlier from the median: in bits per weight, and as a multiple of the usual deviation."""
 STACK_LAYERS: Final = 3
 """Fewer layers do not make a stack."""
+MOST_LAYERS: Final = 5000
+"""Nor do more: nobody could see them, and each takes memory to draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +293,7 @@ def stacks(manifest: Manifest) -> tuple[list[Stack], list[TensorRow]]:
             )
         )
         stack = Stack(name, ordered)
-        if len(stack.layers) < STACK_LAYERS:
+        if not STACK_LAYERS <= len(stack.layers) <= MOST_LAYERS:
             outside += stack.rows
         else:
             made.append(stack)

@@ -59,7 +59,8 @@ def push(
     """Upload a converted folder to ``owner/name`` or ``hf://owner/name[@branch]``.
 
     Every container is verified first, and the model card is written from the manifest. Files that the repository
-    already has are not sent again. ``private``: for a new repository; None leaves it to the Hub. Raises a Df11Error.
+    already has are not sent again. ``private``: for a new repository; None: private if the manifest says that its
+    source was, else as the Hub decides. Raises a Df11Error.
     """
     address = _address(target)
     if address.path:

@@ -39,6 +39,7 @@ _HOMES = {
     "load_model": "df11.runtime.model",
     "materialize": "df11.runtime.modules",
     "memory_report": "df11.runtime.model",
+    "report": "df11.runtime.model",  # Its first name, which programs still call.
     "check_errors": "df11.runtime.compressed",
     "warm_up": "df11.runtime.compressed",
 }
@@ -56,7 +57,15 @@ _EXTENDED = {
     "transformers.modeling_utils": ("df11.runtime.for_transformers", "install"),
     "diffusers.models.modeling_utils": ("df11.runtime.for_diffusers", "install"),
     "diffusers.pipelines.pipeline_utils": ("df11.runtime.for_diffusers", "install_pipelines"),
-    "diffusers.loaders.lora_pipeline": ("df11.runtime.for_diffusers", "install_lora"),
+    "diffusers.hooks.group_offloading": ("df11.runtime.for_diffusers", "install_group_offloading"),
+    "accelerate.utils.modeling": ("df11.runtime.for_others", "install_sizes"),
+    "accelerate.utils.offload": ("df11.runtime.for_others", "install_disk"),
+    "peft.utils.other": ("df11.runtime.for_others", "install_peft"),
+    "safetensors.torch": ("df11.runtime.for_others", "install_safetensors"),
+    "sentence_transformers.base.modules.module": ("df11.runtime.for_others", "install_sentence_transformers"),
+    "sentence_transformers.models.Module": ("df11.runtime.for_others", "install_sentence_transformers"),
+    "torch.distributed.fsdp._flat_param": ("df11.runtime.for_others", "install_flat_fsdp"),
+    "torch.distributed.fsdp._fully_shard._fsdp_param": ("df11.runtime.for_others", "install_fsdp"),
 }
 
 
@@ -83,7 +92,14 @@ class _Extender(importlib.abc.MetaPathFinder):
 
 def _extend(module: ModuleType) -> None:
     home, install = _EXTENDED[module.__name__]
-    getattr(importlib.import_module(home), install)(module)
+    function = getattr(importlib.import_module(home), install)
+    try:
+        function(module)
+    except AttributeError as error:  # The library must remain usable.
+        import warnings
+
+        library = module.__name__.partition(".")[0]
+        warnings.warn(f"df11 does not know this version of {library}: {error}", stacklevel=2)
 
 
 sys.meta_path.insert(0, _Extender())

@@ -6,6 +6,8 @@ import ctypes
 import dataclasses
 import mmap
 import os
+import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,19 +48,98 @@ def use_large_pages(address: int, size: int) -> None:
         madvise(first, last - first, mmap.MADV_HUGEPAGE)  # Only advice: nothing is lost if it is refused.
 
 
+MOST_KEPT: Final = 64 << 20
+"""Bytes of what is kept of records in memory, at most: room for 3,120 segments, or 6.5 billion weights."""
+SEGMENT_KEPT: Final = 21 << 10
+"""Bytes that are kept of a segment: a table of 16 KiB, its header, and Python's objects.
+
+Measured: 20,835 for each of 3,000 records of one segment."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Opened:
     data: Bytes
+    front: bytes
     record: Record
+    segments: dict[int, Segment]
 
     def segment(self, index: int) -> Segment:
-        entry = self.record.segments[index]
-        data = self.data[entry.offset : entry.offset + entry.size]
-        return Segment(data, entry, self.record.place, self.record.kind, trusted=True)
+        found = self.segments.get(index)
+        if found is None:
+            entry = self.record.segments[index]
+            data = self.data[entry.offset : entry.offset + entry.size]
+            found = self.segments[index] = Segment(data, entry, self.record.place, self.record.kind, trusted=True)
+        return found
+
+
+class Records:
+    """Records in memory: header and directory checked, and tables built, at their first use.
+
+    All of that is kept until the record's memory is freed, or another record is written there, up to ``most`` bytes
+    for all records together; what comes later is opened for each use. (An order of recent use would not help: a model
+    uses all of its records in turn.)
+    """
+
+    def __init__(self, most: int = MOST_KEPT) -> None:
+        self._most = most
+        self._kept: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], tuple[_Opened, weakref.finalize[..., Any]]]]
+        self._kept = weakref.WeakKeyDictionary()
+        self._bytes = 0
+        self._freed: list[int] = []  # Finalizers run at any time, within the lock too: they only append.
+        self._lock = threading.Lock()
+
+    @property
+    def kept_bytes(self) -> int:
+        """About how much is kept."""
+        with self._lock:
+            return self._settle()
+
+    def _settle(self) -> int:
+        while self._freed:
+            self._bytes -= self._freed.pop()
+        return self._bytes
+
+    def open(self, part: Range) -> _Opened:
+        """The record of a range. Raises what :func:`open_record` raises, and EntryError if it has another shape."""
+        place = (part.record, part.record_size)
+        data = _array(part.record, part.record_size, np.dtype(np.uint8))
+        with self._lock:
+            known = self._kept.get(part.owner, {}).get(place) if part.owner is not None else None
+        # Header and directory hold checksums of all the rest: if they are the same, so is the record.
+        is_same = known is not None and data[: len(known[0].front)].tobytes() == known[0].front
+        if known is not None and is_same and known[0].record.kind is part.kind:
+            opened = known[0]
+        else:
+            opened = _open(data, part.kind)
+            if part.owner is not None:
+                self._keep(part.owner, place, opened)
+        found = (opened.record.element_count, opened.record.segment_elements)
+        if found != (part.element_count, part.segment_elements):
+            raise errors.EntryError(
+                "the record does not match its shape",
+                expected=(part.element_count, part.segment_elements),
+                found=found,
+            )
+        return opened
+
+    def _keep(self, owner: object, place: tuple[int, int], opened: _Opened) -> None:
+        size = SEGMENT_KEPT * len(opened.record.segments)
+        with self._lock:
+            of_owner = self._kept.setdefault(owner, {})
+            if place in of_owner:
+                of_owner.pop(place)[1]()
+            if self._settle() + size <= self._most:
+                finalizer = weakref.finalize(owner, self._freed.append, size)
+                finalizer.atexit = False
+                of_owner[place] = (opened, finalizer)
+                self._bytes += size
 
 
 class Cpu:
     """Decodes records in memory whose checksums were checked when they were read. Damage raises at once."""
+
+    def __init__(self) -> None:
+        self.records = Records()
 
     def decode(self, ranges: Sequence[Range], *, background: bool = False) -> None:  # noqa: ARG002 - the interface of Gpu
         """Decode ranges; every segment of each is a task."""
@@ -66,7 +147,7 @@ class Cpu:
             (record, index, part)
             for part in ranges
             if part.first < part.last
-            for record in [_open(part)]
+            for record in [self.records.open(part)]
             for index in _segments(part)
         ]
         if len(tasks) == 1:
@@ -84,7 +165,7 @@ class Cpu:
         if wrong.size:
             raise errors.UsageError("no such row", expected=f"0 to {rows - 1}", found=int(wrong[0]))
         record, out = (
-            _open(matrix),
+            self.records.open(matrix),
             _array(matrix.output, count * row_weights, weights_dtype(matrix.kind)).reshape(count, row_weights),
         )
         order = np.argsort(numbers, kind="stable")
@@ -102,20 +183,12 @@ class Cpu:
         """Nothing is left to raise."""
 
 
-def _open(part: Range) -> _Opened:
-    data = _array(part.record, part.record_size, np.dtype(np.uint8))
-
+def _open(data: Bytes, kind: layout.Kind) -> _Opened:
     def read(offset: int, out: Bytes) -> None:
         out[:] = data[offset : offset + len(out)]
 
-    record = open_record(read, part.record_size, Place(), part.kind)
-    if (record.element_count, record.segment_elements) != (part.element_count, part.segment_elements):
-        raise errors.EntryError(
-            "the record does not match its shape",
-            expected=(part.element_count, part.segment_elements),
-            found=(record.element_count, record.segment_elements),
-        )
-    return _Opened(data, record)
+    record = open_record(read, len(data), Place(), kind)
+    return _Opened(data, data[: record.segments[0].offset].tobytes(), record, {})
 
 
 def _segments(part: Range) -> range:

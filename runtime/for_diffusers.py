@@ -1,7 +1,7 @@
 """``from_pretrained`` and ``save_pretrained`` of diffusers for models of `.df11` files, local or on the Hub.
 
-diffusers itself finds, names and places the tensors of models and pipelines; it is given records that pose as the
-tensors they decode to (`undecoded.py`). Functions of three of its modules are wrapped; other models load as before.
+diffusers itself finds, names and places the tensors of models and pipelines; it is given compressed weights in place of
+decoded ones. Functions of three of its modules are wrapped; other models load as before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 
 from df11.formats import errors
 from df11.formats.container import Container
-from df11.runtime import hub, undecoded
+from df11.runtime import hub, loading
+from df11.runtime.foreign import refuse_dfloat11
+from df11.runtime.weight import CompressedWeight
 
 _SAFETENSORS: Final = ".safetensors"
 _DF11: Final = ".df11"
@@ -28,24 +30,19 @@ _INDEX: Final = "diffusion_pytorch_model.df11.index.json"
 
 def install(library: Any) -> None:
     """Wrap the functions of ``diffusers.models.modeling_utils``."""
-    loading = inspect.getmodule(library.load_state_dict)
+    reader = inspect.getmodule(library.load_state_dict)
     original = library._get_model_file
     library._get_model_file = _finding(original)
     library._fetch_index_file = _finding_index(library, library._fetch_index_file)
-    library.load_state_dict = loading.load_state_dict = _reading(library.load_state_dict)  # type: ignore[union-attr]
+    library.load_state_dict = reader.load_state_dict = _reading(library.load_state_dict)  # type: ignore[union-attr]
     model_class = library.ModelMixin
     model_class._load_pretrained_model = classmethod(_loading(model_class._load_pretrained_model.__func__))
-    model_class.save_pretrained = _saving(model_class.save_pretrained)
-    model_class._apply = undecoded.keeping_dtype(model_class._apply)
-    model_class.num_parameters = undecoded.counting(model_class.num_parameters)
+    model_class._apply = loading.keeping_dtype(model_class._apply)
 
 
-def install_lora(library: Any) -> None:
-    """Wrap what looks up shapes of weights by their names in ``diffusers.loaders.lora_pipeline``."""
-    for loader in vars(library).values():
-        compare = vars(loader).get("_maybe_expand_lora_state_dict") if isinstance(loader, type) else None
-        if isinstance(compare, classmethod):
-            loader._maybe_expand_lora_state_dict = classmethod(_naming(compare.__func__))
+def install_group_offloading(library: Any) -> None:
+    """Let groups of ``diffusers.hooks.group_offloading`` keep records, rather than decoded weights, on disk."""
+    library.ModuleGroup.__init__ = _offloading_records(library.ModuleGroup.__init__)
 
 
 def install_pipelines(library: Any) -> None:
@@ -95,15 +92,6 @@ def _choosing(original: Callable[..., Any]) -> Callable[..., Any]:
         return tuple({names[name] for name in part} for part in chosen)
 
     return compatible
-
-
-def _naming(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def expand(cls: Any, transformer: Any, *args: Any, **kwargs: Any) -> Any:
-        with undecoded.plain_state_dict(transformer):
-            return original(cls, transformer, *args, **kwargs)
-
-    return expand
 
 
 def _finding(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,7 +159,7 @@ def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_state_dict(checkpoint_file: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(checkpoint_file, (str, Path)) and str(checkpoint_file).endswith(_DF11):
             with hub.naming_downloads():
-                return undecoded.read_all(checkpoint_file)
+                return loading.read_all(checkpoint_file)
         return original(checkpoint_file, *args, **kwargs)
 
     return load_state_dict
@@ -184,8 +172,9 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(cls, *args, **kwargs)
         call = bound.arguments
-        model, files, state = call["model"], call["resolved_model_file"], call["state_dict"]
+        model, files = call["model"], call["resolved_model_file"]
         if not files or not str(files[0]).endswith(_DF11):
+            refuse_dfloat11(call["pretrained_model_name_or_path"], model.config)
             return original(cls, *args, **kwargs)
         folder = str(call["pretrained_model_name_or_path"])
         if call.get("hf_quantizer") is not None:
@@ -196,35 +185,18 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             raise errors.UsageError(
                 "compressed weights cannot be split for tensor parallelism", file=folder, hint="load the original model"
             )
-        if not call.get("low_cpu_mem_usage", True):
-            raise errors.UsageError(
-                "weights can stay compressed only with low_cpu_mem_usage", file=folder, hint="install accelerate"
-            )
-        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in files]
-            undecoded.check_dtype(call.get("dtype") or torch.get_default_dtype(), containers)
-            held = {name: container.info(name).shape for container in containers for name in container.keys()}
-        held = (
-            held if state is None else {name: tuple(value.shape) for name, value in state.items()}
-        )  # some renamed by diffusers
-        undecoded.check_names(
-            folder,
-            (),
-            (),
-            [(name, held[name], wanted[name]) for name in held if name in wanted and held[name] != wanted[name]],
-        )
+            loading.check_dtype(call.get("dtype") or torch.get_default_dtype(), containers)
         devices = call.get("device_map") or {}
         to_disk = "disk" in devices.values()
         if to_disk:  # diffusers would decode them: records stay in their files.
             call["device_map"] = {name: "cpu" if device == "disk" else device for name, device in devices.items()}
         model, missing, unexpected, mismatched, index, messages = original(*bound.args, **bound.kwargs)
-        undecoded.check_names(folder, missing, unexpected)
+        loading.check_some_fit(folder, len(call["loaded_keys"]), len(unexpected))
+        loading.settle(model)
         if to_disk:
-            index = undecoded.disk_index(
-                model, lambda name: _device(name, devices) == "disk", call.get("offload_folder")
-            )
-        undecoded.keep_compressed(model)
+            index = loading.disk_index(model, lambda name: _device(name, devices) == "disk", call.get("offload_folder"))
         return model, missing, unexpected, mismatched, index, messages
 
     return load
@@ -236,11 +208,29 @@ def _device(name: str, devices: dict[str, Any]) -> Any:
     return devices.get(name)
 
 
-def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
-    # Write what the original checkpoint was: BF16 tensors under their own names, which any diffusers loads.
-    @functools.wraps(original)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with undecoded.plain_state_dict(self):
-            return original(self, *args, **kwargs)
+class _RecordOf:
+    # A weight's record in the place of the weight: what is set here is the same record, elsewhere or to come.
+    def __init__(self, weight: CompressedWeight) -> None:
+        self._weight = weight
 
-    return save_pretrained
+    @property
+    def data(self) -> torch.Tensor:
+        return self._weight.record
+
+    @data.setter
+    def data(self, record: torch.Tensor) -> None:
+        self._weight.data = CompressedWeight.of(self._weight.compressed.with_record(record))
+
+
+def _offloading_records(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.offload_to_disk_path is not None:
+            self.key_to_tensor = {
+                key: _RecordOf(tensor) if isinstance(tensor, CompressedWeight) else tensor
+                for key, tensor in self.key_to_tensor.items()
+            }
+            self.tensor_to_key = {tensor: key for key, tensor in self.key_to_tensor.items()}
+
+    return init

@@ -1,7 +1,7 @@
 """``from_pretrained`` and ``save_pretrained`` of transformers (5.20 and later) for models of `.df11` files.
 
-transformers itself finds, names, places and ties the tensors; it is given records that pose as the tensors they decode
-to (`undecoded.py`). Four functions of ``transformers.modeling_utils`` are wrapped; other models load as before.
+transformers itself finds, names, merges, places and ties the tensors; it is given compressed weights in place of
+decoded ones. Functions of ``transformers.modeling_utils`` are wrapped; other models load as before.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
@@ -21,8 +22,11 @@ from torch import nn
 
 from df11.formats import errors
 from df11.formats.container import Container
-from df11.runtime import hub, undecoded
-from df11.runtime.model import MismatchError, read_index
+from df11.runtime import hub, loading
+from df11.runtime.foreign import refuse_dfloat11, refuse_dfloat11_folder
+from df11.runtime.model import MismatchError, read_index, stays_compressed
+from df11.runtime.modules import is_compressed, materialize
+from df11.runtime.weight import joining
 
 _FILE: Final = "model.df11"
 _INDEX: Final = "model.df11.index.json"
@@ -31,17 +35,13 @@ _INDEX: Final = "model.df11.index.json"
 class _Stored:
     # What transformers takes for a slice of a safetensors file: it is read when it is indexed, in one of several
     # threads.
-    def __init__(self, container: Container, name: str, in_file: bool, read: set[str]) -> None:
+    def __init__(self, container: Container, name: str, in_file: bool, read: set[tuple[str, str]]) -> None:
         self._container, self._name, self._in_file, self._read = container, name, in_file, read
 
     def __getitem__(self, _all: Any) -> torch.Tensor:
-        if undecoded.stays_compressed(self._container, self._name):
-            self._read.add(self._name)
-        return (
-            undecoded.mapped(self._container, self._name)
-            if self._in_file
-            else undecoded.read(self._container, self._name)
-        )
+        if stays_compressed(self._container, self._name):
+            self._read.add((self._container.path, self._name))
+        return (loading.mapped if self._in_file else loading.read)(self._container, self._name)
 
     def get_dtype(self) -> str:
         return self._container.info(self._name).dtype
@@ -54,7 +54,8 @@ class _Stored:
 class _Loading:
     # A model between the two steps in which transformers loads it.
     folder: str
-    read: set[str]
+    held: int
+    read: set[tuple[str, str]]
     disk_index: dict[str, Any] | None
 
 
@@ -69,12 +70,14 @@ def install(library: Any) -> None:
     library._get_resolved_checkpoint_files = _resolving(library, library._get_resolved_checkpoint_files)
     if hasattr(library, "auto_conversion"):
         library.auto_conversion = _not_asking(library, library.auto_conversion)
+    library._get_device_map = _placing(library._get_device_map)
+    sizes = inspect.getmodule(inspect.unwrap(library._get_device_map))
+    sizes.compute_module_sizes = loading.counting_records(sizes.compute_module_sizes)  # type: ignore[union-attr]
     model_class = library.PreTrainedModel
     model_class._load_pretrained_model = staticmethod(_loading_records(model_class._load_pretrained_model))
     model_class._finalize_model_loading = staticmethod(_finalizing(library, model_class._finalize_model_loading))
-    model_class.save_pretrained = _saving(model_class.save_pretrained)
-    model_class._apply = undecoded.keeping_dtype(model_class._apply)
-    model_class.num_parameters = undecoded.counting(model_class.num_parameters)
+    model_class._resize_token_embeddings = _resizing(model_class._resize_token_embeddings)
+    model_class._apply = loading.keeping_dtype(model_class._apply)
 
 
 def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,6 +93,8 @@ def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]
         names = [library._add_variant(name, call.get("variant")) for name in (_FILE, _INDEX)]
         if Path(source).is_dir():
             found = [path for name in names if (path := Path(source, download.get("subfolder") or "", name)).is_file()]
+            if not found:
+                refuse_dfloat11_folder(Path(source, download.get("subfolder") or ""))
             return _files(library, str(source), str(found[0]), download) if found else original(*args, **kwargs)
         try:
             return original(*args, **kwargs)
@@ -137,8 +142,48 @@ def _files(library: Any, source: str, path: str, download: dict[str, Any]) -> tu
             if name in inspect.signature(library.get_checkpoint_shard_files).parameters
         }
         files, metadata = library.get_checkpoint_shard_files(source, path, **keywords)
+    _resolved.files = files
     with hub.naming_downloads(), Container(files[0]) as container:
-        return files, {"dtype": undecoded.first_dtype(container), **metadata}
+        return files, {"dtype": loading.first_dtype(container), **metadata}
+
+
+class _Resolved(threading.local):
+    # The files that were found last in this thread: a device map is made for what they hold.
+    files: Sequence[str] = ()
+
+
+_resolved: Final = _Resolved()
+
+
+def _placing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_device_map(model: Any, *args: Any, **kwargs: Any) -> Any:
+        files, _resolved.files = _resolved.files, ()
+        with ExitStack() as stack:
+            containers = [stack.enter_context(Container(file)) for file in files]
+            stack.enter_context(loading.expecting(model, containers))
+            found = original(model, *args, **kwargs)
+        if files and len(set(found.values())) == 1:  # accelerate sets it for several devices only.
+            model.hf_device_map = dict(found)
+        return found
+
+    return get_device_map
+
+
+def _resizing(original: Callable[..., Any]) -> Callable[..., Any]:
+    # transformers writes to the old embedding and output layer.
+    @functools.wraps(original)
+    def resize(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = nn.ModuleList(
+            layer for layer in (self.get_input_embeddings(), self.get_output_embeddings()) if layer is not None
+        )
+        if is_compressed(layers):
+            warnings.warn("the embeddings are decoded, as their size changes", stacklevel=3)
+            materialize(layers)
+            self.tie_weights()
+        return original(self, *args, **kwargs)
+
+    return resize
 
 
 def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,6 +191,8 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         if not checkpoint_files or not str(checkpoint_files[0]).endswith(".df11"):
+            if checkpoint_files:  # They would be taken for weights under unknown names.
+                refuse_dfloat11(load_config.pretrained_model_name_or_path, model.config)
             return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         folder = str(load_config.pretrained_model_name_or_path)
         if load_config.hf_quantizer is not None:
@@ -158,73 +205,60 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in checkpoint_files]
-            undecoded.check_dtype(load_config.dtype, containers)
+            loading.check_dtype(load_config.dtype, containers)
             devices = load_config.device_map or {}
             to_disk = "disk" in devices.values()
             if to_disk:  # transformers would decode them: records stay in their files.
                 kept = {name: "cpu" if device == "disk" else device for name, device in devices.items()}
                 load_config = dataclasses.replace(load_config, device_map=kept)
-            read: set[str] = set()
+            read: set[tuple[str, str]] = set()
             stored: dict[str, _Stored] = {}
             for container in containers:
                 for name in container.keys():
                     if name in stored:
                         raise MismatchError("two shards hold this tensor", file=container.path, tensor=name)
                     stored[name] = _Stored(container, name, to_disk, read)
+            stack.enter_context(joining())  # Experts that transformers merges.
             info, index = original(model, stored, checkpoint_files, load_config, *args, **kwargs)
         index = {} if to_disk else index
-        _loading[model] = _Loading(folder, read, index)
+        _loading[model] = _Loading(folder, len(stored), read, index)
         return info, index
 
     return load
 
 
 def _finalizing(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:
-    # After transformers has tied and initialized what was not loaded: compare, and make compressed modules.
+    # After transformers has tied and initialized what was not loaded.
     @functools.wraps(original)
     def finalize(model: Any, load_config: Any, loading_info: Any, *args: Any, **kwargs: Any) -> Any:
         state = _loading.pop(model, None)
         if state is None:
             return original(model, load_config, loading_info, *args, **kwargs)
-        undecoded.check_names(state.folder, (), (), list(loading_info.mismatched_keys))
         for name, reason in loading_info.conversion_errors.items():
             raise errors.UsageError(
                 f"transformers could not convert it: {str(reason).splitlines()[-1]}", file=state.folder, tensor=name
             )
+        loading.check_some_fit(state.folder, state.held, len(loading_info.unexpected_keys))
         info = original(model, load_config, loading_info, *args, **kwargs)
-        undecoded.check_names(state.folder, list(info.missing_keys), list(info.unexpected_keys))
         if state.disk_index is None:
-            kept = undecoded.keep_compressed(model)
+            kept = loading.settle(model)
         else:
 
             def on_disk(name: str) -> bool:
                 return bool(library.get_device(load_config.device_map, name) == "disk")
 
-            state.disk_index.update(undecoded.disk_index(model, on_disk, load_config.disk_offload_folder))
-            kept = undecoded.keep_compressed(model, lambda name: not on_disk(name))
-        decoded = state.read - kept
-        if decoded:
+            kept = loading.settle(model, lambda name: not on_disk(name))
+            state.disk_index.update(loading.disk_index(model, on_disk, load_config.disk_offload_folder))
+        decoded = {name for _, name in state.read - kept}
+        if len(decoded) > len(info.mismatched_keys):  # which have been read, and left out
             warnings.warn(
                 f"{state.folder}: {len(decoded)} of {len(state.read)} compressed tensors are held decoded,"
-                f" as transformers merges or casts them while loading; the first is {min(decoded)}",
+                f" as transformers changes them while loading; the first is {min(decoded)}",
                 stacklevel=2,
             )
         return info
 
     return finalize
-
-
-def _saving(original: Callable[..., Any]) -> Callable[..., Any]:
-    # Write what the original checkpoint was: BF16 tensors under their own names, which any transformers loads.
-    @functools.wraps(original)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tied = dict(getattr(self, "all_tied_weights_keys", None) or {})
-        if isinstance(kwargs.get("state_dict"), Mapping):
-            kwargs["state_dict"] = undecoded.decoded_names(self, kwargs["state_dict"], tied)
-        with undecoded.plain_state_dict(self, tied):
-            return original(self, *args, **kwargs)
-
-    return save_pretrained
 
 
 def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from df11.formats import errors, layout
 from df11.runtime import kernels
-from df11.runtime.kernels import Range
+from df11.runtime.kernels import Range, worked
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +32,10 @@ class Gpu:
     """
 
     def __init__(self, device: torch.device, source: str | None = None) -> None:
-        """Check the device and compile the kernels, or take them from CuPy's cache.
+        """Check the device, compile the kernels or take them from CuPy's cache, and let each decode a record.
 
-        ``source``: CUDA source to use instead of the package's, for comparisons. Raises DeviceError or
-        MissingExtraError.
+        The driver loads a kernel at its first launch, which must not be within the capture of a graph. ``source``: CUDA
+        source to use instead of the package's, for comparisons. Raises DeviceError or MissingExtraError.
         """
         import torch
 
@@ -52,19 +53,44 @@ class Gpu:
         )
         try:
             with self._cupy.cuda.Device(device.index):
-                self._kernels = {name: module.get_function(name) for name in kernels.THREADS}
-                for kernel in self._kernels.values():
+                compiled = {name: module.get_function(name) for name in kernels.THREADS}
+                for kernel in compiled.values():
                     kernel.compile()
                 # Give shared memory the largest share of the L1 cache, so that the most blocks of the wide kernel fit.
-                self._kernels[kernels.DECODE].preferred_shared_memory_carveout = 100
+                compiled[kernels.DECODE].preferred_shared_memory_carveout = 100
+                self._functions = {name: kernel.kernel for name, kernel in compiled.items()}
+            # Made in inference mode, it could not be reset outside of it.
+            with torch.inference_mode(False):
+                self.status = torch.zeros(1, dtype=torch.int32, device=device)
+                self._prove()
+        except errors.Df11Error:
+            raise
         except Exception as error:  # The exceptions of CuPy, NVRTC and the driver have no common base class.
             raise errors.DeviceError(
-                f"the kernels do not compile or load on {properties.name}: {_first_line(error)}",
-                hint="update the driver, or NVRTC (12.8 or newer for compute capability 10.0 and above) and CuPy",
+                f"the kernels do not compile or load on {properties.name}: {_first_line(error)}", hint=_remedy(error)
             ) from error
-        self.status = torch.zeros(1, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # Used on other streams too.
+
+    def _prove(self) -> None:
+        # Waits for the current stream, so that other streams find a status word of zero.
+        import torch
+
+        record = torch.tensor(list(worked.RECORD), dtype=torch.uint8, device=self.device)
+        expected = torch.tensor(worked.WEIGHTS, dtype=torch.int32).to(torch.int16)
+        count = len(expected)
+        rows = torch.arange(count, device=self.device)
+        for name in kernels.THREADS:
+            out = torch.zeros(count, dtype=torch.int16, device=self.device)
+            size, segment = len(record), layout.DEFAULT_SEGMENT_WEIGHTS
+            whole = Range(record.data_ptr(), size, count, segment, 0, count, out.data_ptr())
+            if name == kernels.GATHER_ROWS:
+                self.gather_rows(whole, rows.data_ptr(), count, 1, count)
+            else:
+                self.decode([whole], background=name == kernels.DECODE_SMALL)
+            if not torch.equal(out.cpu(), expected) or self.status.item():
+                raise errors.DeviceError(
+                    f"{name} decodes wrongly on {torch.cuda.get_device_properties(self.device).name}",
+                    hint="use device='cpu', and report this: python -m benchmarks.gpu.check says more",
+                )
 
     def decode(self, ranges: Sequence[Range], *, background: bool = False, tiles_per_block: int | None = None) -> None:
         """Decode ranges, 64 per launch. ``background`` selects the kernel that needs little of a multiprocessor."""
@@ -88,8 +114,13 @@ class Gpu:
             self._launch(kernels.GATHER_ROWS, count, *arguments, np.uint64(self.status.data_ptr()))
 
     def _launch(self, name: str, blocks: int, *arguments: Any) -> None:
-        with self._cupy.cuda.Device(self.device.index), current_stream(self._cupy, self.device):
-            self._kernels[name]((blocks,), (kernels.THREADS[name],), arguments)
+        import torch
+
+        # Changing CuPy's device and stream, and back, would cost more than the launch.
+        stream = _Stream(torch.cuda.current_stream(self.device).cuda_stream)
+        is_current = torch.cuda.current_device() == self.device.index
+        with nullcontext() if is_current else self._cupy.cuda.Device(self.device.index):
+            self._functions[name]((blocks,), (kernels.THREADS[name],), arguments, stream=stream)
 
     def check_errors(self) -> None:
         """Wait for the current stream; raise the error if a kernel has met damaged bytes since the last call."""
@@ -141,28 +172,13 @@ def check_device(device: torch.device) -> None:
         )
 
 
-class _Handle:
-    # A stream of another library, wrapped for CuPy.
-    def __init__(self, pointer: int) -> None:
-        self._pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._pointer
-
-
-def current_stream(cupy: Any, device: torch.device) -> Any:
-    """For ``with``: CuPy launches on torch's current stream of the device, which must be CuPy's current device."""
-    import torch
-
-    pointer = torch.cuda.current_stream(device).cuda_stream
-    if hasattr(cupy.cuda.Stream, "from_external"):  # CuPy 14 and later, where the other one is deprecated.
-        return cupy.cuda.Stream.from_external(_Handle(pointer))
-    return cupy.cuda.ExternalStream(pointer)
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    # A stream of torch, as CuPy's launches take it.
+    ptr: int
 
 
 def _import_cupy() -> Any:
-    import torch
-
     installed = [name for name in _CUPY_BUILDS if _is_installed(name)]
     if len(installed) > 1:
         raise errors.DeviceError(
@@ -173,14 +189,19 @@ def _import_cupy() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             raise
-        raise errors.missing_extra(
-            "cupy", "cuda13" if (torch.version.cuda or "").startswith("13") else "cuda12"
-        ) from None
+        raise errors.missing_extra("cupy", _extra()) from None
     except ImportError as error:
         raise errors.DeviceError(
             f"CuPy cannot be imported: {_first_line(error)}", hint="reinstall the build that fits your CUDA"
         ) from error
     return cupy
+
+
+def _extra() -> str:
+    # The one that fits the CUDA of this torch.
+    import torch
+
+    return "cuda13" if (torch.version.cuda or "").startswith("13") else "cuda12"
 
 
 def _is_installed(distribution: str) -> bool:
@@ -189,6 +210,16 @@ def _is_installed(distribution: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _remedy(error: BaseException) -> str:
+    # CuPy includes headers of CUDA in whatever it compiles, and NVRTC opens a second library by its name.
+    message, wheel = str(error), f"'cupy-{_extra()}x[ctk]>=14'"
+    if "open source file" in message:
+        return f"CuPy finds no headers of CUDA: pip install {wheel}, or set CUDA_PATH to a toolkit"
+    if "builtins" in message:
+        return f"NVRTC finds no libnvrtc-builtins: pip install {wheel}, or put its folder on LD_LIBRARY_PATH"
+    return "update the driver, or NVRTC (12.8 or newer for compute capability 10.0 and above) and CuPy"
 
 
 def _first_line(error: BaseException) -> str:

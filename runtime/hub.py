@@ -17,7 +17,8 @@ from typing import Final
 
 from df11.formats import errors
 from df11.storage.address import SCHEME, Address, is_address, is_repository
-from df11.storage.client import explained, library
+from df11.storage.answers import explained
+from df11.storage.client import library
 
 StrPath = str | os.PathLike[str]
 

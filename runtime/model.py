@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -16,18 +15,12 @@ from torch import nn
 from df11.formats import errors, json_text, layout
 from df11.formats.container import Container
 from df11.runtime import cpu, gpu, hub, load, operators
-from df11.runtime.modules import (
-    SLICE_WEIGHTS,
-    CompressedEmbedding,
-    CompressedLinear,
-    CompressedModule,
-    Geometry,
-    compress_parameter,
-    enable_prefetch,
-    offload_records,
-    prefetcher_of,
-)
+from df11.runtime.compressed import CompressedTensor
+from df11.runtime.foreign import refuse_dfloat11_folder
+from df11.runtime.modules import enable_prefetch, is_compressed, offload_records
 from df11.runtime.prefetch import CudaStreams
+from df11.runtime.weight import CompressedWeight
+from df11.runtime.weight_operations import SLICE_WEIGHTS
 from df11.storage.paths import read_file
 
 SMALL: Final = 1 << 16
@@ -73,7 +66,7 @@ def load_model(
     operators.decoder_of(target)
     if target.type == "cuda":
         target = gpu.of(target).device
-    if any(isinstance(module, CompressedModule) for module in model.modules()):
+    if is_compressed(model):
         raise errors.UsageError(
             "the model is compressed already", file=path, hint="load into a new model, or materialize this one first"
         )
@@ -88,25 +81,20 @@ def load_model(
                     )
                 held[rename(name)] = (container, name)
         places = _places_of(model)
-        _compare(places, held, os.fspath(path))
+        _compare(model, places, held, os.fspath(path))
         _check_other_buffers(model)
         needed = sum(container.info(name).stored_bytes for container, name in held.values())
         with gpu.enough_memory(target, needed):
             records = torch.device("cpu") if cpu_offload else target
-            loaded = dict(
-                zip(
-                    held,
-                    cpu.pool().map(lambda found: load_tensor(found[0], found[1], target, records), held.values()),
-                    strict=True,
-                )
-            )
-    for name, (parameter, geometry) in loaded.items():
-        for place in places[name]:
-            _put(place, parameter, geometry, target)
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            if (buffer := module._buffers.get(name)) is not None:
-                module._buffers[name] = buffer.to(target)
+            read = cpu.pool().map(lambda found: load_tensor(found[0], found[1], target, records), held.values())
+            loaded = dict(zip(held, read, strict=True))
+    with torch.inference_mode(mode=False):  # What is made in it could not be used outside.
+        for name, value in loaded.items():
+            _put(places[name], value, target)
+        for module in model.modules():
+            for name in module._non_persistent_buffers_set:
+                if (buffer := module._buffers.get(name)) is not None:
+                    module._buffers[name] = buffer.to(target)
     if cpu_offload:
         offload_records(model, target)
     if prefetch and target.type == "cuda":
@@ -128,6 +116,7 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
         if not indexes:
             if not files:
                 next(root.iterdir(), None)  # glob finds nothing in a folder that may not be read; this raises.
+                refuse_dfloat11_folder(root)
                 raise errors.MissingError("no .df11 file in this folder", file=root)
             return files
         names = read_index(indexes[0])
@@ -170,7 +159,9 @@ def _places_of(model: nn.Module) -> dict[str, list[_Place]]:
     return places
 
 
-def _compare(places: dict[str, list[_Place]], held: dict[str, tuple[Container, str]], path: str) -> None:
+def _compare(
+    model: nn.Module, places: dict[str, list[_Place]], held: dict[str, tuple[Container, str]], path: str
+) -> None:
     lines: list[str] = []
     filled = {id(places[name]) for name in held if name in places}
     if missing := [name for name, tied in places.items() if id(tied) not in filled]:
@@ -191,6 +182,10 @@ def _compare(places: dict[str, list[_Place]], held: dict[str, tuple[Container, s
         lines.append(f"dtypes differ: {some(dtypes)}")
     if lines:
         hint = "call model.to(torch.bfloat16) first" if dtypes and len(lines) == 1 else None
+        if hint is None and hasattr(
+            type(model), "from_pretrained"
+        ):  # It renames and merges what old files and other programs name.
+            hint = f"{type(model).__name__}.from_pretrained loads whatever its library can load into this model"
         raise MismatchError(f"the model and the container differ; {'; '.join(lines)}", file=path, hint=hint)
 
 
@@ -220,33 +215,34 @@ def _plain(text: str) -> str:
     return text if quoted == f"'{text}'" else quoted
 
 
-def load_tensor(
-    container: Container, name: str, device: torch.device, records: torch.device
-) -> tuple[nn.Parameter, Geometry | None]:
-    """A tensor, and what it decodes to if it stays compressed.
-
-    If so, it is the record, on ``records``, and its geometry; else the values, on ``device``, and None.
-    """
-    info = container.info(name)
-    if info.encoding == "df11" and info.elements >= SMALL and load.decodes_on_a_device(info):
-        record = container.record(name)
-        data = torch.from_numpy(record.read_whole()).to(records)
-        return nn.Parameter(data, requires_grad=False), Geometry(info.shape, record.segment_elements)
+def load_tensor(container: Container, name: str, device: torch.device, records: torch.device) -> torch.Tensor:
+    """A tensor of a container: a compressed weight, its record on ``records``, if it is large, else its values."""
+    if stays_compressed(container, name):
+        return CompressedWeight.of(CompressedTensor.load(container, name, records))
     array = container.tensor(name)
-    values = torch.from_numpy(array.reshape(-1)).view(load.torch_dtype(container, name)).reshape(info.shape)
-    return nn.Parameter(values.to(device), requires_grad=False), None
+    values = torch.from_numpy(array.reshape(-1)).view(load.torch_dtype(container, name))
+    return values.reshape(container.info(name).shape).to(device)
 
 
-def _put(place: _Place, parameter: nn.Parameter, geometry: Geometry | None, device: torch.device) -> None:
-    if place.is_buffer:  # Modules read buffers directly, so that these are never compressed, however large.
-        values = parameter.data.to(device)
-        place.module._buffers[place.name] = (
-            values if geometry is None else operators.decode(values, list(geometry.shape), geometry.segment_elements)
-        )
-    elif geometry is None:
-        place.module._parameters[place.name] = parameter
-    else:
-        compress_parameter(place.module, place.name, parameter, geometry)
+def stays_compressed(container: Container, name: str) -> bool:
+    """Whether a tensor is coded, and large enough to stay so."""
+    info = container.info(name)
+    return info.encoding == "df11" and info.elements >= SMALL and load.decodes_on_a_device(info)
+
+
+def _put(places: list[_Place], value: torch.Tensor, device: torch.device) -> None:
+    values = plain(value.to(device)) if any(place.is_buffer for place in places) else value
+    parameter = nn.Parameter(value, requires_grad=False)
+    for place in places:
+        if place.is_buffer:
+            place.module._buffers[place.name] = values
+        else:
+            setattr(place.module, place.name, parameter)
+
+
+def plain(value: torch.Tensor) -> torch.Tensor:
+    """Decoded, as modules need their buffers: they read and write them directly."""
+    return value.decode() if isinstance(value, CompressedWeight) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,25 +298,37 @@ def memory_report(model: nn.Module) -> MemoryReport:
     rows = []
     for name, module in model.named_modules():
         compressed = verbatim = scratch = bf16 = 0
-        geometries = module.geometries if isinstance(module, CompressedModule) else {}
-        records = {id(module.payload(part)) for part in geometries} if isinstance(module, CompressedModule) else set()
-        for part, geometry in geometries.items():
-            assert isinstance(module, CompressedModule)
-            sliced = isinstance(module, CompressedLinear) and part == "weight" and geometry.elements > SLICE_WEIGHTS
-            if not isinstance(module, CompressedEmbedding):  # which decodes only the rows it returns
-                scratch += 2 * (
-                    max(1, SLICE_WEIGHTS // geometry.shape[1]) * geometry.shape[1] if sliced else geometry.elements
-                )
-            if id(module.payload(part)) not in seen:
-                compressed += module.payload_bytes(part)
-                bf16 += 2 * math.prod(geometry.shape)
         for value in [*module._parameters.values(), *module._buffers.values()]:
-            if value is not None and id(value) not in records and id(value) not in seen:
-                verbatim += value.numel() * value.element_size()
-                bf16 += value.numel() * value.element_size()
-        seen |= {id(value) for value in [*module._parameters.values(), *module._buffers.values()] if value is not None}
-        if (prefetcher := prefetcher_of(module)) is not None:
-            scratch = max(scratch, prefetcher.scratch)
-        if compressed or verbatim:
+            if value is None:
+                continue
+            size = value.numel() * value.element_size()
+            if isinstance(value, CompressedWeight):
+                scratch = max(scratch + _scratch(module, value), _buffers_of(value))
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            bf16 += size
+            if isinstance(value, CompressedWeight):
+                compressed += value.record.numel()
+            else:
+                verbatim += size
+        if compressed or verbatim or scratch:
             rows.append(ModuleMemory(name, compressed, verbatim, scratch, bf16))
     return MemoryReport(tuple(rows))
+
+
+def _scratch(module: nn.Module, weight: CompressedWeight) -> int:
+    if isinstance(module, nn.Embedding):  # which decodes only the rows it returns
+        return 0
+    elements = weight.numel()
+    if isinstance(module, nn.Linear) and weight.dim() == 2 and elements > SLICE_WEIGHTS:
+        elements = max(1, SLICE_WEIGHTS // weight.shape[1]) * weight.shape[1]
+    return elements * weight.element_size()
+
+
+def _buffers_of(weight: CompressedWeight) -> int:
+    prefetcher = weight.compressed.prefetcher
+    return 0 if prefetcher is None else prefetcher.scratch
+
+
+report = memory_report

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from df11.formats import errors, json_text, layout
 from df11.runtime import hub
+from df11.runtime.foreign import refuse_dfloat11_folder
 from df11.runtime.omnigen2_classes import REPOSITORY, execute, import_library, known_classes
 from df11.storage.address import Address, is_address
 from df11.storage.paths import read_file
@@ -120,6 +121,7 @@ class _PipelineFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise errors.MissingError("no such folder", file=path, hint="on the Hub it would be hf://owner/name")
+        refuse_dfloat11_folder(self.path)
         self.index = _read_json(self.path / _INDEX)
         self.allowed = allowed
         self.known = known_classes(classes)
@@ -208,6 +210,7 @@ def _check_weights(folder: Path) -> None:
     from df11.runtime.model import files_of
 
     if not _is_df11(folder):
+        refuse_dfloat11_folder(folder)
         raise errors.MissingError(
             "no .df11 file in this folder", file=folder, hint="df11-convert --cast bf16 OmniGen2 OmniGen2-df11"
         )

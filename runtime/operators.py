@@ -3,13 +3,16 @@
 All take records as u8 tensors, one-dimensional, aligned to 16 bytes, on any device that has a decoder, and return
 tensors there. ``shape`` is that of the matrix; ``segment_elements`` is the record's (weights per segment but the last);
 ``dtype`` is that of its weights, which on a GPU must be BF16.
+
+The functions here go past torch's dispatcher, which takes longer than a launch, unless somebody must see the operator:
+a compiler, a tracer, a mode, a tensor of another kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Final, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -90,8 +93,6 @@ def check_record(record: torch.Tensor, weights: int, segment_elements: int, kind
 def _range(
     record: torch.Tensor, weights: int, segment_elements: int, first: int, out: torch.Tensor, dtype: torch.dtype
 ) -> Range:
-    kind = kind_of(dtype, record.device)
-    check_record(record, weights, segment_elements, kind)
     if out.dtype != dtype or not out.is_contiguous() or out.device != record.device:
         raise errors.UsageError(
             f"the output must be a contiguous tensor of {dtype} on the record's device",
@@ -101,37 +102,77 @@ def _range(
     last = first + out.numel()
     if not 0 <= first <= last <= weights:
         raise errors.UsageError("no such weights", expected=f"within 0 to {weights}", found=(first, last))
-    return Range(record.data_ptr(), record.numel(), weights, segment_elements, first, last, out.data_ptr(), kind)
+    return _checked(record, weights, segment_elements, first, last, out, kind_of(dtype, record.device))
 
 
-@torch.library.custom_op("df11::decode", mutates_args=())
+def _checked(
+    record: torch.Tensor,
+    weights: int,
+    segment_elements: int,
+    first: int,
+    last: int,
+    out: torch.Tensor,
+    kind: layout.Kind,
+) -> Range:
+    check_record(record, weights, segment_elements, kind)
+    return Range(
+        record=record.data_ptr(),
+        record_size=record.numel(),
+        element_count=weights,
+        segment_elements=segment_elements,
+        first=first,
+        last=last,
+        output=out.data_ptr(),
+        owner=record.untyped_storage(),
+        kind=kind,
+    )
+
+
+_PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
+_ops: Any = torch.ops.df11
+
+
+def _is_watched(tensors: Iterable[torch.Tensor]) -> bool:
+    # Whether somebody must see that an operator is called with these tensors.
+    return (
+        torch.compiler.is_compiling()
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, fake tensors, counters of operations
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+    )
+
+
+_BF16: Final = torch.bfloat16
+
+
 def decode(
     record: torch.Tensor,
     shape: list[int],
     segment_elements: int,
     background: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = _BF16,
 ) -> torch.Tensor:
     """All weights of a record, of ``shape``. ``background``: use the kernel that can run beside others."""
+    if _is_watched((record,)):
+        decoded: torch.Tensor = _ops.decode(record, shape, segment_elements, background, dtype)
+        return decoded
+    return _decode(record, shape, segment_elements, background, dtype)
+
+
+def _decode(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,
+    background: bool = False,
+    dtype: torch.dtype = _BF16,
+) -> torch.Tensor:
     out = record.new_empty(shape, dtype=dtype)
-    decoder_of(record.device).decode(
-        [_range(record, out.numel(), segment_elements, 0, out, dtype)], background=background
-    )
+    part = _range(record, out.numel(), segment_elements, 0, out, dtype)
+    decoder_of(record.device).decode([part], background=background)
     return out
 
 
-@decode.register_fake
-def _(
-    record: torch.Tensor,
-    shape: list[int],
-    segment_elements: int,  # noqa: ARG001
-    background: bool = False,  # noqa: ARG001
-    dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
-    return record.new_empty(shape, dtype=dtype)
-
-
-@torch.library.custom_op("df11::decode_rows", mutates_args=())
 def decode_rows(
     record: torch.Tensor,
     shape: list[int],
@@ -139,44 +180,49 @@ def decode_rows(
     start: int,
     stop: int,
     background: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = _BF16,
 ) -> torch.Tensor:
     r"""The rows ``start`` to ``stop`` (exclusive) of the first dimension: [stop - start, \*shape[1:]]."""
+    if _is_watched((record,)):
+        decoded: torch.Tensor = _ops.decode_rows(record, shape, segment_elements, start, stop, background, dtype)
+        return decoded
+    return _decode_rows(record, shape, segment_elements, start, stop, background, dtype)
+
+
+def _decode_rows(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,
+    start: int,
+    stop: int,
+    background: bool = False,
+    dtype: torch.dtype = _BF16,
+) -> torch.Tensor:
     if not 0 <= start <= stop <= shape[0]:
         raise errors.UsageError("no such rows", expected=f"within 0 to {shape[0]}", found=(start, stop))
     out = record.new_empty([stop - start, *shape[1:]], dtype=dtype)
     first = start * math.prod(shape[1:])
-    decoder_of(record.device).decode(
-        [_range(record, math.prod(shape), segment_elements, first, out, dtype)], background=background
-    )
+    part = _range(record, math.prod(shape), segment_elements, first, out, dtype)
+    decoder_of(record.device).decode([part], background=background)
     return out
 
 
-@decode_rows.register_fake
-def _(
-    record: torch.Tensor,
-    shape: list[int],
-    segment_elements: int,  # noqa: ARG001
-    start: int,
-    stop: int,
-    background: bool = False,  # noqa: ARG001
-    dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
-    return record.new_empty([stop - start, *shape[1:]], dtype=dtype)
-
-
-@torch.library.custom_op("df11::gather_rows", mutates_args=())
 def gather_rows(
-    record: torch.Tensor,
-    shape: list[int],
-    segment_elements: int,
-    ids: torch.Tensor,
-    dtype: torch.dtype = torch.bfloat16,
+    record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor, dtype: torch.dtype = _BF16
 ) -> torch.Tensor:
     r"""The rows with the indices ``ids`` (i64 or i32, any shape): [\*ids.shape, \*shape[1:]].
 
     An index outside the matrix raises on the CPU. On a GPU its row becomes NaN, and the next ``check_errors`` raises.
     """
+    if _is_watched((record, ids)):
+        gathered: torch.Tensor = _ops.gather_rows(record, shape, segment_elements, ids, dtype)
+        return gathered
+    return _gather_rows(record, shape, segment_elements, ids, dtype)
+
+
+def _gather_rows(
+    record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor, dtype: torch.dtype = _BF16
+) -> torch.Tensor:
     if ids.dtype not in (torch.int64, torch.int32) or ids.device != record.device:
         raise errors.UsageError(
             "row indices must be i64 or i32 on the record's device",
@@ -184,27 +230,13 @@ def gather_rows(
             found=f"{ids.dtype} on {ids.device}",
         )
     numbers = ids.to(torch.int64).contiguous()
-    out = record.new_empty([*ids.shape, *shape[1:]], dtype=dtype)
     weights, row_weights = math.prod(shape), math.prod(shape[1:])
-    kind = kind_of(dtype, record.device)
-    check_record(record, weights, segment_elements, kind)
-    matrix = Range(record.data_ptr(), record.numel(), weights, segment_elements, 0, weights, out.data_ptr(), kind)
+    out = record.new_empty([*ids.shape, *shape[1:]], dtype=dtype)
+    matrix = _checked(record, weights, segment_elements, 0, weights, out, kind_of(dtype, record.device))
     decoder_of(record.device).gather_rows(matrix, numbers.data_ptr(), numbers.numel(), row_weights, shape[0])
     return out
 
 
-@gather_rows.register_fake
-def _(
-    record: torch.Tensor,
-    shape: list[int],
-    segment_elements: int,  # noqa: ARG001
-    ids: torch.Tensor,
-    dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
-    return record.new_empty([*ids.shape, *shape[1:]], dtype=dtype)
-
-
-@torch.library.custom_op("df11::decode_into", mutates_args=("out",))
 def decode_into(
     records: list[torch.Tensor],
     weights: list[int],
@@ -212,12 +244,30 @@ def decode_into(
     first: list[int],
     out: list[torch.Tensor],
     background: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = _BF16,
 ) -> None:
     """Decode from each record (of ``weights`` weights) as many as its output holds, from weight ``first`` on.
 
     A launch takes 64 records.
     """
+    if _is_watched((*records, *out)):
+        _ops.decode_into(records, weights, segment_elements, first, out, background, dtype)
+        return
+    _decode_into(records, weights, segment_elements, first, out, background, dtype)
+    for tensor in out:
+        if not tensor.is_inference():  # As the dispatcher does: nobody may go backward with what was there.
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _decode_into(
+    records: list[torch.Tensor],
+    weights: list[int],
+    segment_elements: list[int],
+    first: list[int],
+    out: list[torch.Tensor],
+    background: bool = False,
+    dtype: torch.dtype = _BF16,
+) -> None:
     if not len(records) == len(weights) == len(segment_elements) == len(first) == len(out):
         raise errors.UsageError("lists of different lengths")
     if not records:
@@ -231,6 +281,50 @@ def decode_into(
     decoder_of(records[0].device).decode(ranges, background=background)
 
 
-@decode_into.register_fake
-def _(*_arguments: object, **_options: object) -> None:
+# What torch knows of them. On fake tensors, only the shapes matter.
+
+
+def _fake_decode(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,  # noqa: ARG001
+    background: bool = False,  # noqa: ARG001
+    dtype: torch.dtype = _BF16,
+) -> torch.Tensor:
+    return record.new_empty(shape, dtype=dtype)
+
+
+def _fake_decode_rows(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,  # noqa: ARG001
+    start: int,
+    stop: int,
+    background: bool = False,  # noqa: ARG001
+    dtype: torch.dtype = _BF16,
+) -> torch.Tensor:
+    return record.new_empty([stop - start, *shape[1:]], dtype=dtype)
+
+
+def _fake_gather_rows(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,  # noqa: ARG001
+    ids: torch.Tensor,
+    dtype: torch.dtype = _BF16,
+) -> torch.Tensor:
+    return record.new_empty([*ids.shape, *shape[1:]], dtype=dtype)
+
+
+def _fake_decode_into(*_arguments: object, **_options: object) -> None:
     return None
+
+
+for _function, _fake, _mutated in (
+    (_decode, _fake_decode, ()),
+    (_decode_rows, _fake_decode_rows, ()),
+    (_gather_rows, _fake_gather_rows, ()),
+    (_decode_into, _fake_decode_into, ("out",)),
+):
+    _name = f"df11::{_function.__name__[1:]}"
+    torch.library.custom_op(_name, _function, mutates_args=_mutated).register_fake(_fake)

@@ -61,15 +61,13 @@ class CudaStreams:
 
 
 class PrefetchSource(Protocol):
-    """A weight that can be decoded: a compressed module."""
+    """A weight that can be decoded and never changes: a compressed tensor."""
 
-    def prefetch_elements(self) -> int:
+    @property
+    def elements(self) -> int:
         """Its weights."""
 
-    def prefetch_state(self) -> object:
-        """Something that changes when its record is replaced, moved or written to."""
-
-    def prefetch_into(self, out: torch.Tensor) -> None:
+    def decode_ahead(self, out: torch.Tensor) -> None:
         """Launch its decoding on the current stream, into BF16 [elements]."""
 
 
@@ -78,7 +76,7 @@ class _Buffer:
         self.memory = memory
         self.ready = streams.event()  # Recorded when it has been decoded into.
         self.free = streams.event()  # Recorded when its product has been launched.
-        self.holds: tuple[int, object] | None = None
+        self.holds: weakref.ref[PrefetchSource] | None = None
 
 
 class Prefetcher:
@@ -90,7 +88,6 @@ class Prefetcher:
         self._buffers = [
             _Buffer(torch.empty(weights, dtype=torch.bfloat16, device=device), streams) for _ in range(BUFFERS)
         ]
-        self._began = streams.event()
         self._turn = 0
         self._next: weakref.WeakKeyDictionary[PrefetchSource, weakref.ref[PrefetchSource]] = weakref.WeakKeyDictionary()
         self._last: weakref.ref[PrefetchSource] | None = None
@@ -115,7 +112,7 @@ class Prefetcher:
 
         The buffer is reused afterwards. Gives None if the caller must decode the weight itself.
         """
-        elements = source.prefetch_elements()
+        elements = source.elements
         if elements > self._weights or not self._streams.usable() or not self._lock.acquire(blocking=False):
             yield None
             return
@@ -138,14 +135,13 @@ class Prefetcher:
         buffer = self._buffers[self._turn]
         self._turn = (self._turn + 1) % BUFFERS
         buffer.ready.wait(current)  # Even if it holds another weight: that decoding must end before we overwrite it.
-        if buffer.holds == (id(source), source.prefetch_state()):
+        if buffer.holds is not None and buffer.holds() is source:
             self.hits += 1
         else:
             self.misses += 1
             buffer.free.wait(current)
-            source.prefetch_into(buffer.memory[:elements])
+            source.decode_ahead(buffer.memory[:elements])
         buffer.holds = None  # Good for one product: a weight that is used again is decoded again.
-        self._began.record(current)
         return buffer
 
     def _start_next(self, source: PrefetchSource) -> None:
@@ -153,11 +149,10 @@ class Prefetcher:
         following = reference() if reference is not None else None
         if following is None:
             return
-        elements = following.prefetch_elements()
+        elements = following.elements
         buffer = self._buffers[self._turn]
         with self._streams.side() as side:
-            self._began.wait(side)  # Everything launched before this product, such as copies of records.
-            buffer.free.wait(side)
-            following.prefetch_into(buffer.memory[:elements])
+            buffer.free.wait(side)  # Recorded after the record has come and has been used once.
+            following.decode_ahead(buffer.memory[:elements])
             buffer.ready.record(side)
-        buffer.holds = (id(following), following.prefetch_state())
+        buffer.holds = weakref.ref(following)

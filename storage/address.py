@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Final, Self
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from df11.formats import errors
 
 SCHEME: Final = "hf://"
 DEFAULT_ENDPOINT: Final = "https://huggingface.co"
+
+MOST_OF_A_NAME: Final = 255
+"""Bytes of a file's or a folder's own name that file systems take."""
+MOST_OF_A_PATH: Final = 1000
+"""Characters of a path below a folder. Systems take 1,024 to 4,096 bytes with the folder's own path."""
 
 _EXAMPLE: Final = "hf://owner/name, hf://owner/name@revision, hf://owner/name/folder"
 _ADDRESS: Final = re.compile(r"hf://([^/@]*)/([^/@]*)(?:@(refs/(?:pr|convert)/[^/]+|[^/]*))?(?:/(.*))?", re.DOTALL)
@@ -84,8 +90,26 @@ def is_repository(name: str) -> bool:
     return _REPOSITORY.fullmatch(name) is not None
 
 
+MOST_DEPTH: Final = 100
+"""Folders in each other. No model has more than a few; many more exhaust the stack of whoever walks through them."""
+
+
 def is_safe_path(path: str) -> bool:
     """Whether a path from a repository is a valid file name that stays inside the folder it is joined to."""
-    return all(part not in ("", ".", "..") for part in path.split("/")) and not re.search(
-        r"[\x00-\x1f\x7f\\\ud800-\udfff]", path
+    if len(path) > MOST_OF_A_PATH or re.search(r"[\x00-\x1f\x7f\\\ud800-\udfff]", path):
+        return False
+    parts = path.split("/")
+    return len(parts) <= MOST_DEPTH and all(
+        part not in ("", ".", "..") and len(part.encode()) <= MOST_OF_A_NAME for part in parts
     )
+
+
+def endpoint() -> str:
+    """The Hub's address without a trailing slash: ``HF_ENDPOINT``, as it is now."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
+
+
+def origin_of(url: str) -> tuple[str, str]:
+    """Scheme and host with port of an address, which say who is asked; the name of a user is no part of it."""
+    parts = urlsplit(url)
+    return parts.scheme.lower(), parts.netloc.rpartition("@")[2].lower()

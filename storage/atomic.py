@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -117,11 +118,16 @@ def open_own(path: Path, folder: int, mode: int) -> IO[bytes]:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise refused from None
         raise
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_uid != os.geteuid():
+    if not is_own(descriptor):
         os.close(descriptor)
         raise refused
     return open(descriptor, "r+b", buffering=0)
+
+
+def is_own(descriptor: int) -> bool:
+    """Whether an open file is a regular one of this user with no other name."""
+    status = os.fstat(descriptor)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink < 2 and status.st_uid == os.geteuid()
 
 
 def has_name(file: IO[bytes], name: str, folder: int) -> bool:
@@ -354,8 +360,11 @@ class AtomicWriter:
             raise errors.from_os_error(error, file=self.path) from None
         self.position = position
 
-    def commit(self) -> None:
-        """Make the file durable and give it its name, which replaces a file, but nothing else."""
+    def commit(self, check: Callable[[], object] = lambda: None) -> None:
+        """Make the file durable and give it its name, which replaces a file, but nothing else.
+
+        ``check`` is called last, to raise if what has the name by then must not be replaced.
+        """
         try:
             if self._flush is not None:
                 self._flush.result()
@@ -368,6 +377,7 @@ class AtomicWriter:
             if not has_name(self._file, self.partial.name, self._folder):
                 what = "something else has taken the name of the temporary file"
                 raise errors.ConflictError(what, file=self.partial, hint="run the same command again")
+            check()
             os.replace(self.partial.name, self.path.name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             self._committed = True
             sync_folder(self._folder)
@@ -408,8 +418,15 @@ def sync_folder(folder: int) -> None:
             raise
 
 
-def write_bytes(path: Path, data: bytes, *, root: Path | None = None, mode: int = ANY_MODE) -> None:
-    """Write a small file atomically, with ``root`` and ``mode`` as of :class:`AtomicWriter`. Raises a Df11Error."""
+def write_bytes(
+    path: Path,
+    data: bytes,
+    *,
+    root: Path | None = None,
+    mode: int = ANY_MODE,
+    check: Callable[[], object] = lambda: None,
+) -> None:
+    """Write a small file atomically, with arguments as of :class:`AtomicWriter`. Raises a Df11Error."""
     with AtomicWriter(path, root=root, mode=mode) as writer:
         writer.write(data)
-        writer.commit()
+        writer.commit(check)

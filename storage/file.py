@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Final, Self
+from typing import IO, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from df11.formats import errors
+from df11.storage.entry import Entry
 from df11.storage.paths import open_regular
 
 Bytes = npt.NDArray[np.uint8]
@@ -29,6 +30,10 @@ class File(ABC):
     size: int
     memory: int = 0
     """Bytes of memory that reading takes, besides the caller's buffers."""
+    state: object = None
+    """By what it can be seen that another file has taken its place, or has been written to."""
+    sources: tuple[Entry, ...] = ()
+    """The files that this one is made from while it is read; none if it is one itself."""
 
     def __enter__(self) -> Self:
         return self
@@ -44,8 +49,8 @@ class File(ABC):
     def read(self, position: int, out: Bytes) -> None:
         """Fill ``out`` with the bytes from ``position`` on. Raises a Df11Error."""
 
-    def expect(self, position: int) -> None:  # noqa: B027 - a disk needs no warning
-        """Announce that the file is read in sequence from ``position`` on."""
+    def expect(self, position: int, end: int | None = None) -> None:  # noqa: B027 - a disk needs no warning
+        """Announce that the file is read in sequence from ``position`` on, up to ``end`` or its own."""
 
     def stop(self) -> None:  # noqa: B027 - nobody waits for a disk
         """Wake all threads that wait for bytes: from now on, reads raise an error."""
@@ -60,6 +65,10 @@ class File(ABC):
             "the source changed while it was being read", file=self.label, tensor=tensor, hint=hint
         )
 
+    def hashed_sources(self) -> tuple[Entry, ...]:
+        """The files that this one is made from, with their SHA-256."""
+        return self.sources
+
     def chunks(self, start: int = 0) -> Iterator[Bytes]:
         """The bytes from ``start`` on, in order; each chunk is valid until the next one."""
         self.expect(start)
@@ -71,27 +80,34 @@ class File(ABC):
 
 
 class LocalFile(File):
-    """A file on a disk. ``label``: its name in messages, if that is not its path."""
+    """A file on a disk. ``label``: its name in messages, if that is not its path. ``file``: it, opened already."""
 
-    def __init__(self, path: str | os.PathLike[str], *, label: str | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, label: str | None = None, file: IO[bytes] | None = None
+    ) -> None:
         self.label = label or os.fspath(path)
-        self._file = open_regular(path)
-        self._state = self._now()
-        self.size = self._state[0]
+        self._file = open_regular(path) if file is None else file
+        self.state: tuple[int, int, int] = self._now()
+        self.size = self.state[0]
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-    def expect(self, position: int) -> None:
+    def expect(self, position: int, end: int | None = None) -> None:
         """Have the kernel read ahead."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), position, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def check_unchanged(self) -> None:
         """Raise a ConflictError if the file is not the one that was opened."""
-        if self._now() != self._state:
+        if self._now() != self.state:
             raise self.changed()
+
+    @property
+    def mode(self) -> int:
+        """Permissions."""
+        return os.fstat(self._file.fileno()).st_mode & 0o777
 
     def _now(self) -> tuple[int, int, int]:
         # Times can be set back, but not that of the last change of anything.

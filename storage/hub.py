@@ -7,7 +7,7 @@ import io
 import os
 import re
 import shutil
-import time
+import stat
 import uuid
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -21,7 +21,7 @@ from df11.storage.address import SCHEME, Address, is_safe_path
 from df11.storage.atomic import ANY_MODE, Lock, has_name, held_elsewhere, open_folder, open_own
 from df11.storage.entry import GIT_BYTES, Entry
 from df11.storage.file import File, MemoryFile
-from df11.storage.names import is_left_out, remarks_on
+from df11.storage.names import file_as_folder, is_left_out, remarks_on
 from df11.storage.ranges import CLIENT_MEMORY, RangeFile, RemoteFile
 from df11.storage.store import Put, Store
 from df11.version import __version__
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 MOST_FILES: Final = 1_000_000
-LONGEST_LISTING: Final = 900.0
-"""Seconds in which a listing must have come, of as many files as there may be."""
 MOST_HISTORY: Final = 30
 """Commits that are looked at for an earlier version of a file."""
 GIT_SNIFFS: Final = 8000
@@ -112,19 +110,25 @@ class HubStore(Store):
             found = client.call(self._list_all, where)
         known = [(str(item.path), self._entry(item)) for item in found]
         entries = sorted((entry for _, entry in known if entry is not None), key=lambda entry: entry.name)
-        odd = [f"{path!a}: left out, as no folder can hold a file with this name" for path, one in known if one is None]
+        odd = [
+            f"{errors.shortened(path)}: left out, as no folder can hold a file with this name"
+            for path, one in known
+            if one is None
+        ]
+        if (pair := file_as_folder(entry.name for entry in entries)) is not None:
+            what = "the Hub lists files that no repository can hold together"
+            raise errors.UsageError(what, file=where, found=" and ".join(map(errors.shortened, pair)))
         self.remarks = (*odd, *remarks_on(entry.name for entry in entries))
         return tuple(entry for entry in entries if not is_left_out(entry.name))
 
     def _list_all(self, api: HfApi) -> Sequence[Any]:
-        # As a list in one go: tried again as a whole, so that no page is missing. Pages may have no end.
+        # As a list in one go: tried again as a whole, so that no page is missing.
         tree = api.list_repo_tree(
             self.address.repository, self.address.path or None, recursive=True, revision=self.head
         )
-        started = time.monotonic()
         found: dict[str, Any] = {}
         for number, item in enumerate(tree):
-            if number >= MOST_FILES or time.monotonic() - started > LONGEST_LISTING:
+            if number >= MOST_FILES:
                 what = "the Hub's listing of this repository does not end"
                 raise errors.UsageError(what, file=self.label, found=f"more than {number:,} files and folders")
             if found.setdefault(str(item.path), item) is not item:
@@ -195,7 +199,8 @@ class HubStore(Store):
             found = [api.get_paths_info(repository, [path], revision=one.commit_id) for one in commits]
             return [self._entry(infos[0]) for infos in found if infos and hasattr(infos[0], "blob_id")]
 
-        return any(entry is not None and there.same_content(entry) for entry in client.call(entries, where))
+        found = client.call(entries, where, is_one_page=True)
+        return any(entry is not None and there.same_content(entry) for entry in found)
 
     def original_card(self) -> bytes | None:
         """The repository's README.md, if this is a folder of it; None if there is none."""
@@ -225,7 +230,7 @@ class HubStore(Store):
     def place(self, name: str, staging: Path | None) -> tuple[Path, Path]:
         """In the staging folder."""
         assert staging is not None
-        return staging, staging / name
+        return staging.parents[1], staging / name  # Below the folder that the user named, no link is followed.
 
     @contextmanager
     def staging(self, work: Path, most: int) -> Iterator[Path | None]:
@@ -233,13 +238,13 @@ class HubStore(Store):
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.label.removeprefix(SCHEME)).strip("-.")
         digest = hashlib.sha256(f"{client.endpoint()} {self.label}".encode()).hexdigest()[:8]
         folder = work / f"df11-job-{name[:150]}-{digest}"
-        with _locked(folder):
-            _clear(folder)
+        with _locked(folder) as place:
+            _clear(place)
             try:
                 _check_room(folder, most)
                 yield folder
             finally:
-                _clear(folder)
+                _clear(place)
 
     def staged_bytes(self, size: int) -> int:
         """All of it."""
@@ -331,6 +336,7 @@ class HubStore(Store):
                 for one in api.list_repo_commits(self.address.repository, revision=revision)[:1]
             ],
             self.label,
+            is_one_page=True,
         )
         newest, message = commits[0] if commits else (self.head, "")
         if newest == self.head:
@@ -350,8 +356,8 @@ class HubStore(Store):
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    # The folder is made, and removed at the end, while its lock is held.
+def _locked(folder: Path) -> Iterator[int]:
+    # A descriptor of the folder, which is made, and removed at the end, while its lock is held.
     path = folder / ".lock"
     with ExitStack() as stack:
         try:
@@ -371,7 +377,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise errors.from_os_error(error, file=folder) from None
         try:
-            yield
+            yield place
         finally:
             with suppress(OSError):
                 os.unlink(path.name, dir_fd=place)
@@ -381,18 +387,34 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _opened(folder: Path) -> int:
-    folder.mkdir(0o700, parents=True, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-        # Where temporary files are, anybody can make one.
-        hint = "name another folder: [limits] work"
-        raise errors.NotAllowedError("this folder is somebody else's", file=folder, hint=hint)
-    return open_folder(folder, None)
+    # Where temporary files are, anybody can make a folder of this name, or a link.
+    above = folder.parent
+    refused = errors.NotAllowedError(
+        "this folder is somebody else's", file=folder, hint="name another folder: [limits] work"
+    )
+    try:
+        place = open_folder(folder, above)
+    except errors.UsageError:
+        raise refused from None
+    try:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            what = "anybody can exchange files in this folder"
+            raise errors.NotAllowedError(what, file=above, hint="name another one: [limits] work")
+        if os.fstat(place).st_uid != os.geteuid():
+            raise refused
+        os.fchmod(place, 0o700)
+    except BaseException:
+        os.close(place)
+        raise
+    return place
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+def _clear(place: int) -> None:
+    with os.scandir(place) as found:
+        folders = [item.name for item in found if item.is_dir(follow_symlinks=False)]
+    for name in folders:
+        shutil.rmtree(name, ignore_errors=True, dir_fd=place)
 
 
 def _check_room(folder: Path, most: int) -> None:

@@ -1,12 +1,14 @@
 """The journal of a run that fills a folder: one run at a time, and the next one knows what a killed one has written.
 
-It is a hidden file of the folder, locked while the run lasts. It says which files are to be written. Before one takes
-its name, a line says how to know it again. The journal goes when the run has ended well. So a file that no manifest
-names yet is still known to be df11's, even if the machine has lost its power since.
+It is a hidden file of the folder, locked while the run lasts. It says what the run does, and which files are to be
+written. Before one takes its name, a line says how to know it again. The journal goes when the run has ended well. So a
+file that no manifest names yet is still known to be df11's, even if the machine has lost its power since. Only a run
+that does the same may take it for its own: to another one, it may be the only copy.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +17,16 @@ from typing import IO, Final, Literal
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from df11.formats import errors
-from df11.storage.atomic import Lock, check_platform, has_name, held_elsewhere, open_folder, open_own, sync_folder
+from df11.storage.atomic import (
+    Lock,
+    check_platform,
+    has_name,
+    held_elsewhere,
+    is_own,
+    open_folder,
+    open_own,
+    sync_folder,
+)
 from df11.storage.paths import read_file
 
 FILE_NAME: Final = ".df11-run"
@@ -39,37 +50,75 @@ class Mark:
         """The mark of a file that is to be written: there may be something temporary of it."""
         return cls(name, 0, "-", "begun")
 
+    @property
+    def line(self) -> str:
+        """The line in a journal."""
+        return f"{self.of} {self.size} {self.sha256} {_quoted(self.name)}\n"
 
-def append(path: Path, marks: Iterable[Mark]) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run does."""
+
+    action: str
+    """One word."""
+    source: str
+    """A path or an address, which stays the same when the source changes."""
+
+    @property
+    def line(self) -> str:
+        """The first line of a journal. Its length is at its end, as a lost power may leave a part of it."""
+        source = _quoted(self.source)
+        return f"run {self.action} {source} {len(source)}\n"
+
+
+def _quoted(name: str) -> str:
+    return quote_from_bytes(os.fsencode(name))
+
+
+def append(path: Path, marks: Iterable[Run | Mark]) -> None:
     """Add lines to the journal of a run under way, from any process. They are on the disk when this returns."""
-    lines = [f"{one.of} {one.size} {one.sha256} {quote_from_bytes(os.fsencode(one.name))}\n" for one in marks]
+    lines = [one.line for one in marks]
     text = memoryview("".join(["\n", *lines]).encode())  # What a lost power has left of another line ends here.
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0))
+        # Without O_NONBLOCK, a pipe that somebody has put there would be waited for.
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
+            if not is_own(descriptor):
+                raise OSError(errno.ELOOP, "")
             while text:
                 text = text[os.write(descriptor, text) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            what = "something else has taken the place of this run's journal"
+            hint = "remove it, and run the same command again"
+            raise errors.ConflictError(what, file=path, hint=hint) from None
         raise errors.from_os_error(error, file=path) from None
 
 
-def read(path: Path) -> Mapping[str, tuple[Mark, ...]]:
-    """What a journal says, by name; empty if there is none. What is torn is skipped."""
+def read(path: Path) -> tuple[Run | None, Mapping[str, tuple[Mark, ...]]]:
+    """What a journal says: of which run it is, and its marks by name. None and no marks if there is none.
+
+    What is torn is skipped.
+    """
     if not path.is_file() or path.is_symlink():
-        return {}
-    found: dict[str, tuple[Mark, ...]] = {}
+        return None, {}
+    run: Run | None = None
+    found: dict[str, list[Mark]] = {}
     for line in read_file(path, MAX_BYTES).split(b"\n")[:-1]:
         match line.split(b" "):
-            case [of, size, sha256, quoted] if of in _KINDS and size.isdigit() and len(size) < 20:
+            case [b"run", action, source, size] if size.isdigit() and size == b"%d" % len(source):
+                run = run or Run(action.decode("ascii", "replace"), os.fsdecode(unquote_to_bytes(source)))
+            case [of, size, sha256, quoted] if run and of in _KINDS and size.isdigit() and len(size) < 20:
                 name = os.fsdecode(unquote_to_bytes(quoted))
                 if {"", ".", ".."} & {*name.split("/")}:  # Whoever has written that, it was not df11.
                     continue
                 mark = Mark(name, int(size), sha256.decode("ascii", "replace"), _KINDS[of])
-                found[name] = (*found.get(name, ()), mark)
-    return found
+                found.setdefault(name, []).append(mark)
+    return run, {name: tuple(dict.fromkeys(marks)) for name, marks in found.items()}
 
 
 class Journal:
@@ -87,9 +136,14 @@ class Journal:
         """Whether this run is the one that writes to the folder."""
         return self._file is not None
 
-    def left(self) -> Mapping[str, tuple[Mark, ...]]:
-        """What a run that did not end has left, by name."""
-        return read(self.path)
+    def left(self, run: Run) -> Mapping[str, tuple[Mark, ...]]:
+        """What a run that did the same, and did not end, has left, by name. Raises ConflictError if it did not."""
+        other, marks = read(self.path)
+        if other is not None and other != run:
+            what = f"a run has not ended here: {other.action} of {errors.shortened(other.source)}"
+            hint = f"run it again, or choose another target, or remove {FILE_NAME} there to give it up"
+            raise errors.ConflictError(what, file=self.path.parent, hint=hint)
+        return marks
 
     @property
     def is_there(self) -> bool:
@@ -128,11 +182,15 @@ class Journal:
         file.close()  # The run that had it has ended between our open and our lock.
         return None
 
-    def begin(self, marks: Iterable[Mark]) -> None:
-        """Note what is to be written and removed. Call it once, after :meth:`open`."""
+    def begin(self, run: Run, marks: Iterable[Mark]) -> None:
+        """Note what the run does, and what is to be written and removed. Call it once, after :meth:`open`.
+
+        Raises ConflictError if a run that did something else has not ended.
+        """
         assert self._file is not None
+        self.left(run)
         is_new = os.fstat(self._file.fileno()).st_size == 0
-        append(self.path, marks)
+        append(self.path, [run, *marks])
         self._begun = os.fstat(self._file.fileno()).st_size if is_new else 0
 
     def close(self, *, is_done: bool) -> None:

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from df11.formats import errors
-from df11.storage.address import is_repository
+from df11.storage.address import MOST_DEPTH, is_repository
 from df11.storage.atomic import ANY_MODE, open_folder, remove, remove_abandoned, write_bytes
 from df11.storage.entry import Entry
-from df11.storage.file import File, LocalFile
+from df11.storage.file import LocalFile
 from df11.storage.journal import Journal
 from df11.storage.names import is_left_out, remarks_on
-from df11.storage.paths import existing, kind_of, naming
+from df11.storage.paths import existing, kind_of, naming, open_below, read_file
 from df11.storage.store import Put, Store
 
 
 class LocalStore(Store):
-    """A folder, or, if ``path`` is a file, that file alone. Links are followed: the Hub's cache uses them."""
+    """A folder, or, if ``path`` is a file, that file alone. Links are followed: the Hub's cache uses them.
+
+    A link that :meth:`list` has not seen is not: somebody may have put it there since, to have another file published.
+    """
 
     def __init__(self, path: Path) -> None:
         self.label = str(path)
         self.is_file = kind_of(path) == "file"
         self.root = path.parent if self.is_file else path
         self.name = path.name
+        self._listed: Path | None = None
+        self._linked: dict[str, str] = {}
 
     def refresh(self) -> bool:
         """Whether it is there."""
@@ -49,8 +55,9 @@ class LocalStore(Store):
         if kind != "folder":
             what = "this is neither a file nor a folder" if kind == "other" else "this is a file, not a folder"
             raise errors.UsageError(what, file=self.root, hint="name a folder")
-        found, self.refused = {}, {}
-        for path, what in sorted(_walk(self.root, self.root.resolve())):
+        found, self.refused, self._linked = {}, {}, {}
+        self._listed = self.root.resolve()
+        for path, real, what in sorted(_walk(self.root, self._listed)):
             name = path.relative_to(self.root).as_posix() + "/" * (what != "" and path.is_dir())
             if what:
                 hint = f"put the file itself there, or leave it out: --exclude '{name}'"
@@ -58,10 +65,12 @@ class LocalStore(Store):
                 self.refused[name] = error(what, file=path, hint=hint)
             if what != _NOTHING and not name.endswith("/"):
                 found[name] = path
-        self.remarks = (*remarks_on(found), *self._linked({path.parent for path in found.values()}))
+                if real != self._listed / name:
+                    self._linked[name] = str(real)
+        self.remarks = (*remarks_on(found), *self._twice({path.parent for path in found.values()}))
         return tuple(Entry(name, found[name].stat().st_size) for name in sorted(found) if not is_left_out(name))
 
-    def _linked(self, folders: set[Path]) -> Sequence[str]:
+    def _twice(self, folders: set[Path]) -> Sequence[str]:
         # Folders that appear twice: a model is often kept as checkpoint-100, with a link to it called latest.
         root = self.root.resolve()
         links = [folder for folder in sorted(folders) if folder != self.root and folder.is_symlink()]
@@ -75,10 +84,10 @@ class LocalStore(Store):
     def free_bytes(self) -> int | None:
         """Bytes that are free on the disk."""
         try:
-            usage = shutil.disk_usage(existing(self.root))
+            disk = os.statvfs(existing(self.root))
         except OSError:
             return None
-        return usage.free if usage.total else None  # A pseudo file system has no size.
+        return disk.f_bavail * disk.f_frsize if disk.f_blocks else None  # A pseudo file system has no size.
 
     def find(self, names: Collection[str]) -> dict[str, Entry]:
         """Those of the files that exist."""
@@ -94,6 +103,8 @@ class LocalStore(Store):
             except ValueError:  # Not a valid file name, whatever a manifest says.
                 continue
             except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    continue
                 raise errors.from_os_error(error, file=path) from None
             if not stat.S_ISREG(status.st_mode):
                 what = "a folder is in the way" if stat.S_ISDIR(status.st_mode) else "this is not a regular file"
@@ -105,16 +116,22 @@ class LocalStore(Store):
         """The path of a file."""
         return str(self.root / name)
 
-    def open(self, entry: Entry) -> File:
-        """A file."""
-        return LocalFile(self.root / entry.name)
+    def open(self, entry: Entry) -> LocalFile:
+        """A file. Once files have been listed, raises ConflictError if a link has taken the place of one."""
+        path = self.root / entry.name
+        if self._listed is None:
+            return LocalFile(path)
+        if entry.name in self.refused:
+            raise self.refused[entry.name]
+        real = Path(self._linked.get(entry.name, self._listed / entry.name))
+        # A blob of the Hub's cache lies beside the snapshots.
+        root = self._listed if self._listed in real.parents else real.parents[1]
+        return LocalFile(path, file=open_below(root, real.relative_to(root).as_posix()))
 
     def mode(self, entry: Entry) -> int:
         """Permissions of a file."""
-        try:
-            return (self.root / entry.name).stat().st_mode & 0o777
-        except OSError as error:
-            raise errors.from_os_error(error, file=self.root / entry.name) from None
+        with self.open(entry) as file:
+            return file.mode
 
     def hashed(self, entry: Entry) -> Entry:
         """The entry with its hashes, for which the file is read."""
@@ -172,7 +189,7 @@ class LocalStore(Store):
         for name in names:
             found[name] = None
             with contextlib.suppress(OSError, ValueError):
-                status = (self.root / name).stat()
+                status = (self.root / name).lstat()
                 found[name] = (status.st_ino, status.st_size, status.st_mtime_ns)
         return found
 
@@ -184,7 +201,7 @@ class LocalStore(Store):
     def put(self, name: str, content: Path | bytes, *, mode: int = ANY_MODE) -> Put:
         """A file already in place, or content that the commit writes."""
         if isinstance(content, bytes):
-            return Put(Entry.of(name, content), (content, mode))
+            return Put(Entry.of(name, content), (content, mode, self.stamp([name])[name]))
         return Put(Entry(name, content.stat().st_size), None)
 
     def commit(self, puts: Sequence[Put], removed: Sequence[str], message: str) -> None:
@@ -193,8 +210,10 @@ class LocalStore(Store):
             remove(self.root / name, self.root)
         for put in puts:
             if put.payload is not None:
-                content, mode = put.payload
-                write_bytes(self.root / put.entry.name, content, root=self.root, mode=mode)
+                content, mode, stamp = put.payload
+                name = put.entry.name
+                check = partial(self.check_stamp, name, stamp)
+                write_bytes(self.root / name, content, root=self.root, mode=mode, check=check)
 
 
 def _hint(label: str) -> str:
@@ -211,11 +230,12 @@ def _hint(label: str) -> str:
 def snapshot_in(path: Path) -> Path:
     """The folder that a path means as a source: ``models--owner--name`` of the Hub's cache stands for its snapshot."""
     snapshots = path / "snapshots"
-    if not path.name.startswith("models--") or kind_of(snapshots) is None:
+    if not path.name.startswith("models--") or kind_of(snapshots) != "folder" or snapshots.is_symlink():
         return path
-    commits = sorted(folder.name for folder in snapshots.iterdir() if folder.is_dir())
+    # One that is a link would be another folder, which the caller has not named.
+    commits = sorted(folder.name for folder in snapshots.iterdir() if folder.is_dir() and not folder.is_symlink())
     main = path / "refs" / "main"
-    commit = main.read_text().strip() if main.is_file() and main.stat().st_size < 100 else ""
+    commit = read_file(main, 100).decode("ascii", "replace").strip() if kind_of(main) == "file" else ""
     if commit not in commits:
         if len(commits) != 1:
             hint = f"name one of them: {snapshots}/..." if commits else "download the model first"
@@ -229,31 +249,34 @@ _NOTHING: Final = "neither a file nor a folder, or a link that leads nowhere"
 _LEADS_OUT: Final = "a link leads out of this folder"
 
 
-def _walk(folder: Path, root: Path, above: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, str]]:
-    # Files, and whatever else is no folder, with what is wrong with it. Nobody looks into folders that are links out of
-    # ``root``: what they hold may be anything, a key that would be published with the model.
+def _walk(folder: Path, root: Path, above: frozenset[Path] = frozenset()) -> Iterator[tuple[Path, Path, str]]:
+    # Files, and whatever else is no folder: the path, the same without links, and what is wrong with it. Nobody looks
+    # into folders that are links out of ``root``: what they hold may be anything, a key that would be published.
     real = folder.resolve()
     if real in above:
         raise errors.UsageError("a link leads back to a folder above it", file=folder)
+    if len(above) > MOST_DEPTH:
+        raise errors.UsageError("folders in folders in folders", file=folder, expected=f"at most {MOST_DEPTH}")
     try:
         found = list(os.scandir(folder))
     except OSError as error:
         raise errors.from_os_error(error, file=folder) from None
     for item in found:
         path = folder / item.name
-        leads_out = item.is_symlink() and not _is_inside(Path(os.path.realpath(path)), root)
-        kind = None if item.is_symlink() and os.path.realpath(path) == str(path.absolute()) else kind_of(path)
+        leads_to = Path(os.path.realpath(path)) if item.is_symlink() else real / item.name
+        leads_out = item.is_symlink() and not _is_inside(leads_to, root)
+        kind = None if item.is_symlink() and leads_to == path.absolute() else kind_of(path)
         if kind == "folder":
             if is_left_out(f"{item.name}/x"):
                 continue
             if leads_out:
-                yield path, _LEADS_OUT
+                yield path, leads_to, _LEADS_OUT
             else:
                 yield from _walk(path, root, above | {real})
         elif kind == "file":
-            yield path, _LEADS_OUT if leads_out else ""
+            yield path, leads_to, _LEADS_OUT if leads_out else ""
         elif not is_left_out(item.name):
-            yield path, _NOTHING
+            yield path, leads_to, _NOTHING
 
 
 def _is_inside(real: Path, root: Path) -> bool:

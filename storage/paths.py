@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -40,12 +41,45 @@ def open_regular(path: StrPath) -> IO[bytes]:
     """A file, to be read, links followed. Nothing waits for the other end of a pipe."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    return _regular(descriptor, path)
+
+
+def _regular(descriptor: int, path: StrPath) -> IO[bytes]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         os.close(descriptor)
         what = "this is a folder, not a file" if is_folder else "this is not a regular file"
         raise errors.UsageError(what, file=path)
     return open(descriptor, "rb", buffering=0)
+
+
+def open_below(root: StrPath, name: str) -> IO[bytes]:
+    """A file below a folder, to be read; ``name`` has ``/``. No part of the way below ``root`` may be a link.
+
+    Raises a Df11Error; a ConflictError where a link has taken the place of what was there.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    path = Path(root, name)
+    if not flags & getattr(os, "O_NOFOLLOW", 0):  # Windows, where only those who administer the machine make links.
+        return open_regular(path)
+    *folders, last = name.split("/")
+    with naming(path):
+        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for part in folders:
+                inner = os.open(part, flags | os.O_DIRECTORY, dir_fd=folder)
+                os.close(folder)
+                folder = inner
+            descriptor = os.open(last, flags | os.O_NONBLOCK, dir_fd=folder)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                hint = "run the same command again"
+                what = "this was replaced by something else after it was listed"
+                raise errors.ConflictError(what, file=path, hint=hint) from None
+            raise
+        finally:
+            os.close(folder)
+    return _regular(descriptor, path)
 
 
 def read_file(path: StrPath, most: int) -> bytes:

@@ -9,13 +9,13 @@ from collections.abc import Generator
 from contextlib import closing
 from queue import Empty, SimpleQueue
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from df11.formats import errors
 from df11.storage import client
-from df11.storage.address import Address
+from df11.storage.address import Address, origin_of
+from df11.storage.answers import AGAIN, LaterError, explain_response
 from df11.storage.file import Bytes, File
 
 RANGE_BYTES: Final = 6 << 20
@@ -24,7 +24,8 @@ RANGES: Final = 4
 """Requests in flight, as one connection rarely fills the line. With more, a conversion would not fit into 256 MiB."""
 SLOW_AFTER: Final = 120.0
 LEAST_RATE: Final = 1000.0
-"""Bytes per second that must come after SLOW_AFTER seconds of a request; else it is made again."""
+"""Bytes per second that must come after SLOW_AFTER seconds of a request; else it is made again. If fewer have come
+between two breaks, with all waits, the second counts as the next one in a row."""
 LONGEST_CLOSE: Final = 1.0
 """Seconds that closing waits for requests in flight."""
 RING_MEMORY: Final = RANGES * RANGE_BYTES
@@ -49,48 +50,57 @@ class RemoteFile:
     def fetch(self, start: int, out: Bytes, stopped: threading.Event | None = None) -> None:
         """Fill ``out`` with the bytes from ``start`` on. Raises a Df11Error.
 
-        If a response breaks off, it continues from there, as long as bytes keep coming.
+        If a response breaks off, it continues from there, as long as bytes keep coming at LEAST_RATE.
 
         Ends early, with another error, when ``stopped`` is set.
         """
         stopped = stopped or threading.Event()
         view = memoryview(out)
         waits = iter(client.WAITS)
+        since, earned = time.monotonic(), 0
         while view:
-            before, started = len(view), time.monotonic()
-            try:
-                with client.explained(self.where), closing(self._stream(start, len(view))) as chunks:
-                    for chunk in chunks:
-                        if stopped.is_set():
-                            raise _Stopped
-                        view[: len(chunk)] = chunk
-                        view, start = view[len(chunk) :], start + len(chunk)
-                        if _is_slow(before - len(view), started):
-                            what = "the Hub sends too slowly"
-                            raise client.LaterError(what, file=self.where, hint="run the same command again")
-                    if view:
-                        raise client.LaterError(
-                            "the Hub's response ends too early", file=self.where, hint="run the same command again"
-                        )
-            except errors.RetryLaterError as error:
-                if len(view) < before and not _is_slow(before - len(view), started):
-                    waits = iter(client.WAITS)
+            size, error = self._fetch_once(start, view, stopped)
+            view, start, earned = view[size:], start + size, earned + size
+            if error is not None:
+                if earned and earned >= LEAST_RATE * (time.monotonic() - since):
+                    waits, since, earned = iter(client.WAITS), time.monotonic(), 0
                 wait = next(waits, None)
                 if wait is None:
-                    raise
+                    raise error
                 client.pause(error, wait, sleep=stopped.wait)
-                if stopped.is_set():
-                    raise _Stopped from None
+            if stopped.is_set():
+                raise _Stopped
+
+    def _fetch_once(
+        self, start: int, view: memoryview, stopped: threading.Event
+    ) -> tuple[int, errors.RetryLaterError | None]:
+        # How many bytes have come, and why not all of them have.
+        got = 0
+
+        def patience() -> float:
+            return max(SLOW_AFTER, got / LEAST_RATE)
+
+        try:
+            with client.asking(self.where, patience=patience), closing(self._stream(start, len(view))) as chunks:
+                for chunk in chunks:
+                    if stopped.is_set():
+                        break
+                    view[got : got + len(chunk)] = chunk
+                    got += len(chunk)
+                else:
+                    if got < len(view):
+                        raise LaterError("the Hub's response ends too early", file=self.where, hint=AGAIN)
+        except errors.RetryLaterError as error:
+            return got, error
+        return got, None
 
     def _stream(self, start: int, size: int) -> Generator[bytes]:
         signed = self._signed  # Other threads may change it.
         url, headers = client.request(self.address) if signed is None else (signed, {})
         from huggingface_hub import get_session
 
-        limits = client.TIMEOUTS
-        timeout = (limits["connect"], limits["read"], limits["write"], limits["pool"])
-        headers |= {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
-        with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+        headers["Range"] = f"bytes={start}-{start + size - 1}"
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
             skip = self._check(response, start, by_signature=signed is not None)
             for chunk in response.iter_raw():
                 if not size:
@@ -108,32 +118,34 @@ class RemoteFile:
             # From the Hub's storage: the signed URL has expired, or is for one range only. The Hub gives another one.
             self._signed, self._may_sign = None, False
             wait = 0.0 if by_signature else None
-            raise client.LaterError(
+            raise LaterError(
                 f"the Hub's storage rejects the signed URL ({status})",
                 wait=wait,
                 file=self.where,
-                hint="run the same command again",
+                hint=AGAIN,
             )
         if status == 416:
             raise self._other_size(response.headers.get("content-range", "").rpartition("/")[2])
         if status not in (200, 206):
             self._signed = None
             hf_raise_for_status(response)
-            raise client.explain_response(response, self.where)
+            raise explain_response(response, self.where)
         if status == 200:
             length = response.headers.get("content-length", str(self.size))
             skip = start
         else:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("content-range", ""))
             if not match or int(match[1]) != start:
-                raise client.LaterError(
-                    "the Hub sent other bytes than requested", file=self.where, hint="run the same command again"
-                )
+                raise LaterError("the Hub sent other bytes than requested", file=self.where, hint=AGAIN)
             length = match[2]
             skip = 0
         if length not in (str(self.size), "*"):
             raise self._other_size(length)
-        if response.history and self._may_sign and _origin(response.url) != _origin(response.history[0].url):
+        if (
+            response.history
+            and self._may_sign
+            and origin_of(str(response.url)) != origin_of(str(response.history[0].url))
+        ):
             self._signed = str(response.url)
         return skip
 
@@ -144,16 +156,6 @@ class RemoteFile:
             expected=f"{self.size} bytes",
             found=found or "another",
         )
-
-
-def _is_slow(size: int, started: float) -> bool:
-    seconds = time.monotonic() - started
-    return seconds > SLOW_AFTER and size < LEAST_RATE * seconds
-
-
-def _origin(url: object) -> tuple[str, str]:
-    parts = urlsplit(str(url))
-    return parts.scheme, parts.netloc
 
 
 class _Range:
@@ -168,14 +170,15 @@ class _Range:
 
 
 class RangeReader:
-    """Reads a :class:`RemoteFile` from byte ``start`` on.
+    """Reads a :class:`RemoteFile` from byte ``start`` on, up to ``end`` or its own.
 
     In sequence it fetches ahead; after a jump it fetches just what is requested.
     """
 
-    def __init__(self, file: RemoteFile, start: int) -> None:
+    def __init__(self, file: RemoteFile, start: int, end: int | None = None) -> None:
         self._file = file
         self._start = start
+        self._end = file.size if end is None else end
         self._next = start
         self._reading = threading.Lock()
         self._state = threading.Lock()  # Guards what the fetching threads and stop() also change.
@@ -191,7 +194,7 @@ class RangeReader:
         Raises a Df11Error; after :meth:`stop` possibly another error.
         """
         with self._reading:
-            if position == self._next:
+            if position == self._next and position + len(out) <= self._end:
                 self._read_in_sequence(position, out)
             else:
                 self._file.fetch(position, out, self._stopped)
@@ -209,14 +212,14 @@ class RangeReader:
             chunk = part.data[offset : offset + len(out)]
             out[: len(chunk)] = chunk
             out, position = out[len(chunk) :], position + len(chunk)
-            if offset + len(chunk) == len(part.data) and position < self._file.size:
+            if offset + len(chunk) == len(part.data) and position < self._end:
                 self._get(index + 1)  # Its buffer is free again.
 
     def _get(self, index: int) -> _Range:
         # The part, requested now if necessary. Also requests the next parts while there are buffers; drops all others.
         if not self._threads:
             self._start_threads()
-        size = self._file.size - self._start
+        size = self._end - self._start
         window = range(index, min(index + RANGES, -(-size // RANGE_BYTES)))
         for other in [other for other in self._held if other not in window]:
             self._drop(other)
@@ -291,10 +294,10 @@ class RangeFile(File):
         self._remote = RemoteFile(address, size)
         self._reader: RangeReader | None = None
 
-    def expect(self, position: int) -> None:
-        """Fetch ahead from ``position`` on, once the first bytes there are requested."""
+    def expect(self, position: int, end: int | None = None) -> None:
+        """Fetch ahead from ``position`` on, up to ``end``, once the first bytes there are requested."""
         self._close_reader()
-        self._reader = RangeReader(self._remote, position)
+        self._reader = RangeReader(self._remote, position, end)
 
     def read(self, position: int, out: Bytes) -> None:
         """Fill ``out`` with the bytes from ``position`` on."""
@@ -306,7 +309,7 @@ class RangeFile(File):
     def changed(self, tensor: str | None = None) -> errors.Df11Error:
         """The error for bytes that differ when read twice. A commit does not change, so they are damaged."""
         what = "the second download differs from the first"
-        return errors.DifferenceError(what, file=self.label, tensor=tensor, hint="run the same command again")
+        return errors.DifferenceError(what, file=self.label, tensor=tensor, hint=AGAIN)
 
     def stop(self) -> None:
         """Wake all threads that wait for bytes: from now on, reads raise an error."""

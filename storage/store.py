@@ -76,6 +76,14 @@ class Store(ABC):
         Raises UsageError if something else has one of the names.
         """
 
+    def entry(self, name: str) -> Entry:
+        """A file that was there a moment ago. Raises ConflictError if it is gone."""
+        entry = self.find([name]).get(name)
+        if entry is None:
+            hint = "run the same command again"
+            raise errors.ConflictError("this file was removed in the meantime", file=self.locate(name), hint=hint)
+        return entry
+
     @abstractmethod
     def locate(self, name: str) -> str:
         """A file's name in messages: its path, or hf://owner/name@commit/path."""
@@ -161,6 +169,12 @@ class Store(ABC):
     def stamp(self, names: Iterable[str]) -> Mapping[str, object]:
         """By what a change of files can be seen later; a repository sees it by its commits."""
         return {}
+
+    def check_stamp(self, name: str, stamp: object) -> None:
+        """Raise ConflictError if a file is another one than when it had this stamp, and still there."""
+        if self.stamp([name]).get(name) not in (None, stamp):
+            what = "somebody else has changed this file in the meantime"
+            raise errors.ConflictError(what, file=self.locate(name), hint="run the same command again")
 
     def clean(self, names: Iterable[str]) -> None:  # noqa: B027 - a repository has no such thing
         """Remove what killed runs have left for files of these names."""

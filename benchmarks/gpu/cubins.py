@@ -232,21 +232,27 @@ def _compile_in_child(source: str, architecture: str, nvrtc: Path) -> tuple[byte
 
 def compile_cubin(source: str, architecture: str, nvrtc: Path) -> tuple[bytes, str]:
     """The machine code and the log, which holds the output of ptxas -v."""
+    return _compile(source, ("--ptxas-options=-v", f"--gpu-architecture=sm_{architecture}"), nvrtc, "CUBIN")
+
+
+def compile_ptx(source: str, architecture: str, nvrtc: Path) -> str:
+    """The PTX for a virtual architecture ("80")."""
+    return _compile(source, (f"--gpu-architecture=compute_{architecture}",), nvrtc, "PTX")[0].rstrip(b"\0").decode()
+
+
+def _compile(source: str, more: tuple[str, ...], nvrtc: Path, result: str) -> tuple[bytes, str]:
     for builtins in nvrtc.parent.glob("libnvrtc-builtins.so.*"):
         ctypes.CDLL(str(builtins))  # NVRTC opens it by name; that of CUDA 13.0 does not look in its own folder.
     library = ctypes.CDLL(str(nvrtc))
     program = ctypes.c_void_p()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decode.cu", 0, None, None))
     try:
-        options = [
-            option.encode()
-            for option in (*kernels.NVRTC_OPTIONS, f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v")
-        ]
+        options = [option.encode() for option in (*kernels.NVRTC_OPTIONS, *more)]
         status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         log = _read(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
         if status:
-            raise CompileError(f"NVRTC error {status}, sm_{architecture}:\n{log}")
-        return _read(library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN, program), log
+            raise CompileError(f"NVRTC error {status}, {more[-1]}:\n{log}")
+        return _read(library[f"nvrtcGet{result}Size"], library[f"nvrtcGet{result}"], program), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -1,14 +1,14 @@
 """What running a model compressed costs: ``make gpu-omnigen2`` or ``python -m benchmarks.gpu.models``, on a GPU.
 
-OmniGen2's transformer and a language model of the size of its mllm, in full size, with random weights: time depends on
-the shapes, not on the values. BF16 and df11 run in the same process; for each output, the values that are not equal to
-those of BF16 to the bit are counted. The pipeline's other parts (vae, scheduler, text) are the same for both.
+The blocks of OmniGen2's transformer and a language model of the size of its mllm, in full size, with random weights:
+time depends on the shapes, not on the values. BF16 and df11 run in the same process; for each output, the values that
+are not equal to those of BF16 to the bit are counted. The pipeline's other parts (vae, scheduler, text) are the same
+for both.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +22,13 @@ from torch import nn
 
 from benchmarks import results, synthetic
 from benchmarks.gpu import report, weights
+from benchmarks.gpu.omnigen2_blocks import Transformer
 from benchmarks.gpu.report import Column, Row
 from df11 import runtime
 from df11.runtime import modules
 from df11.runtime.model import SMALL
 from df11.runtime.prefetch import CudaStreams
+from df11.runtime.weight import CompressedWeight
 
 PREDICTIONS: Final = 2
 """A step predicts twice, with the text and without, for guidance."""
@@ -54,6 +56,9 @@ SMALLEST: Final = Size(layers=1, tokens=16, steps=1, generated=3, vocabulary=100
 def randomize(model: nn.Module, device: torch.device) -> nn.Module:
     """Give a model on the meta device random BF16 weights with the statistics of trained ones."""
     model.to(torch.bfloat16).to_empty(device=device)
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()  # to_empty makes two of a parameter that two modules share.
     generator = torch.Generator(device).manual_seed(1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
@@ -66,17 +71,14 @@ def randomize(model: nn.Module, device: torch.device) -> nn.Module:
 
 def compress(model: nn.Module) -> None:
     """Compress the large weights of a model in place, as ``load_model`` would have loaded them."""
-    records: dict[int, tuple[nn.Parameter, modules.Geometry]] = {}
+    made: dict[int, nn.Parameter] = {}
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if parameter.numel() >= SMALL and parameter.dtype == torch.bfloat16:
-                if id(parameter) not in records:
-                    made = weights.compress(parameter.data)
-                    records[id(parameter)] = (
-                        nn.Parameter(made.record, requires_grad=False),
-                        modules.Geometry(made.shape, made.segment_elements),
-                    )
-                modules.compress_parameter(module, name, *records[id(parameter)])
+                if id(parameter) not in made:
+                    weight = CompressedWeight.of(weights.compress(parameter.data))
+                    made[id(parameter)] = nn.Parameter(weight, requires_grad=False)
+                setattr(module, name, made[id(parameter)])
 
 
 def differing(found: torch.Tensor, expected: torch.Tensor) -> int:
@@ -145,18 +147,12 @@ class Bench:
         return rows
 
     def image(self) -> list[Row]:
-        """OmniGen2's transformer: all steps of an image, with two predictions per step."""
-        stand_in: Any = importlib.import_module("tests.support.omnigen2_stand_in")
-        config = {
-            name: value
-            for name, value in synthetic.omnigen2()["configs"]["transformer/config.json"].items()
-            if not name.startswith("_")
-        }
-        config |= {"num_layers": self.size.layers}
+        """The blocks of OmniGen2's transformer: all steps of an image, with two predictions per step."""
+        config = synthetic.omnigen2()["configs"]["transformer/config.json"] | {"num_layers": self.size.layers}
         if self.size is SMALLEST:
             config |= {"hidden_size": 240, "num_attention_heads": 2, "num_kv_heads": 1}
         with torch.device("meta"):
-            model: Any = stand_in.OmniGen2Transformer2DModel(**config)
+            model = Transformer(config)
         randomize(model, self.device)
         width, head = config["hidden_size"], config["hidden_size"] // config["num_attention_heads"]
         generator = torch.Generator(self.device).manual_seed(2)

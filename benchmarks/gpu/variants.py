@@ -12,6 +12,10 @@ CHANGES: Final[dict[str, list[tuple[str, str]]]] = {
     "no prefetching while the table is expanded": [(r"\n[^\n]*prefetch\(bytes \+ i\);", "")],
     "sign/mantissa bytes loaded 2 chunks ahead": [(r"decode_whole<4,", "decode_whole<2,")],
     "sign/mantissa bytes loaded 8 chunks ahead": [(r"decode_whole<4,", "decode_whole<8,")],
+    "sign/mantissa bytes that may be loaded behind the wait": [(r"__syncwarp\(\);  // The assembler[^\n]*\n", "")],
+    "two logic operations to join exponents and the rest": [
+        (r"select_bits\((__byte_perm\([^)]*\)), pair, (0x807F807F)\)", r"(\1 & \2) | (pair & ~\2)")
+    ],
     "loads without a hint": [(r"__ldcs\(source", "__ldg(source")],
     "stores with the hint that nothing is reused": [
         (r"target\[i \* LANES\] = (join_chunk\(pairs, now\[i\]\));", r"__stcs(target + i * LANES, \1);")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
@@ -10,10 +9,8 @@ import numpy as np
 
 from benchmarks import synthetic
 from df11 import runtime
-from df11.converter.encode import SegmentEncoder
-from df11.converter.kernels import ENCODE_SLACK
-from df11.formats import layout
-from df11.formats.record import Bytes, SegmentPlace, Weights, pack_front
+from df11.converter.encode import encode_records
+from df11.formats.record import Bytes, Weights
 from df11.runtime import cpu
 
 if TYPE_CHECKING:
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
 SIGMA: Final = 0.02
 _BLOCK: Final = 1 << 26
-_encoders: Final = threading.local()
 
 
 def gaussian(count: int, seed: int, device: str | torch.device) -> torch.Tensor:
@@ -63,23 +59,8 @@ def encode(weights: torch.Tensor) -> Bytes:
     import torch
 
     values: Weights = weights.reshape(-1).view(torch.int16).cpu().numpy().view(np.uint16)
-    size = layout.DEFAULT_SEGMENT_WEIGHTS
     with ThreadPoolExecutor(cpu.cores()) as threads:
-        segments = list(
-            threads.map(_encode_segment, [values[first : first + size] for first in range(0, len(values), size)])
-        )
-    return np.frombuffer(
-        pack_front([place for place, _ in segments], size) + b"".join(data for _, data in segments), np.uint8
-    )
-
-
-def _encode_segment(weights: Weights) -> tuple[SegmentPlace, bytes]:
-    if not hasattr(_encoders, "encoder"):
-        _encoders.encoder = SegmentEncoder()
-    out = np.empty(layout.raw_segment_size(len(weights)) + ENCODE_SLACK, np.uint8)
-    segment = _encoders.encoder.encode(weights, out, verify=False)
-    place = SegmentPlace(0, len(segment.data), segment.elements, segment.stored_checksum, segment.decoded_checksum, 0)
-    return place, segment.data.tobytes()
+        return encode_records([values], threads)[0]
 
 
 def compress(weights: torch.Tensor) -> runtime.CompressedTensor:

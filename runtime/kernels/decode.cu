@@ -224,9 +224,9 @@ __device__ void expand_code_table(const Segment& segment, u32* table, CodeScratc
 
     if (warp == 0) {
         // Codes are consecutive: the first one of a length follows the shorter ones, in units of 12-bit codes.
-        const u32 length = min(lane, 15);
         u32 count = 0;
-        for (u32 w = 0; w < WARPS; ++w) count += scratch.ranks[w][length];
+        if (lane < 16)  // Others would read what a lane writes below, with no barrier between.
+            for (u32 w = 0; w < WARPS; ++w) count += scratch.ranks[w][lane];
         const bool legal = lane >= 1 && lane <= CODE_LIMIT;
         const u32 shift = legal ? CODE_LIMIT - lane : 0;
         u32 codes = legal ? count : 0;
@@ -337,9 +337,20 @@ __device__ __forceinline__ void decode_codes(const Words& words, u32 table, u32&
     position += (half + pairs[2] + pairs[3]) & 0x7F;
 }
 
+// The bits of `ones` where the mask has ones, and those of `zeros` elsewhere: one instruction, of which compilers make
+// two when the mask is a constant, as an instruction can hold only one of its two halves.
+__device__ __forceinline__ u32 select_bits(u32 ones, u32 zeros, u32 mask) {
+#ifdef CUDA_ON_CPU
+    return (ones & mask) | (zeros & ~mask);
+#else
+    u32 selected;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(selected) : "r"(ones), "r"(zeros), "r"(mask));
+    return selected;
+#endif
+}
+
 __device__ __forceinline__ u32 join(u32 pair, u32 sign_mantissa, u32 selector) {
-    const u32 spread = __byte_perm(sign_mantissa, 0, selector);
-    return (spread & 0x807F807F) | (pair & 0x7F807F80);
+    return select_bits(__byte_perm(sign_mantissa, 0, selector), pair, 0x807F807F);
 }
 
 __device__ __forceinline__ uint4 join_chunk(const u32 (&pairs)[4], uint2 sign_mantissa) {
@@ -423,7 +434,10 @@ __device__ __forceinline__ void decode_whole(const Words& words, u32 table, u32&
     uint2 next[GROUP];
 #pragma unroll
     for (u32 i = 0; i < GROUP; ++i) next[i] = __ldcs(source + i * LANES);
-    if (WAIT) wait_for_stage();
+    if (WAIT) {
+        __syncwarp();  // The assembler moves no load of the above across this; it does move them behind the wait.
+        wait_for_stage();
+    }
 #pragma unroll 1
     for (u32 chunk = GROUP; chunk <= TILE_CHUNKS; chunk += GROUP) {
         uint2 now[GROUP];

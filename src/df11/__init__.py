@@ -13,6 +13,7 @@ from df11.version import __version__
 
 if TYPE_CHECKING:
     from df11.converter.convert import ConversionReport, convert
+    from df11.converter.export import ExportReport, export
     from df11.converter.restore import RestoreReport, restore
     from df11.converter.verify import VerifyReport, verify
     from df11.formats.container import Container
@@ -23,10 +24,12 @@ __all__ = [
     "Container",
     "ConversionReport",
     "Df11Error",
+    "ExportReport",
     "RestoreReport",
     "VerifyReport",
     "__version__",
     "convert",
+    "export",
     "open",
     "restore",
     "verify",
@@ -36,9 +39,11 @@ _HOMES = {
     "Container": ("df11.formats.container", "Container"),
     "ConversionReport": ("df11.converter.convert", "ConversionReport"),
     "Df11Error": ("df11.formats.errors", "Df11Error"),
+    "ExportReport": ("df11.converter.export", "ExportReport"),
     "RestoreReport": ("df11.converter.restore", "RestoreReport"),
     "VerifyReport": ("df11.converter.verify", "VerifyReport"),
     "convert": ("df11.converter.convert", "convert"),
+    "export": ("df11.converter.export", "export"),
     "open": ("df11.formats.container", "open_container"),
     "restore": ("df11.converter.restore", "restore"),
     "verify": ("df11.converter.verify", "verify"),

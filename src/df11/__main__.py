@@ -23,10 +23,21 @@ def _run(arguments: list[str]) -> int:
     # From here on an interrupt, or a cancelled job, is one line; later terminal.run knows how to clean up.
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _open_streams()
         return _start(arguments)
     except KeyboardInterrupt:
         os.write(2, b"df11: interrupted; run the same command again to go on\n")
         os._exit(130)
+
+
+def _open_streams() -> None:
+    # A stream that is closed has no object, and the next file that is opened would get its number, and its lines.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the end
 
 
 def _start(arguments: list[str]) -> int:
@@ -35,6 +46,9 @@ def _start(arguments: list[str]) -> int:
     # There is one progress bar, and it is ours; so are the lines about what went wrong.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.pop("MPLBACKEND", None)  # No window is opened.
+    if not os.environ.get("TERMINAL_WIDTH", "0").isdecimal():  # Typer would take it for a number.
+        del os.environ["TERMINAL_WIDTH"]
     gc.disable()  # Until the command's work starts; imports leave no garbage.
     from df11.converter.terminal import INTERRUPTED
     from df11.pipelines.cli import run

@@ -7,6 +7,7 @@
 
 #include <stdlib.h>
 
+#include "../../converter/dfloat11/kernels.h"
 #include "../../formats/kernels.h"
 
 /* Buffers. */
@@ -362,6 +363,157 @@ static PyObject *any_bits(PyObject *module, PyObject *arguments)
     return PyLong_FromUnsignedLong(bits);
 }
 
+/* DFloat11's layout. */
+
+static const char DFLOAT11[] = "df11.dfloat11";
+
+static void free_dfloat11_table(PyObject *capsule)
+{
+    free(PyCapsule_GetPointer(capsule, DFLOAT11));
+}
+
+/* (luts, rows) -> a table that cannot be changed from outside, or the status. */
+static PyObject *dfloat11_table(PyObject *module, PyObject *arguments)
+{
+    PyObject *luts, *capsule;
+    Py_ssize_t rows;
+    Py_buffer buffer;
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "On", &luts, &rows)
+        || !require(rows >= 2 && rows <= DFLOAT11_TABLES + 1, "rows of luts")
+        || get_buffer(luts, &buffer, "luts", 1, rows * DFLOAT11_ROW, 0) < 0)
+        return NULL;
+    struct df11_dfloat11_table *table = malloc(sizeof *table);
+    enum df11_dfloat11_status status
+        = table ? df11_dfloat11_build(buffer.buf, (unsigned)rows, table) : DFLOAT11_OK;
+    PyBuffer_Release(&buffer);
+    if (!table)
+        return PyErr_NoMemory();
+    if (status != DFLOAT11_OK) {
+        free(table);
+        return PyLong_FromLong((long)status);
+    }
+    if (!(capsule = PyCapsule_New(table, DFLOAT11, free_dfloat11_table)))
+        free(table);
+    return capsule;
+}
+
+/* (table, codes, their bits up to the unit's end, gaps, positions, threads, whether the unit ends, sign_mantissa, out)
+ * -> (status, block) */
+static PyObject *dfloat11_decode(PyObject *module, PyObject *arguments)
+{
+    PyObject *capsule, *objects[5];
+    unsigned long long bits, threads, failed = 0;
+    int last;
+    Py_buffer buffers[5];
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OOKOOKpOO", &capsule, &objects[0], &bits, &objects[1], &objects[2], &threads,
+                          &last, &objects[3], &objects[4]))
+        return NULL;
+    const struct df11_dfloat11_table *table = PyCapsule_GetPointer(capsule, DFLOAT11);
+    if (!table || !require(threads >= 1 && threads <= DFLOAT11_MAX_THREADS, "threads")
+        || get_buffer(objects[2], &buffers[2], "positions", 4, 2, 0) < 0)
+        return NULL;
+    const uint32_t *positions = buffers[2].buf;
+    uint64_t blocks = (uint64_t)buffers[2].len / 4 - 1;
+    int valid = require(blocks < (uint64_t)1 << 31, "too many blocks");
+    for (uint64_t block = 0; valid && block < blocks; block++)
+        valid = require(positions[block] <= positions[block + 1]
+                            && positions[block + 1] - positions[block] <= DFLOAT11_THREAD_BITS * threads,
+                        "positions");
+    if (!valid) {
+        PyBuffer_Release(&buffers[2]);
+        return NULL;
+    }
+    uint64_t gaps = blocks * threads + (last ? 0 : 1), weights = positions[blocks] - positions[0];
+    struct wanted wanted[] = {
+        {objects[0], "codes", 1, (Py_ssize_t)(8 * threads * blocks + DFLOAT11_SLACK), 0},
+        {objects[1], "gaps", 1, (Py_ssize_t)((5 * gaps + 7) / 8), 0},
+        {objects[2], "positions", 4, 2, 0},
+        {objects[3], "sign_mantissa", 1, (Py_ssize_t)weights, 0},
+        {objects[4], "out", 2, (Py_ssize_t)weights, 1},
+    };
+    PyBuffer_Release(&buffers[2]);
+    if (get_buffers(wanted, buffers, 5) < 0)
+        return NULL;
+    struct df11_dfloat11_blocks all = {table,
+                                       buffers[0].buf,
+                                       bits,
+                                       buffers[1].buf,
+                                       buffers[2].buf,
+                                       blocks,
+                                       (unsigned)threads,
+                                       last,
+                                       buffers[3].buf};
+    enum df11_dfloat11_status status;
+    uint64_t block = 0;
+    Py_BEGIN_ALLOW_THREADS status = df11_dfloat11_decode(&all, buffers[4].buf, &block);
+    Py_END_ALLOW_THREADS release_buffers(buffers, 5);
+    failed = block;
+    return Py_BuildValue("iK", (int)status, failed);
+}
+
+/* (weights, lengths, codes, state, threads, out, gaps, positions) -> an exponent without a code, or -1 */
+static PyObject *dfloat11_encode(PyObject *module, PyObject *arguments)
+{
+    PyObject *objects[7];
+    unsigned long long threads;
+    Py_buffer buffers[7];
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OOOOKOOO", &objects[0], &objects[1], &objects[2], &objects[3], &threads,
+                          &objects[4], &objects[5], &objects[6])
+        || !require(threads >= 1 && threads <= DFLOAT11_MAX_THREADS, "threads")
+        || get_buffer(objects[0], &buffers[0], "weights", 2, 0, 0) < 0)
+        return NULL;
+    Py_ssize_t count = buffers[0].len / 2, words = count / 2 + 1; /* of 32 bits at most */
+    PyBuffer_Release(&buffers[0]);
+    struct wanted wanted[] = {
+        {objects[0], "weights", 2, count, 0},
+        {objects[1], "lengths", 1, 256, 0},
+        {objects[2], "codes", 4, 256, 0},
+        {objects[3], "state", 8, 4, 1},
+        {objects[4], "out", 1, 8 * words, 1},
+        {objects[5], "gaps", 1, words, 1},
+        {objects[6], "positions", 4, words / (Py_ssize_t)threads + 1, 1},
+    };
+    if (get_buffers(wanted, buffers, 7) < 0)
+        return NULL;
+    const uint8_t *lengths = buffers[1].buf;
+    const uint32_t *codes = buffers[2].buf;
+    struct df11_dfloat11_stream *stream = buffers[3].buf;
+    int valid = require(stream->fill < 64, "state"), failed = -1;
+    for (int exponent = 0; valid && exponent < 256; exponent++)
+        valid = require(lengths[exponent] <= 32 && (uint64_t)codes[exponent] >> lengths[exponent] == 0, "codes");
+    if (valid) {
+        Py_BEGIN_ALLOW_THREADS failed
+            = df11_dfloat11_encode(buffers[0].buf, (uint64_t)count, lengths, codes, stream, (unsigned)threads,
+                                   buffers[4].buf, buffers[5].buf, buffers[6].buf);
+        Py_END_ALLOW_THREADS
+    }
+    release_buffers(buffers, 7);
+    return valid ? PyLong_FromLong(failed) : NULL;
+}
+
+static PyObject *dfloat11_split(PyObject *module, PyObject *arguments)
+{
+    PyObject *weights, *out;
+    Py_buffer buffers[2];
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OO", &weights, &out) || get_buffer(weights, &buffers[0], "weights", 2, 0, 0) < 0)
+        return NULL;
+    if (get_buffer(out, &buffers[1], "out", 1, buffers[0].len / 2, 1) < 0) {
+        PyBuffer_Release(&buffers[0]);
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS df11_dfloat11_split(buffers[0].buf, (uint64_t)buffers[0].len / 2, buffers[1].buf);
+    Py_END_ALLOW_THREADS release_buffers(buffers, 2);
+    Py_RETURN_NONE;
+}
+
 /* SHA-256. */
 
 #ifdef HAVE_AVX2
@@ -451,6 +603,10 @@ static PyMethodDef methods[] = {
     {"count_exponents", count_exponents, METH_VARARGS, NULL},
     {"cast_f32", cast_f32, METH_VARARGS, NULL},
     {"any_bits", any_bits, METH_VARARGS, NULL},
+    {"dfloat11_table", dfloat11_table, METH_VARARGS, NULL},
+    {"dfloat11_decode", dfloat11_decode, METH_VARARGS, NULL},
+    {"dfloat11_encode", dfloat11_encode, METH_VARARGS, NULL},
+    {"dfloat11_split", dfloat11_split, METH_VARARGS, NULL},
     {"new_sha256", new_sha256, METH_NOARGS, NULL},
 #ifdef HAVE_AVX2
     {"update_sha256", update_sha256, METH_VARARGS, NULL},
@@ -476,6 +632,13 @@ static int initialise(PyObject *module)
         {"LANE_OVERFLOW", LANE_OVERFLOW},
         {"NOT_SMALLER", NOT_SMALLER},
         {"ENCODE_SLACK", ENCODE_SLACK},
+        {"DFLOAT11_BAD_TABLE", DFLOAT11_BAD_TABLE},
+        {"DFLOAT11_BAD_LENGTH", DFLOAT11_BAD_LENGTH},
+        {"DFLOAT11_BAD_CODE", DFLOAT11_BAD_CODE},
+        {"DFLOAT11_BAD_GAP", DFLOAT11_BAD_GAP},
+        {"DFLOAT11_BAD_POSITION", DFLOAT11_BAD_POSITION},
+        {"DFLOAT11_BAD_END", DFLOAT11_BAD_END},
+        {"DFLOAT11_SLACK", DFLOAT11_SLACK},
     };
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++)
         if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)

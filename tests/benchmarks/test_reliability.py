@@ -21,6 +21,8 @@ MACHINE = {
 ONE = dict.fromkeys(("points", "kills", "cuts", "faults", "changes", "writers", "bytes_lost", "hangs", "crashes"), 1000)
 CRASH = {
     "machine": MACHINE,
+    "step": 2,
+    "note": "It was interrupted.",
     "commands": {"convert a file": {**ONE, "violations": []}, "hub pull": {**ONE, "violations": ["one"]}},
     "bits": {"bits": 9000, "noticed": 8990, "free": 7, "same": 3, "missed": []},
 }
@@ -70,6 +72,8 @@ def test_results_become_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert page.startswith(f"before\n{reliability.START}\n\n2026-01-02. a CPU, 2 cores")
     assert page.endswith(f"{reliability.END}\nafter\n")
     assert "| all |" + " 2,000 |" * 9 in page
+    assert "One in 2 of all faults was tried" in page
+    assert "tried, evenly.\n\nIt was interrupted.\n\n" in page
     assert "1 of these ended otherwise than this page promises" in page
     assert "`verify` noticed 8,990" in page
     assert "13,345 malformed inputs were tried in 60 s; 45 turned out" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import heapq
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -15,12 +16,12 @@ from hypothesis import strategies as st
 
 from df11 import _kernels
 from df11.converter import kernels
-from df11.converter.encode import EncodedSegment, SegmentEncoder
+from df11.converter.encode import EncodedSegment, SegmentEncoder, encode_records
 from df11.converter.kernels import ENCODE_SLACK
 from df11.formats import errors, layout
 from df11.formats.kernels import BAD_ALPHABET, BAD_LENGTH, INCOMPLETE_CODE, OK, build_decode_table
-from df11.formats.record import Segment, Weights
-from tests.support import strategies
+from df11.formats.record import Place, Segment, Weights, open_record
+from tests.support import records, strategies
 from tests.vectors import forge
 
 ENCODER = SegmentEncoder()
@@ -434,6 +435,31 @@ def test_the_cast_rounds_to_nearest(bits: list[int]) -> None:
 
 def test_no_weights_are_exact() -> None:
     assert cast([]) == ([], True)
+
+
+# Records in memory.
+
+
+@pytest.mark.parametrize("sizes", [[1], [3, 8193, 1], [layout.DEFAULT_SEGMENT_WEIGHTS + 1, 300]])
+def test_records_in_memory_are_those_of_a_file(sizes: list[int]) -> None:
+    tensors = [strategies.make("gaussian", size, seed) for seed, size in enumerate(sizes)]
+    with ThreadPoolExecutor(2) as threads:
+        made = encode_records(tensors, threads)
+    for weights, data in zip(tensors, made, strict=True):
+        assert data.tobytes() == records.encode(weights).tobytes()
+        record = open_record(
+            lambda at, out, data=data: out.__setitem__(slice(None), data[at : at + len(out)]), len(data), Place()
+        )
+        assert np.array_equal(record.decode(), weights)
+
+
+def test_records_that_do_not_decode_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise errors.ChecksumError("decoded otherwise")
+
+    monkeypatch.setattr(Segment, "compare", fail)
+    with ThreadPoolExecutor(1) as threads, pytest.raises(errors.DifferenceError, match="decoded otherwise"):
+        encode_records([strategies.make("gaussian", 100, 0)], threads)
 
 
 # SHA-256, and counting along.

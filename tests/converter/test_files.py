@@ -22,9 +22,9 @@ from df11.converter.files import (
     index_names,
     is_shard,
     list_containers,
+    original_name,
     raise_if_missing,
     second_copies,
-    shard_name,
     with_attributes,
 )
 from df11.converter.manifest import FILE_NAME
@@ -93,8 +93,8 @@ def test_which_files_are_converted(name, folder):
 )
 def test_what_a_container_was_called(known, name):
     originals = {"b.df11": "b.sft"} | ({} if known is None else {"a/x.df11": known})
-    assert shard_name("a/x.df11", originals) == name
-    assert shard_name("a/x.txt", originals) == "a/x.txt"
+    assert original_name("a/x.df11", originals) == name
+    assert original_name("a/x.txt", originals) == "a/x.txt"
 
 
 NAMES = st.lists(

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tests.support.strategies  # noqa: F401 - the profile of hypothesis
-from df11.converter.files import container_name, shard_name
+from df11.converter.files import container_name, original_name
 from df11.converter.index import read_shards, rewrite_index, split_index_name
 from df11.formats import errors
 
@@ -41,7 +41,7 @@ def to_container(name: str) -> str:
 
 
 def to_shard(name: str) -> str:
-    return shard_name(name, {})
+    return original_name(name, {})
 
 
 @given(text=indexes())

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 
 import df11
-from df11.converter import parquet, work
-from df11.converter.manifest import FILE_NAME, TOOL, FileRow, Manifest, Origin
+from df11.converter import apply, parquet, work
+from df11.converter.manifest import FILE_NAME, TOOL, FileRow, Origin
 from df11.converter.scan import scan
 from df11.formats import errors
 from df11.storage.store import open_source
 from tests.support import commands, sources
 from tests.support.conversions import convert, file_row
+from tests.support.manifests import with_file
 
 ORIGIN = Origin("owner/name", "0" * 40, "sub/folder")
 
@@ -78,10 +79,10 @@ def test_where_the_source_came_from(hub, client, tmp_path):
     del client
     path = sources.write(tmp_path / "x.safetensors", [sources.bf16("a", (100,))])
     head = hub.create("me/m").commit({"sub/x.safetensors": path})
-    assert Origin.of(open_source("hf://me/m/sub")) == Origin("me/m", head, "sub")
+    assert Origin.of(open_source("hf://me/m/sub")) == Origin("me/m", head, "sub", private=False)
     assert Origin.of(open_source(tmp_path)) == Origin()
     df11.convert("hf://me/m/sub", tmp_path / "out")
-    assert parquet.read(tmp_path / "out").origin == Origin("me/m", head, "sub")
+    assert parquet.read(tmp_path / "out").origin == Origin("me/m", head, "sub", private=False)
 
 
 # The same, however it was made.
@@ -134,7 +135,7 @@ def test_a_manifest_of_another_conversion_is_not_trusted(tree, copied, tmp_path,
     other = convert(
         tmp_path, "a", sources.file_bytes([sources.bf16("big", (3 * sources.SEGMENT // 2,), 4)]), cast="bf16"
     )
-    forged = manifest.with_file(replace(file_row(other), file="d.df11"), other.tensors)
+    forged = with_file(manifest, replace(file_row(other), file="d.df11"), other.tensors)
     assert forged != manifest
     (copied / FILE_NAME).write_bytes(parquet.to_bytes(forged))
     df11.convert(source, copied, cast="bf16")
@@ -156,7 +157,7 @@ def test_a_file_that_is_described_otherwise_is_not_trusted(change, tree, copied)
     # Such as a row of a shard with the same tensors and another header.
     source, _, manifest = tree
     row = next(file for file in manifest.files if file.file == "d.df11")
-    forged = manifest.with_file(replace(row, **change), manifest.rows_of("d.df11"))
+    forged = with_file(manifest, replace(row, **change), manifest.rows_of("d.df11"))
     (copied / FILE_NAME).write_bytes(parquet.to_bytes(forged))
     df11.convert(source, copied, cast="bf16")
     assert parquet.read(copied) == manifest
@@ -170,24 +171,22 @@ def test_a_folder_of_its_name_is_in_the_way(tree, copied):
     assert caught.value.file == str(copied / FILE_NAME)
 
 
-def test_names_that_are_not_utf8(tmp_path):
-    source = sources.write(tmp_path / "source" / "a\udcff.safetensors", [sources.bf16("a", (10,))]).parent
-    (source / "b\udcff.txt").write_bytes(b"1")
-    df11.convert(source, tmp_path / "out")
-    data = (tmp_path / "out" / FILE_NAME).read_bytes()
-    manifest = parquet.read(tmp_path / "out")
-    assert [(file.file, file.source_file) for file in manifest.files] == [("a\\udcff.df11", "a\\udcff.safetensors")]
-    assert [name for name, _ in manifest.others] == ["b\\udcff.txt"]
-    df11.convert(source, tmp_path / "out")
-    assert (tmp_path / "out" / FILE_NAME).read_bytes() == data
-    assert (tmp_path / "out" / "a\udcff.df11").is_file()
+@pytest.mark.parametrize("name", ["a\udcff.safetensors", "b\udcff.txt", "c\udcff/d.json"])
+def test_names_that_are_not_utf8(name, tmp_path):
+    source = sources.write(tmp_path / "source" / "a.safetensors", [sources.bf16("a", (10,))]).parent
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_bytes((source / "a.safetensors").read_bytes())
+    line = commands.run("convert", source, tmp_path / "out").error(2, "not UTF-8", ascii(name)[1:-1], "--exclude")
+    assert line.isascii()
+    assert not (tmp_path / "out").exists()
+    commands.run("convert", source, tmp_path / "out", "--exclude", name).fine()
+    assert [file.file for file in parquet.read(tmp_path / "out").files] == ["a.df11"]
 
 
 def test_names_that_no_file_can_have(tree, copied):
     source, _, manifest = tree
-    row = FileRow("x\ud800.df11", 1, None, "x.safetensors", 1, "0" * 64)
-    forged = replace(manifest, others=(("y\ud800", "0" * 64),)).with_file(row, ())
-    data = parquet.to_bytes(forged).replace(b"\\\\ud800", b"\\ud800 ")  # The metadata is JSON: now an escape.
+    row = FileRow("x-ud800-.df11", 1, None, "x.safetensors", 1, "0" * 64)
+    data = parquet.to_bytes(with_file(manifest, row, ())).replace(b"x-ud800-", b"x\\ud800 ")  # JSON's escape.
     (copied / FILE_NAME).write_bytes(data)
     with pytest.raises(errors.ManifestError, match="Unicode"):
         parquet.read(copied)
@@ -278,22 +277,35 @@ def test_a_forged_manifest_is_one_line(tree, copied):
 # What needs no file.
 
 
-def test_files_are_added_replaced_and_ordered(tree):
+def test_files_of_a_manifest(tree):
     _, _, manifest = tree
-    files = [(file, manifest.rows_of(file.file)) for file in manifest.files]
-    backwards = Manifest(ORIGIN, "bf16", TOOL, (), (), manifest.others)
-    for file, rows in reversed(files):
-        backwards = backwards.with_file(file, [replace(row, file="elsewhere") for row in rows])
+    known = manifest.by_file()
+    assert list(known) == [file.file for file in manifest.files]
+    assert [known[name][1] for name in known] == [manifest.rows_of(name) for name in known]
+    backwards = manifest.holding(reversed(known.values()))
     assert [file.file for file in backwards.files] == ["d.df11", "c.df11", "b.df11", "a.df11"]
-    assert backwards.ordered([file.file for file, _ in files]) == replace(manifest, origin=ORIGIN)
-    assert backwards.ordered(["x", "b.df11"]).files == (files[1][0],)
-    assert backwards.ordered(["x", "b.df11"]).tensors == manifest.rows_of("b.df11") == files[1][1]
-    smaller = manifest.with_file(replace(files[1][0], sha256="0" * 64), files[1][1][:1])
-    assert [file.file for file in smaller.files] == [file.file for file in manifest.files]
-    assert smaller.files[1].sha256 == "0" * 64
-    assert smaller.rows_of("b.df11") == files[1][1][:1]
-    assert smaller.others == manifest.others
+    assert backwards.by_file() == known
+    assert backwards.holding(known.values()) == manifest
+    assert manifest.holding([known["b.df11"]]).tensors == manifest.rows_of("b.df11")
+    assert manifest.holding(()) == replace(manifest, files=(), tensors=())
     assert manifest.rows_of("nothing") == ()
+
+
+@pytest.mark.parametrize(("every", "count"), [(256 << 20, 2), (1, 11), (3000, 7)])
+def test_it_is_written_now_and_then(every, count, tmp_path, monkeypatch):
+    for seed in range(12):
+        sources.write(tmp_path / "source" / f"{seed:02}.safetensors", [sources.bf16("a", (1000,), seed)])
+    written, to_bytes = [], parquet.to_bytes
+
+    def counted(manifest):
+        written.append(len(manifest.files))
+        return to_bytes(manifest)
+
+    monkeypatch.setattr(apply, "MANIFEST_EVERY", every)
+    monkeypatch.setattr(parquet, "to_bytes", counted)
+    df11.convert(tmp_path / "source", tmp_path / "out")
+    assert 1500 < (tmp_path / "out" / "00.df11").stat().st_size < 3000
+    assert (len(written), written[-1]) == (count, 12)
 
 
 # Memory, and what is imported.

@@ -240,3 +240,40 @@ def test_a_folder_that_changes_after_the_plan_is_a_conflict(model: Path, tmp_pat
         df11.convert(model, out, on_total=meanwhile)
     assert not (out / ".df11-run").exists()
     df11.convert(model, out)
+
+
+@pytest.mark.parametrize("action", ["restore", "convert"])
+def test_another_run_does_not_take_what_a_killed_one_wrote(action: str, model: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", put(tmp_path / "other", {"z.safetensors": shard("z", 3)})
+    df11.convert(other, tmp_path / "other-out")
+    with pytest.raises(ZeroDivisionError):
+        df11.convert(model, out, on_file=lambda _: 1 / 0)
+    before = tree_bytes(out)
+    source = tmp_path / "other-out" if action == "restore" else other
+    commands.run(action, source, out).error(7, out, f"convert of '{model}'", "choose another target")
+    assert tree_bytes(out) == before
+    df11.convert(model, out)
+    assert set(tree_bytes(out)) == {"a.df11", "b.df11", "m.df11.index.json", "config.json", "df11-manifest.parquet"}
+    commands.run(action, source, tmp_path / "out").fine()  # It has ended: the folder is free.
+
+
+@pytest.mark.parametrize("how", ["a link to nothing", "a link out", "a folder elsewhere", "a folder that is away"])
+def test_what_is_named_but_cannot_be_read_is_not_gone(how: str, model: Path, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    put(model, {"sub/c.safetensors": shard("c", 3)})
+    df11.convert(model, out)
+    name = "sub" if "folder" in how else "b.safetensors"
+    (model / name).rename(elsewhere)
+    (model / name).symlink_to(elsewhere)
+    if how in ("a link to nothing", "a folder that is away"):
+        elsewhere.rename(tmp_path / "away")
+    (model / "m.safetensors.index.json").unlink()
+    before = {name: data for name, data in tree_bytes(out).items() if name.endswith(".df11")}
+    line = commands.run("convert", model, out).error(
+        4 if "elsewhere" not in how and "out" not in how else 2, "--exclude"
+    )
+    commands.run("convert", model, out, "--exclude", line.split("--exclude '")[1].split("'")[0]).fine()
+    assert {name: data for name, data in tree_bytes(out).items() if name.endswith(".df11")} == before
+    (model / name).unlink()
+    commands.run("convert", model, out).fine()  # Now it is.
+    assert set(before) - set(tree_bytes(out)) == {"sub/c.df11" if name == "sub" else "b.df11"}

@@ -18,6 +18,7 @@ import df11
 from df11.converter import parquet
 from df11.converter.manifest import FILE_NAME, TOOL, Manifest, Origin
 from df11.formats import errors
+from df11.formats.container import OriginalFile
 from tests.support import sources
 from tests.support.conversions import convert, file_row, numpy_counts
 
@@ -57,9 +58,14 @@ def test_the_documented_columns(tree):
     assert list(file.metadata.metadata) == [b"df11"]
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
     document = json.loads(file.metadata.metadata[b"df11"])
-    assert list(document) == ["version", "tool", "source", "options", "files", "others"]
+    assert list(document) == ["version", "tool", "source", "options", "files", "others", "renamed"]
     assert (document["version"], document["tool"]) == (1, f"df11 {df11.__version__}")
-    assert document["source"] == {"repository": "owner/name", "commit": "0" * 40, "path": "sub/folder"}
+    assert document["source"] == {
+        "repository": "owner/name",
+        "commit": "0" * 40,
+        "path": "sub/folder",
+        "private": None,
+    }
     assert document["options"] == {"cast": "bf16"}
     assert [entry["file"] for entry in document["files"]] == ["a.df11", "b.df11", "c.df11", "d.df11"]
     path = source / "a.safetensors"
@@ -96,9 +102,9 @@ def test_round_trip_and_nothing_of_this_machine(tree):
     again = parquet.to_bytes(of_a_repository)
     assert again != data
     assert parquet.from_bytes(again, "x") == of_a_repository
-
-
-# Forged files.
+    for private in (True, False):
+        known = replace(of_a_repository, origin=replace(ORIGIN, private=private))
+        assert parquet.from_bytes(parquet.to_bytes(known), "x") == known
 
 
 def refused(data: bytes, *words: str) -> None:
@@ -158,6 +164,22 @@ def test_other_files(tmp_path):
     refused(other.getvalue(), "no df11 metadata")
     with pytest.raises(errors.MissingError):
         parquet.read(tmp_path)
+
+
+def test_files_that_a_source_was_decoded_from(small):
+    files = (OriginalFile("a.safetensors", 12, "1" * 64), OriginalFile("b.safetensors", 34, "2" * 64))
+    made = replace(small, files=tuple(replace(row, made_from=files) for row in small.files))
+    assert parquet.from_bytes(parquet.to_bytes(made), "x") == made
+    table, document = table_of(made)
+    for wrong in (
+        1,
+        [1],
+        [{}],
+        [{"file": "/a", "bytes": 1, "sha256": "1" * 64}],
+        [{"file": "a", "bytes": -1, "sha256": "1" * 64}],
+    ):
+        document["files"][0]["made_from"] = wrong
+        refused(written(table, document))
 
 
 def test_absurd_sizes(small, monkeypatch):
@@ -278,6 +300,7 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("source/repository", [1, [], {}]),
         ("source/commit", [1, []]),
         ("source/path", [..., None, 1]),
+        ("source/private", ["no", 0, []]),
         ("options/cast", ["f16", 1, []]),
         ("files", [..., None, {}, [], [1], ["x"]]),
         ("files/0/file", [..., 1, "", "/x.df11", "../x.df11", "a//b", "./x.df11", "x\0.df11", "y.df11"]),
@@ -288,6 +311,7 @@ def changed(document: dict, path: str, value: object) -> dict:
         ("files/0/source/bytes", [..., -1]),
         ("files/0/source/sha256", [..., None, "x"]),
         ("others", [None, [], [["x", "0" * 64]], 1, "x"]),
+        ("renamed", [None, [], "x", {"x": 1}, {"x": "../y"}, {"/x": "y"}, {"": "y"}, {"x": None}]),
         ("others/config.json", [None, 1, "", "0" * 63, "0" * 65, "G" * 64, "F" * 64, ["0" * 64]]),
     ],
 )
@@ -296,6 +320,12 @@ def test_the_metadata_must_be_as_documented(path, values, small):
     for value in values:
         refused(written(table, changed(document, path, value)))
     refused(written(table, document | {"files": document["files"] * 2}), "twice")
+
+
+def test_an_earlier_manifest_does_not_say_whether_its_source_was_private(small):
+    table, document = table_of(replace(small, origin=replace(ORIGIN, private=True)))
+    assert parquet.from_bytes(written(table, document), "x").origin.private
+    assert parquet.from_bytes(written(table, changed(document, "source/private", ...)), "x").origin == ORIGIN
 
 
 @pytest.mark.parametrize(
@@ -310,8 +340,13 @@ def test_other_files_of_any_name(small):
     others = tuple((name, f"{number:064x}") for number, name in enumerate(("a/b/c.txt", "ключ 🗝", " ", "...", "a\\b")))
     manifest = replace(small, others=others)
     assert parquet.from_bytes(parquet.to_bytes(manifest), "x") == manifest
-    escaped = replace(small, others=(("a\udcff", "0" * 64),))
-    assert parquet.from_bytes(parquet.to_bytes(escaped), "x").others == (("a\\udcff", "0" * 64),)
+
+
+def test_names_of_any_kind(small):
+    names = (("a/b.df11", "a/b.sft"), ("ключ 🗝.df11.index.json", "ключ 🗝.sft.index.json"), ("\\udcff", "\\"))
+    assert parquet.from_bytes(parquet.to_bytes(replace(small, renamed=names)), "x").renamed == names
+    table, document = table_of(small)
+    assert parquet.from_bytes(written(table, changed(document, "renamed", ...)), "x") == small
 
 
 def test_files_of_the_first_release_name_no_others(small):

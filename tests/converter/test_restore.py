@@ -189,3 +189,26 @@ def test_json_says_what_was_restored(source, container, tmp_path):
         sources.sha256(source),
     )
     assert (done["event"], done["files"], done["bytes"]) == ("done", 1, source.stat().st_size)
+
+
+def test_a_container_that_changes_before_it_is_read_is_noticed(container, tmp_path):
+    other = tmp_path / "other.df11"
+    df11.convert(sources.write(tmp_path / "other.safetensors", [bf16("w", (7, 9))]), other)
+    with pytest.raises(errors.ConflictError, match="changed since the run began"):
+        df11.restore(container, tmp_path / "back", on_total=lambda _: other.replace(container))
+    assert not (tmp_path / "back").exists()
+
+
+def test_what_was_restored_needs_its_container_no_longer(source, container, tmp_path):
+    size = source.stat().st_size
+    done = []
+
+    def progress(count):
+        done.append(count)
+        if sum(done) == size:
+            container.unlink()
+
+    report = df11.restore(container, tmp_path / "back", on_progress=progress)
+    assert report.files[0].status == "restored"
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
+    assert not container.exists()

@@ -49,6 +49,28 @@ def test_a_finished_output_is_skipped(source, tmp_path):
     )
 
 
+@pytest.mark.parametrize("cast", [None, "bf16"])
+@pytest.mark.parametrize("how", ["damaged", "planted"])
+def test_a_finished_output_must_hold_the_source(how, cast, tmp_path):
+    source, target = tmp_path / "x.safetensors", tmp_path / "x.df11"
+    sources.write(source, [bf16("a", (300, 100)), f32("b", (300, 100), 1)])
+    convert(source, target, cast=cast)
+    good = target.read_bytes()
+    if how == "damaged":
+        bad = bytearray(good)
+        bad[-5000] ^= 1
+    else:  # Sound, and of the same size, but for its hash: it is of another file.
+        sources.write(tmp_path / "y.safetensors", [bf16("a", (300, 100)), f32("b", (300, 100), 2)])
+        convert(tmp_path / "y.safetensors", tmp_path / "y.df11", cast=cast)
+        theirs, mine = (sources.sha256(tmp_path / f"{name}.safetensors").encode() for name in "yx")
+        bad = bytearray((tmp_path / "y.df11").read_bytes().replace(theirs, mine))
+        assert mine in bad
+    target.write_bytes(bad)
+    assert convert(source, target, cast=cast).status == "converted"
+    assert target.read_bytes() == good
+    assert convert(source, target, cast=cast).status == "skipped"
+
+
 def test_a_source_that_was_only_touched_is_skipped(source, tmp_path):
     convert(source, tmp_path / "x.df11")
     os.utime(source, (1, 1))

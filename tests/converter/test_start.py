@@ -22,7 +22,7 @@ from tests.support import commands, sources
 UNNEEDED = (
     "typer click pydantic rich shellingham annotated_types tqdm pyarrow huggingface_hub httpx httpx2 requests torch "
     "matplotlib jinja2 "
-    "ssl socket email http asyncio urllib.request importlib.metadata multiprocessing unittest "
+    "shutil ssl socket email http asyncio urllib.request importlib.metadata multiprocessing unittest "
     "df11.storage.hub df11.storage.client df11.storage.ranges df11.converter.parquet df11.runtime "
     "df11.pipelines.job df11.pipelines.prepare df11.pipelines.run df11.pipelines.report df11.pipelines.transfer "
     "df11.pipelines.wording "
@@ -112,7 +112,7 @@ LEAVES = leaves(cli.COMMANDS)
 SPELLINGS = (
     "--threads -j --jobs --max-memory --max-disk --cast --keep-f32 --verify --no-verify --resume --no-resume --force "
     "--dry-run --json --quiet -q --debug --against --bf16 --engine --private --public --include --exclude "
-    "--allow-missing --output -o --help --version --nonsense --thread "
+    "--allow-missing --output -o --shapes --to --patterns --file-per-unit --help --version --nonsense --thread "
 )
 VALUES = [
     "a",

@@ -383,3 +383,17 @@ def test_a_wrong_decoded_checksum_is_found(paths, with_source):
     container.write_bytes(data)
     with pytest.raises(errors.ChecksumError, match="decoded weights"):
         df11.verify(container, source if with_source else None)
+
+
+def test_what_people_edit_is_theirs(tmp_path):
+    source = tmp_path / "source"
+    sources.write(source / "m.safetensors", [bf16("w", (64, 64))])
+    for name in ("README.md", ".gitattributes", "config.json"):
+        (source / name).write_text("{}")
+    df11.convert(source, tmp_path / "t")
+    (tmp_path / "t" / "README.md").write_text("mine")
+    (tmp_path / "t" / ".gitattributes").unlink()
+    df11.verify(tmp_path / "t", source)
+    (tmp_path / "t" / "config.json").write_text("mine")
+    with pytest.raises(errors.DifferenceError, match="not the file that df11 wrote"):
+        df11.verify(tmp_path / "t")

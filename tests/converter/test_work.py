@@ -76,7 +76,7 @@ def test_a_copy_from_git_is_held_to_its_blob_id(hub, store, tmp_path):
 def test_a_file_that_appears_meanwhile_stays(store, tmp_path):
     (tmp_path / "config.json").write_bytes(b"mine")
     task = copy(store, "config.json", tmp_path)
-    with pytest.raises(errors.ConflictError, match="appeared"):
+    with pytest.raises(errors.ConflictError, match="somebody else has changed this file"):
         produce(task, lambda _: None)
     assert (tmp_path / "config.json").read_bytes() == b"mine"
     produce(dataclasses.replace(task, force=True), lambda _: None)

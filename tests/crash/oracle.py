@@ -58,7 +58,7 @@ def _manifest(data: bytes | None, world: World, files: Files) -> list[str]:
         return [str(error)]
     left = world.machine.folder / "journal"
     left.write_bytes(files.get(f"target/{journal.FILE_NAME}") or b"")
-    begun = {name for name, marks in journal.read(left).items() if any(mark.of != "begun" for mark in marks)}
+    begun = {name for name, marks in journal.read(left)[1].items() if any(mark.of != "begun" for mark in marks)}
     known = {name.removeprefix("target/"): data for name, data in files.items() if data}
     return _differing(manifest, {name: data for name, data in known.items() if name not in begun}, world)
 

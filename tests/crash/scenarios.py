@@ -278,6 +278,13 @@ SCENARIOS = (
     Scenario(
         "restore a folder", ("restore", "source", "target", *ONE), _restore_folder, _newer_converted, is_kept=False
     ),
+    Scenario(
+        "export a folder",
+        ("export", "--to", "safetensors", "source", "target", *ONE),
+        _restore_folder,
+        _newer_converted,
+        is_kept=False,
+    ),
     Scenario("hub push", ("hub", "push", "source", "me/model", *ONE), _push, _newer_converted),
     Scenario("hub push: again", ("hub", "push", "source", "me/model", *ONE), _push_again, _newer_converted),
     Scenario("hub pull", ("hub", "pull", "lab/model", "target", *ONE), _pull, _newer_on_hub),

@@ -128,7 +128,8 @@ def test_sizes_of_a_segment(n: int, row: Row) -> None:
 
 def test_metadata_keys() -> None:
     keys, members = tables(SECTIONS["3"])
-    assert [row[0].strip("`") for row in keys[1:]] == list(layout.METADATA_KEYS)
+    required = {row[0].strip("`"): row[2] for row in keys[1:]}
+    assert required == {**dict.fromkeys(layout.METADATA_KEYS, "yes"), layout.METADATA_MADE_FROM: "no"}
     assert [row[0].strip("`") for row in members[1:]] == ["encoding", "dtype", "shape", "exact", "xxh3"]
     assert f'the version of this document, `"{layout.VERSION}"`, exactly' in keys[1][1]
     assert {row.feature for row in ROWS if row.dtype != "BF16"} == layout.KNOWN_FEATURES

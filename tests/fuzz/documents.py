@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from random import Random
 
-from df11.converter.files import container_name, shard_name
+from df11.converter.files import container_name, original_name
 from df11.converter.index import read_shards, rewrite_index
 from df11.formats import errors
 from df11.pipelines.job import read_job
@@ -25,7 +25,7 @@ def _edit_json(data: bytes, random: Random) -> bytes:
 
 
 def _to_shard(name: str) -> str:
-    return shard_name(name, {})
+    return original_name(name, {})
 
 
 def rewrite(data: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.fuzz import containers, documents, manifests, programs
+from tests.fuzz import containers, documents, foreign, manifests, programs
 from tests.fuzz.oracle import Target
 from tests.fuzz.programs import Program
 
@@ -16,6 +16,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         *(containers.CONTAINER, containers.DECODERS, containers.RECORD, containers.SOURCE),
         *(manifests.MANIFEST, manifests.DOCUMENT),
+        foreign.CHECKPOINT,
         *(documents.INDEX, documents.JOB, documents.RESULTS, documents.ADDRESS),
     )
 }

@@ -18,9 +18,9 @@ FILES = [(name, path) for name in registry.TARGETS for path in registry.corpus(n
 
 
 @pytest.fixture(autouse=True)
-def quiet() -> None:
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
     """Sources in which nothing can be compressed are nothing special here."""
-    logging.getLogger("df11").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, logger="df11")
 
 
 def test_the_corpus_is_small_and_belongs_to_targets() -> None:

@@ -67,7 +67,7 @@ PLACES = {
     r"(?<![\w.])(?<!def )open\(": {"storage/atomic.py", "storage/hub.py", "storage/paths.py", "formats/container.py"},
     r"\.(read_text|read_bytes|write_text|write_bytes)\(": {
         "storage/hub.py",
-        "storage/local.py",
+        "converter/dfloat11/architectures.py",  # A table of this package.
         "runtime/gpu.py",  # The kernel's source, of this package.
         "runtime/omnigen2_classes.py",  # Modules that are imported right after.
     },
@@ -78,8 +78,10 @@ PLACES = {
     },
     r"zstandard\.|zlib|gzip|bz2|lzma": {"formats/container.py", "converter/output.py"},
     r"\b(import|from) ?(huggingface_hub|httpx|requests|urllib\.request)": {
+        "storage/answers.py",  # Its errors.
         "storage/client.py",
         "storage/hub.py",
+        "storage/limits.py",
         "storage/ranges.py",
         "pipelines/card.py",  # Its model card.
         "runtime/hub.py",  # Its cache.

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from df11 import _kernels
 from df11.version import __version__
@@ -73,7 +75,7 @@ def package_files() -> set[str]:
         f"df11/{path.name}" for path in (ROOT / "src" / "df11").iterdir() if path.suffix in (".py", ".pyi", ".typed")
     }
     for room in ROOMS:
-        for suffix in (".py", ".pyi", ".md", ".cu", ".j2", ".js"):
+        for suffix in (".py", ".pyi", ".md", ".cu", ".toml", ".j2", ".js"):
             files |= {f"df11/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / room).rglob(f"*{suffix}")}
     return files
 
@@ -107,6 +109,18 @@ def test_the_wheel_says_what_it_is(built):
     assert "df11 = df11.__main__:main" in scripts
     assert "df11-convert = df11.__main__:convert_main" in scripts
     assert metadata.get_payload().strip().startswith("#")  # The README.
+
+
+def test_every_cupy_that_is_allowed_compiles_for_the_gpus_that_are_named():
+    # 13.3 for CUDA 12 does not know compute capability 12.0; 13 for CUDA 13 does not find NVRTC's builtins in wheels.
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for extra, wheel, too_old, allowed in (
+        ("cuda12", "cupy-cuda12x", "13.3.0", "13.4.0"),
+        ("cuda13", "cupy-cuda13x", "13.6.0", "14.0.0"),
+    ):
+        requirement = next(found for line in extras[extra] if (found := Requirement(line)).name == wheel)
+        assert allowed in requirement.specifier
+        assert too_old not in requirement.specifier
 
 
 def test_the_sdist_is_whole(built):

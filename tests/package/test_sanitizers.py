@@ -1,4 +1,4 @@
-"""The extension under ASan and UBSan: what it checks, what it calls, and every hostile record of the formats tests."""
+"""The extension under ASan and UBSan: what it checks, what it calls, and every hostile record and checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 from tests.support import cpu_kernels
 
 ROOT = cpu_kernels.ROOT
-SUITES = ("tests/formats/test_record.py", "tests/formats/test_vectors.py", "tests/formats/test_cpu_kernels.py")
+SUITES = (
+    *("tests/formats/test_record.py", "tests/formats/test_vectors.py", "tests/formats/test_cpu_kernels.py"),
+    "tests/converter/dfloat11/test_kernels.py",
+)
 
 
 def run(*command: str | Path, **variables: str) -> str:

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from df11.converter.manifest import Manifest, Origin
 from df11.formats import errors
+from df11.formats.container import OriginalFile
 from df11.pipelines import card, wording
 from df11.pipelines.card import CardFields
 from tests.support import manifests as made
@@ -280,6 +281,19 @@ def test_unchanged_values(exact):
     assert "$ df11 hub pull hf://me/name-df11 name-df11\n$ df11 restore name-df11 restored\n" in body
 
 
+def test_an_imported_model_says_what_it_was_decoded_from():
+    files = (OriginalFile("a_0.safetensors", 1234, "a" * 64), OriginalFile("b.safetensors", 99, "b" * 64))
+    manifest = made.model()
+    rows = tuple(dataclasses.replace(row, made_from=files) for row in manifest.files)
+    _, body = parts(render(dataclasses.replace(manifest, files=rows)))
+    assert "a checkpoint in DFloat11's layout: 2 files" in body
+    assert [["a_0.safetensors", "1,234", "a" * 64], ["b.safetensors", "99", "b" * 64]] in [
+        rows[1:] for rows in tables(body)
+    ]
+    assert "Every source file is restored byte for byte" not in body
+    assert "DFloat11" not in parts(render(manifest))[1]
+
+
 def test_in_a_folder_nothing_is_pulled():
     text = render(repository=None)
     assert "hf://" not in text
@@ -451,6 +465,7 @@ ROW = results()["sections"]["image"]["rows"][0]
         results(sections={"image": {"rows": [{"what": "x", "name": "y"}]}}),
         results(sections={"image": {"rows": [ROW | {"seconds": "fast"}]}}),
         results(sections={"image": {"rows": [ROW | {"seconds": -1}]}}),
+        results(sections={"image": {"rows": [ROW | {"seconds": 10**400}]}}),
         results(sections={"image": {"rows": [ROW | {"peak_bytes": True}]}}),
         results(sections={"image": {"rows": [ROW] * 201}}),
         results(sections={"image": {"rows": "x"}}),

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import termios
+import threading
 
 import pytest
 
@@ -447,3 +448,27 @@ def test_json_is_one_object_a_line(model, tmp_path):
     ):
         lines = commands.run(*arguments, "--json").fine().out.splitlines()
         assert all(isinstance(json.loads(line), dict) for line in lines)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_streams_that_are_closed_or_full_do_no_harm(closed, model, tmp_path):
+    script = f"{sys.executable} -m df11 convert {model} {tmp_path / 'out'} {closed}"
+    assert commands.run_process(command=["sh", "-c", script]).code == 0
+    commands.run("verify", tmp_path / "out").fine()
+
+
+def test_the_environment_of_other_programs(model, tmp_path):
+    df11.convert(model, tmp_path / "out")
+    (tmp_path / "out" / "matplotlibrc").write_bytes(b"\x1b[2J : 1\n\xff\xfe\n")
+    env = commands.environment(MPLBACKEND="none", TERMINAL_WIDTH="wide")
+    result = commands.run_process("report", ".", "-o", tmp_path / "report", env=env, cwd=tmp_path / "out").fine()
+    assert result.err.splitlines()[0] == str(tmp_path / "report" / "report.html")
+    commands.run_process("verify", env=env).error(2, "Missing argument")
+
+
+def test_a_system_without_more_threads(model, tmp_path, monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    commands.run("convert", model, tmp_path / "out").error(6, "no more threads", "--threads")

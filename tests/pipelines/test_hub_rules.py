@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 import df11
+from df11.converter import parquet
+from df11.converter.manifest import FILE_NAME
 from df11.formats import errors
 from df11.pipelines import transfer
 from df11.storage import client as hub_client
-from tests.support import commands
+from tests.support import commands, sources
 from tests.support.hub import models
 from tests.support.hub.repository import Repository
 from tests.support.hub.server import HubServer, status
@@ -116,12 +118,40 @@ def test_visibility_is_left_to_the_hub(
 
 def test_a_private_source_does_not_become_public_unasked(hub: HubServer, tmp_path: Path) -> None:
     hub.create("me/secret", private=True).commit(models.model(1))
-    commands.run("job", "run", "--quiet", job(tmp_path, source="hf://me/secret")).error(2, "public", "private = false")
-    assert not [name for name in hub.repository("me/model-df11").files() if name.endswith(".df11")]
+    hub.create("me/open")
+    line = commands.run("job", "run", "--quiet", job(tmp_path, "", "hf://me/secret", "hf://me/open"))
+    line.error(2, "hf://me/secret", "public", "private = false")
+    assert not [name for name in hub.repository("me/open").files() if name.endswith(".df11")]
     assert not hub.count("PUT|POST", "/upload/")
-    commands.run("job", "run", "--quiet", job(tmp_path, "private = false", "hf://me/secret")).fine()
+    commands.run("job", "run", "--quiet", job(tmp_path, source="hf://me/secret")).fine()
+    assert hub.repository("me/model-df11").private
+    commands.run("job", "run", "--quiet", job(tmp_path, "private = false", "hf://me/secret", "hf://me/open")).fine()
     hub.create("me/private-df11", private=True)
     commands.run("job", "run", "--quiet", job(tmp_path, "", "hf://me/secret", "hf://me/private-df11")).fine()
+
+
+@pytest.mark.parametrize("manifest", ["its own", "of another conversion"])
+def test_a_folder_of_a_private_source_does_not_become_public_unasked(
+    manifest: str, hub: HubServer, tmp_path: Path
+) -> None:
+    secret = hub.create("me/secret", private=True)
+    secret.commit(models.model(1))
+    df11.convert("hf://me/secret", tmp_path / "a")
+    if manifest != "its own":
+        (tmp_path / "x.safetensors").write_bytes(models.shard(9))
+        (container,) = (tmp_path / "a").glob("*.df11")
+        df11.convert(tmp_path / "x.safetensors", container, force=True)
+    commands.run("hub", "push", "--quiet", tmp_path / "a", "me/new").fine()
+    assert hub.repository("me/new").private
+    hub.create("me/open")
+    commands.run("hub", "push", "--quiet", tmp_path / "a", "me/open").error(2, "private", "--public")
+    assert not [name for name in hub.repository("me/open").files() if name.endswith(".df11")]
+    # It goes with a folder that has been on the Hub.
+    commands.run("hub", "pull", "--quiet", "me/new", tmp_path / "b").fine()
+    commands.run("hub", "push", "--quiet", tmp_path / "b", "me/newer").fine()
+    assert hub.repository("me/newer").private
+    commands.run("hub", "push", "--quiet", "--public", tmp_path / "b", "me/open").fine()
+    assert not hub.repository("me/open").private
 
 
 def test_push_public_and_private(hub: HubServer, folder: Path) -> None:
@@ -292,3 +322,36 @@ def test_retries_are_told_by_a_logger(hub: HubServer, folder: Path, caplog: pyte
     (record,) = [record for record in caplog.records if record.name == "df11"]
     assert "500" in record.getMessage()
     assert isinstance(vars(record)["error"], errors.RetryLaterError)
+
+
+# Names that the rule does not give back
+
+
+def test_names_of_shards_survive_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    original = tmp_path / "original"
+    sources.write(original / "a.sft", [sources.bf16("a", (600,))])
+    (original / "m.sft.index.json").write_text(json.dumps({"weight_map": {"a": "a.sft"}}))
+    df11.convert(original, tmp_path / "converted")
+    commands.run("hub", "push", tmp_path / "converted", "me/pushed").fine()
+    manifest = parquet.from_bytes(hub.repository("me/pushed").read(FILE_NAME), "")
+    assert [row.source_file for row in manifest.files] == ["a.sft"]
+    assert manifest.renamed == (("m.df11.index.json", "m.sft.index.json"),)
+    commands.run("hub", "pull", "me/pushed", tmp_path / "pulled").fine()
+    df11.verify(tmp_path / "pulled", original)
+    df11.restore(tmp_path / "pulled", tmp_path / "back")
+    assert tree_bytes(original).items() <= tree_bytes(tmp_path / "back").items()
+    assert not list((tmp_path / "back").glob("*.safetensors*"))
+
+
+def test_a_shard_that_gets_another_name_has_it_in_the_manifest(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = sources.file_bytes([sources.bf16("a", (600,))])
+    source = hub.create("lab/other")
+    path = job(tmp_path, source="hf://lab/other", target="hf://me/other")
+    for name, other in (("a.sft", "a.safetensors"), ("a.safetensors", "a.sft")):
+        source.commit({name: data, other: None} if other in source.files() else {name: data})
+        commands.run("job", "run", path).fine()
+        files = hub.repository("me/other").read(FILE_NAME)
+        assert [row.source_file for row in parquet.from_bytes(files, "").files] == [name]

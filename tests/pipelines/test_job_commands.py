@@ -14,6 +14,7 @@ import df11
 from df11.converter import parquet
 from df11.converter.manifest import FILE_NAME
 from df11.storage import client as hub_client
+from df11.storage import limits
 from tests.support import commands, sources
 from tests.support.hub import models
 from tests.support.hub.repository import Repository
@@ -173,7 +174,7 @@ def test_an_index_that_is_none(hub: HubServer, source: Repository, tmp_path: Pat
 
 
 def test_a_silent_server(hub: HubServer, source: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_client, "TIMEOUTS", {"connect": 5.0, "read": 0.3, "write": 5.0, "pool": 5.0})
+    monkeypatch.setattr(limits, "TIMEOUTS", {"connect": 5.0, "read": 0.3, "write": 5.0, "pool": 5.0})
     job = write_job(tmp_path, ("hf://lab/model", "hf://me/model-df11"))
     hub.inject("POST", "/commit/", hang, times=99)
     commands.run("job", "run", "--quiet", job).error(5, "did not respond in time")
@@ -421,6 +422,11 @@ def test_wrong_use(tmp_path: Path, arguments: tuple[str, ...], code: int, word: 
 
 
 def test_a_report(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "sizes.png").write_bytes(b"mine")
+    commands.run("report", tree, "--output", tmp_path / "report").error(2, "sizes.png", "--force")
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["sizes.png"]
+    commands.run("report", tree, "--output", tmp_path / "report", "--force").fine()
     result = commands.run("report", tree, "--output", tmp_path / "report").fine()
     assert (tmp_path / "report" / "report.html").is_file()
     assert [Path(line).suffix for line in result.err.splitlines()].count(".png") >= 2

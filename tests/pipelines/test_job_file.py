@@ -58,6 +58,10 @@ MODEL = '[[model]]\nsource = "hf://a/b"\ntarget = "hf://me/b"\n'
     ("text", "words"),
     [
         ("", ["has no 'model'"]),
+        (".".join(["a"] * 16) + ".b = 1", ["a key of too many parts", "16"]),
+        ("[x.'y z'" + ' . "z z"' * 20 + "]", ["a key of too many parts"]),
+        ("x = {a = [{" + "a-b." * 5000 + "c = 1}]}", ["a key of too many parts"]),
+        (f"{MODEL}exclude = ['{'*a' * 501}']", ["exclude", "up to 1000 characters"]),
         ("model = []", ["no [[model]]"]),
         ("model = 1", ["a list", "1"]),
         ("model = [1]", ["[[model]] 1", "a table"]),
@@ -119,3 +123,9 @@ def test_no_text(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(errors.UsageError, match="not a TOML file"):
         read_job(tmp_path / "job.toml")
+
+
+def test_dots_in_texts_are_no_keys(tmp_path: Path) -> None:
+    name = ".".join(["a"] * 16)
+    job = read_job(write(tmp_path, f"[[model]]\nsource = 'hf://a/b/{name}'\ntarget = 't'\n#{'.' * 99}"))
+    assert job.models[0].source.endswith(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 import df11
 from df11.converter import parquet, work
 from df11.converter.manifest import FILE_NAME, FileRow
-from df11.pipelines.transfer import pull
+from df11.formats import errors
+from df11.pipelines.transfer import pull, push
 from df11.storage import client as hub_client
 from df11.storage.atomic import AtomicWriter
 from df11.storage.local import LocalStore
@@ -176,8 +178,8 @@ def test_a_pull_that_was_killed_goes_on(hub: HubServer, tmp_path: Path, monkeypa
     named: list[str] = []
     commit = AtomicWriter.commit
 
-    def committed(writer: AtomicWriter) -> None:
-        commit(writer)
+    def committed(writer: AtomicWriter, *check: Callable[[], object]) -> None:
+        commit(writer, *check)
         named.append(writer.path.name)
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -188,3 +190,10 @@ def test_a_pull_that_was_killed_goes_on(hub: HubServer, tmp_path: Path, monkeypa
     assert (pulled / "b.df11").exists()
     commands.run("hub", "pull", "--quiet", "me/m", pulled).fine()
     assert tree_bytes(pulled) == remote.files()
+
+
+def test_a_container_that_is_removed_before_it_is_read(hub: HubServer, folder: Path) -> None:
+    removed = folder / "model-00002-of-00002.df11"
+    with pytest.raises(errors.ConflictError, match="removed in the meantime; run the same command again"):
+        push(folder, "me/m", on_total=lambda _: removed.unlink())
+    assert "model-00002-of-00002.df11" not in hub.repository("me/m").files()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from importlib import metadata
 from types import ModuleType, SimpleNamespace
@@ -13,7 +14,10 @@ import torch
 from df11 import runtime
 from df11.formats import errors, layout
 from df11.runtime import gpu, kernels
-from df11.runtime.kernels import DECODE, DECODE_SMALL, Range
+from df11.runtime.kernels import DECODE, DECODE_SMALL, Range, worked
+from tests.support.cuda.device import STREAM, emulate
+from tests.support.cuda.emulator import Library
+from tests.vectors import worked_example
 
 CUDA = torch.device("cuda", 0)
 
@@ -96,9 +100,25 @@ def test_cupy_cannot_be_imported(a_gpu: SimpleNamespace, monkeypatch: pytest.Mon
     assert "CuPy cannot be imported: libcudart.so.12" in str(refused())
 
 
-def test_kernels_that_do_not_compile(a_gpu: SimpleNamespace) -> None:
+@pytest.mark.parametrize(
+    ("log", "said", "remedy"),
+    [
+        ("nvrtc: error: invalid value for --gpu-architecture", "invalid value", "update the driver"),
+        (
+            'cuda_fp16.h(144): catastrophic error: cannot open source file "vector_types.h"',
+            "vector_types.h",
+            "no headers of CUDA: pip install 'cupy-cuda12x[ctk]>=14', or set CUDA_PATH",
+        ),
+        (
+            "nvrtc: error: failed to open libnvrtc-builtins.so.12.9.",
+            "builtins.so.12.9",
+            "no libnvrtc-builtins: pip install 'cupy-cuda12x[ctk]>=14', or put its folder on LD_LIBRARY_PATH",
+        ),
+    ],
+)
+def test_kernels_that_do_not_compile(a_gpu: SimpleNamespace, log: str, said: str, remedy: str) -> None:
     def fail() -> None:
-        raise RuntimeError("\nnvrtc: error: invalid value for --gpu-architecture\nmore")
+        raise RuntimeError(f"\n{log}\nmore")
 
     class Device:
         def __init__(self, _index: int) -> None: ...
@@ -109,8 +129,9 @@ def test_kernels_that_do_not_compile(a_gpu: SimpleNamespace) -> None:
     a_gpu.cupy(SimpleNamespace(RawModule=lambda **_: module, cuda=SimpleNamespace(Device=Device)))
     error = refused()
     assert isinstance(error, errors.DeviceError)
-    assert "do not compile or load on A GPU: nvrtc: error: invalid value" in str(error)
-    assert "update" in str(error)
+    assert "do not compile or load on A GPU" in str(error)
+    assert said in str(error)
+    assert remedy in str(error)
 
 
 @pytest.mark.usefixtures("a_gpu")
@@ -146,6 +167,51 @@ def test_installed_builds_are_found_by_their_metadata() -> None:
     assert gpu._is_installed("numpy")
     assert not gpu._is_installed("cupy-cuda99x")
     assert metadata.version("numpy")
+
+
+# The first use of a device. On the emulator, which checks that each kernel has been launched by then.
+
+
+def test_each_kernel_decodes_the_worked_record_of_the_specification() -> None:
+    assert worked.RECORD == worked_example.RECORD
+    assert list(worked.WEIGHTS) == worked_example.WEIGHTS
+    assert len(worked.RECORD) == 512
+
+
+@pytest.mark.parametrize("kernel", kernels.THREADS)
+@pytest.mark.parametrize("wrong", ["weights", "status"])
+def test_a_device_that_decodes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str, wrong: str) -> None:
+    launch = Library.launch
+
+    def spoil(self: Library, name: str, grid: int, block: int, *arguments: Any, **options: Any) -> None:
+        launch(self, name, grid, block, *arguments, **options)
+        output = arguments[0]["range"]["output"][0, 0] if name != kernels.GATHER_ROWS else arguments[0]["output"][0]
+        if name == kernel:
+            ctypes.c_uint8.from_address(int(output) + 300 if wrong == "weights" else int(arguments[-1])).value ^= 1
+
+    monkeypatch.setattr(Library, "launch", spoil)
+    with pytest.raises(errors.DeviceError, match=rf"{kernel} decodes wrongly on none; use device='cpu'"):
+        emulate(monkeypatch)
+
+
+def test_a_device_first_used_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        emulated, _ = emulate(monkeypatch)
+    emulated.status.fill_(4)
+    with pytest.raises(errors.TileError):
+        emulated.check_errors()
+    emulated.check_errors()
+
+
+def test_a_launch_is_on_torchs_stream_and_on_the_device_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated, cupy = emulate(monkeypatch)
+    record, out = torch.tensor(list(worked.RECORD), dtype=torch.uint8), torch.zeros(257, dtype=torch.int16)
+    whole = Range(record.data_ptr(), 512, 257, 1 << 21, 0, 257, out.data_ptr())
+    for current in (0, 1):
+        cupy.devices[0] = current
+        emulated.decode([whole])
+        assert cupy.devices == [current]
+    assert cupy.launches == [(DECODE, 1, STREAM)] * 2
 
 
 # Launches.

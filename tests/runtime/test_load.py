@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import df11
 from df11 import runtime
@@ -291,11 +293,11 @@ def test_another_record_than_its_shape_says() -> None:
 def test_operators_are_well_formed() -> None:
     tensor = compressed(torch.randn(40, 50).to(torch.bfloat16))
     arguments = (tensor.record, [40, 50], tensor.segment_elements)
-    torch.library.opcheck(operators.decode, arguments)
-    torch.library.opcheck(operators.decode_rows, (*arguments, 3, 9))
-    torch.library.opcheck(operators.gather_rows, (*arguments, torch.tensor([3, 9])))
+    torch.library.opcheck(torch.ops.df11.decode, arguments)
+    torch.library.opcheck(torch.ops.df11.decode_rows, (*arguments, 3, 9))
+    torch.library.opcheck(torch.ops.df11.gather_rows, (*arguments, torch.tensor([3, 9])))
     out = torch.zeros(40, 50, dtype=torch.bfloat16)
-    torch.library.opcheck(operators.decode_into, ([tensor.record], [2000], [tensor.segment_elements], [0], [out]))
+    torch.library.opcheck(torch.ops.df11.decode_into, ([tensor.record], [2000], [tensor.segment_elements], [0], [out]))
 
 
 def test_a_graph_holds_the_operators() -> None:
@@ -311,6 +313,57 @@ def test_a_graph_holds_the_operators() -> None:
         compiled(x, ids), (torch.nn.functional.linear(x, weights), weights[ids] + weights[:2]), strict=True
     ):
         assert torch.equal(found, expected)
+
+
+def test_operators_are_called_only_where_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.randn(40, 50).to(torch.bfloat16)
+    tensor, out, ids = compressed(weights), torch.zeros(40, 50, dtype=torch.bfloat16), torch.tensor([5, 6])
+    named = "decode", "decode_rows", "gather_rows", "decode_into"
+
+    def use() -> list[torch.Tensor]:
+        return [tensor.decode(), tensor.rows(3, 5), tensor.gather(ids), tensor.decode(out)]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Watch():
+        watched = use()
+    assert [name for name in seen if name.startswith("df11.")] == [f"df11.{name}.default" for name in named]
+    monkeypatch.setattr(operators, "_ops", None)
+    for found, expected in zip(use(), watched, strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(out, weights)
+
+
+def test_a_trace_holds_the_operators() -> None:
+    # Without them it would hold fresh memory that nobody decodes into.
+    weights = torch.randn(40, 50).to(torch.bfloat16)
+    tensor = compressed(weights)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, tensor.decode())
+
+    x = torch.randn(3, 50).to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(model, (x,))
+    for function in (traced, torch.func.vmap(model), make_fx(model)(x)):
+        assert torch.equal(function(2 * x), torch.nn.functional.linear(2 * x, weights))
+    assert "df11::decode" in str(traced.graph)
+
+
+def test_decoding_into_a_tensor_counts_as_a_write() -> None:
+    tensor, out = compressed(torch.randn(40, 50).to(torch.bfloat16)), torch.zeros(40, 50, dtype=torch.bfloat16)
+    x = torch.ones(40, 50, dtype=torch.bfloat16, requires_grad=True)
+    product = (x * out).sum()
+    tensor.decode(out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        tensor.decode(torch.zeros(40, 50, dtype=torch.bfloat16))
 
 
 def test_threads_and_processes() -> None:

@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save_file
 import df11
 from df11.formats import errors
 from df11.runtime import materialize, model, omnigen2, omnigen2_classes
-from df11.runtime.modules import CompressedModule, FrozenWeightError, compressed_modules
+from df11.runtime.modules import compressed_modules
+from df11.runtime.weight import CompressedWeight, FrozenWeightError
 from tests.support import omnigen2_stand_in as stand_in
 from tests.support.omnigen2 import SOURCE, Family
 
@@ -201,9 +202,8 @@ def test_generation_with_hidden_states(loaded: Any, expected: Any) -> None:
 
 def test_the_output_layer_is_tied(loaded: Any) -> None:
     head, embedding = loaded.mllm.lm_head, loaded.mllm.get_input_embeddings()
-    assert isinstance(head, CompressedModule)
-    assert isinstance(embedding, CompressedModule)
-    assert head.payload() is embedding.payload()
+    assert isinstance(head.weight, CompressedWeight)
+    assert head.weight is embedding.weight
 
 
 def test_names_of_both_versions_of_transformers(family: Family, expected: Any, tmp_path: Path) -> None:

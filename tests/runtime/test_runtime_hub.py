@@ -363,7 +363,7 @@ def small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def first_weights(pipeline: Any) -> bytes:
-    return bytes(pipeline.transformer.state_dict()["layers.0.attn.to_q.weight_df11"].numpy())
+    return bytes(pipeline.transformer.state_dict()["layers.0.attn.to_q.weight"].record.numpy())
 
 
 def of_components(family: Any, *names: str) -> set[str]:

@@ -19,9 +19,10 @@ from torch import nn
 import df11
 from df11 import runtime
 from df11.formats import errors
-from df11.runtime import for_transformers, modules
+from df11.runtime import cpu, for_transformers, modules
+from df11.runtime.compressed import CompressedTensor
 from df11.runtime.model import MismatchError
-from df11.runtime.modules import CompressedModule, FrozenWeightError
+from df11.runtime.weight import CompressedWeight, FrozenWeightError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft requires it
 BF16 = torch.bfloat16
@@ -140,7 +141,7 @@ def test_text_and_image(model: Any, original: Any) -> None:
         assert torch.equal(found, expected)
     assert len([name for name, _ in modules.compressed_modules(model)]) == 25
     assert 0.6 < runtime.memory_report(model).compressed / runtime.memory_report(model).bf16 < 0.7
-    assert model.lm_head.payload() is model.model.language_model.embed_tokens.payload()
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert {
         name: value for name, value in model.named_buffers() if value.dtype == torch.float32
     }  # the rotary frequencies
@@ -172,7 +173,7 @@ def test_dtypes(folders: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_casts_are_refused(model: Any, original: Any) -> None:
     for cast in (model.half, model.float, lambda: model.to(torch.float16)):
-        with pytest.raises(FrozenWeightError, match="stay BF16"):
+        with pytest.raises(FrozenWeightError, match="materialize"):
             cast()
     assert torch.equal(logits(model.to("cpu")), logits(original))
 
@@ -206,7 +207,7 @@ def test_a_repository(
         load("me/other", cache_dir=tmp_path, local_files_only=True)
 
 
-def test_weights_that_transformers_merges(tmp_path: Path) -> None:
+def test_weights_that_transformers_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.Qwen3MoeConfig(
         vocab_size=320,
         hidden_size=256,
@@ -222,12 +223,29 @@ def test_weights_that_transformers_merges(tmp_path: Path) -> None:
         eos_token_id=2,
     )
     plain, converted = pair(transformers.Qwen3MoeForCausalLM(config), tmp_path)
-    original = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=BF16)
-    with pytest.warns(UserWarning, match=r"6 of 10 compressed tensors are held decoded, as transformers merges"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(converted, dtype=BF16)
+    original, model = (transformers.AutoModelForCausalLM.from_pretrained(p, dtype=BF16) for p in (plain, converted))
     ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, original(ids).logits)
+    decoded: list[int] = []
+    decode = cpu.Cpu.decode
+
+    def counting(self: Any, ranges: Any, **options: Any) -> None:
+        decoded.extend(part.last - part.first for part in ranges)
+        decode(self, ranges, **options)
+
+    monkeypatch.setattr(cpu.Cpu, "decode", counting)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts.gate_up_proj, CompressedWeight)
+    assert runtime.memory_report(model).compressed > 0.9 * (converted / "model.df11").stat().st_size
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        for one in (model, original):
+            one.config._experts_implementation = implementation
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, original(ids).logits), implementation
+        # One of the two experts per token; each that is used is decoded once.
+        decoded.clear()
+        with torch.no_grad():
+            experts(torch.ones(3, 256, dtype=BF16), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1, dtype=BF16))
+        assert sum(decoded) == 3 * 256 * 256, implementation
     model.save_pretrained(tmp_path / "saved")
     assert files(tmp_path / "saved") == files(plain)
 
@@ -237,40 +255,55 @@ def test_a_look_at_a_dtype_decodes_nothing(tmp_path: Path, monkeypatch: pytest.M
     config = transformers.T5Config(vocab_size=300, d_model=256, d_kv=64, d_ff=512, num_layers=2, num_heads=4)
     plain, converted = pair(transformers.T5EncoderModel(config), tmp_path)
     original, model = (transformers.T5EncoderModel.from_pretrained(path, dtype=BF16) for path in (plain, converted))
-    decode, calls = CompressedModule.decode, []
-    monkeypatch.setattr(
-        CompressedModule, "decode", lambda self, name="weight": calls.append(name) or decode(self, name)
-    )
+    decode, calls = CompressedTensor.decode, []
+    monkeypatch.setattr(CompressedTensor, "decode", lambda self: calls.append(self) or decode(self))
     ids = torch.arange(10)[None]
     with torch.no_grad():
         assert torch.equal(model(ids)[0], original(ids)[0])
         count = len(calls)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(ids)[0], original(ids)[0])
-    assert count == sum(isinstance(module, modules.CompressedLinear) for module in model.modules()) == 12
+    linear = [held for _, held in modules.compressed_modules(model) if isinstance(held.module, nn.Linear)]
+    assert count == len(linear) == 12
 
 
 # What does not fit.
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_hidden_layers": 3}, "not in the container: model.language_model.layers.2."),
-        ({"num_hidden_layers": 1}, r"not in the model: .*layers\.1\."),
-        ({"intermediate_size": 384}, r"shapes differ: .*\(512, 256\) in the container, \(384, 256\) in the model"),
-    ],
-)
-def test_mismatches_are_errors(change: dict[str, int], message: str, folders: tuple[Path, Path]) -> None:
-    config = transformers.AutoConfig.from_pretrained(folders[1])
-    for name, value in change.items():
-        setattr(config.text_config, name, value)
-    if "num_hidden_layers" in change:
-        config.text_config.layer_types = ["full_attention"] * change["num_hidden_layers"]
-    with pytest.raises(MismatchError, match=message):
-        load(folders[1], config=config)
-    with pytest.raises(MismatchError, match=message):
-        load(folders[1], config=config, ignore_mismatched_sizes=True)
+CHANGES: dict[str, Any] = {
+    "more layers": {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+    "fewer layers": {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+    "other sizes": {"intermediate_size": 384},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_config(change: str, folders: tuple[Path, Path]) -> None:
+    """Missing tensors are initialized, unexpected ones are left out: what transformers does with the original."""
+    found = []
+    for folder in folders:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        for name, value in CHANGES[change].items():
+            setattr(config.text_config, name, value)
+        options = {"config": config, "output_loading_info": True}
+        if change == "other sizes":
+            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                load(folder, **options)
+            options["ignore_mismatched_sizes"] = True
+        torch.manual_seed(0)
+        found.append(load(folder, **options))
+    (plain, expected), (model, info) = found
+    assert {name: sorted(map(str, keys)) for name, keys in info.items()} == {
+        name: sorted(map(str, keys)) for name, keys in expected.items()
+    }
+    assert any(info.values())
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_nothing_in_common(folders: tuple[Path, Path]) -> None:
+    config = transformers.T5Config(vocab_size=300, d_model=256, d_kv=64, d_ff=512, num_layers=2, num_heads=4)
+    with pytest.raises(MismatchError, match="no tensor in common"):
+        transformers.T5EncoderModel.from_pretrained(folders[1], config=config, dtype=BF16)
 
 
 def test_damage_and_missing_shards(folders: tuple[Path, Path], original: Any, tmp_path: Path) -> None:
@@ -343,7 +376,7 @@ except OSError as error:
 else:
     raise AssertionError("loaded")
 import df11.runtime
-print(type(load().lm_head).__name__)
+print(type(load().lm_head.weight).__name__)
 """
 LIGHT = """
 import sys, df11.runtime
@@ -352,14 +385,14 @@ import transformers.modeling_utils, diffusers.models.modeling_utils
 assert hasattr(transformers.modeling_utils._get_resolved_checkpoint_files, "__wrapped__")
 assert hasattr(diffusers.models.modeling_utils.load_state_dict, "__wrapped__")
 assert transformers.modeling_utils.__spec__.loader.get_source("transformers.modeling_utils")
-print("CompressedLinear")
+print("CompressedWeight")
 """
 
 
 @pytest.mark.parametrize("script", [UNREGISTERED, LIGHT], ids=["imported later", "imported before"])
 def test_registration(script: str, folders: tuple[Path, Path]) -> None:
     run = subprocess.run([sys.executable, "-c", script, str(folders[1])], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout.splitlines()[-1:]) == (0, ["CompressedLinear"]), run.stderr
+    assert (run.returncode, run.stdout.splitlines()[-1:]) == (0, ["CompressedWeight"]), run.stderr
 
 
 # Placing.
@@ -395,12 +428,15 @@ def test_device_maps(name: str, folders: tuple[Path, Path], original: Any, tmp_p
         written = sum(path.stat().st_size for path in (tmp_path / "offload").iterdir())
         assert written < 0.2 * (folders[1] / "model.df11").stat().st_size
     if name == "split":  # What is not on disk has been copied from the file to memory.
-        held = [module.payload() for part, module in modules.compressed_modules(model) if "layers.0." in part]
+        held = [value.record for part, value in model.named_parameters() if "layers.0.mlp" in part]
         assert held and all(
-            payload.data_ptr() % 64 == 0 and payload.untyped_storage().nbytes() == payload.numel() for payload in held
+            record.data_ptr() % 64 == 0 and record.untyped_storage().nbytes() == record.numel() for record in held
         )
     model.save_pretrained(tmp_path / "saved")
-    assert files(tmp_path / "saved") == files(folders[0])
+    plain = load(folders[0], offload_folder=str(tmp_path / "offload2"), **MAPS[name])
+    logits(plain)
+    plain.save_pretrained(tmp_path / "plain")
+    assert files(tmp_path / "saved") == files(tmp_path / "plain")
 
 
 def test_disk_without_a_folder(folders: tuple[Path, Path]) -> None:
@@ -438,7 +474,7 @@ def test_saving_gives_the_original_checkpoint(
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
     assert files(tmp_path / "given") == files(folders[0])
-    assert "lm_head.weight_df11" in model.state_dict()  # which is as before
+    assert isinstance(model.lm_head.weight, CompressedWeight)  # which is as before
 
 
 # LoRA.

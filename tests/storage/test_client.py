@@ -10,7 +10,9 @@ import pytest
 
 from df11.formats import errors
 from df11.storage import client as hub_client
-from df11.storage.client import LaterError, call, explained, once, pause, retrying
+from df11.storage import limits
+from df11.storage.answers import LaterError, explained
+from df11.storage.client import call, once, pause, retrying
 from tests.support.hub.server import cut, hang, status
 
 WHERE = "hf://me/m"
@@ -114,7 +116,7 @@ def test_a_useless_wait_is_none():
 
 def test_a_silent_server_is_given_up(hub, repository, monkeypatch):
     del repository
-    monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.05)
+    monkeypatch.setitem(limits.TIMEOUTS, "read", 0.05)
     hub.inject("GET", "/api/models/", hang, times=100)
     with pytest.raises(errors.RetryLaterError, match="in time"):
         ask()
@@ -134,7 +136,7 @@ def test_timeouts_hold_for_our_calls_only(repository):
     ask()
     once(lambda _: session.get(f"{hub_client.endpoint()}/api/models/me/m", timeout=7), WHERE)
     session.get(f"{hub_client.endpoint()}/api/models/me/m", timeout=None)
-    assert seen[0] == hub_client.TIMEOUTS
+    assert seen[0] == limits.TIMEOUTS
     assert set(seen[1].values()) == {7}
     assert set(seen[2].values()) == {None}
     assert repository.head

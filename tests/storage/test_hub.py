@@ -14,6 +14,7 @@ from df11.formats import errors
 from df11.storage import client as hub_client
 from df11.storage import ranges
 from df11.storage.address import Address
+from df11.storage.atomic import write_bytes
 from df11.storage.entry import GIT_BYTES, Entry
 from df11.storage.hub import HubStore
 from df11.storage.local import LocalStore
@@ -135,14 +136,22 @@ def test_names_that_lead_elsewhere_are_refused(name, hub):
         open_source("hf://me/m").list()
 
 
-@pytest.mark.parametrize("name", ["a\\..\\x.txt", "a\nb"])
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a.b/x", "a/b/c", "a/b/c/d/e", "a/b-c"), ("d/a", "d/a/b")])
+def test_a_file_is_no_folder(names, hub):
+    hub.create("me/m").commit(dict.fromkeys(names, b"x"))
+    for place in ("hf://me/m", "hf://me/m/d") if names[0] == "d/a" else ("hf://me/m",):
+        with pytest.raises(errors.UsageError, match=r"together.*a.* and '.*/"):
+            open_source(place).list()
+
+
+@pytest.mark.parametrize("name", ["a\\..\\x.txt", "a\nb", "x" * 256, "a/" + "é" * 128, "a/" * 500 + "a"])
 def test_odd_names_are_left_out_and_told_of(name, hub):
     hub.create("me/m").commit({name: b"evil", "fine.txt": b""})
     store = open_source("hf://me/m")
     assert names(store) == [".gitattributes", "fine.txt"]
     (remark,) = store.remarks
     assert "left out" in remark
-    assert ascii(name) in remark
+    assert errors.shortened(name) in remark
     assert len(remark.splitlines()) == 1
 
 
@@ -330,7 +339,7 @@ def test_a_repository_is_created(private, revision, hub):
 def test_staging_is_for_one_process_and_empty(target, tmp_path):
     with target.staging(tmp_path / "work", 1) as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
-        assert target.place("00000/a.df11", folder) == (folder, folder / "00000" / "a.df11")
+        assert target.place("a.df11", folder / "00000") == (tmp_path / "work", folder / "00000" / "a.df11")
         (folder / "00000").mkdir()
         (folder / "00000" / "left.df11").write_bytes(b"x")
         with (
@@ -360,6 +369,29 @@ def test_a_staging_folder_behind_a_link_is_refused(target, tmp_path):
     with pytest.raises(errors.NotAllowedError), target.staging(tmp_path / "work", 1):
         pass
     assert (tmp_path / "mine" / "keep").is_dir()
+
+
+def test_a_staging_folder_that_becomes_a_link_removes_nothing_where_it_leads(target, tmp_path):
+    (tmp_path / "mine" / "keep").mkdir(parents=True)
+    with target.staging(tmp_path / "work", 1) as folder:
+        (folder / "00000").mkdir()
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "mine")
+        with pytest.raises(errors.UsageError, match="a link is in the way"):
+            root, path = target.place("x", folder / "00000")
+            write_bytes(path, b"x", root=root)
+    assert (tmp_path / "mine" / "keep").is_dir()
+
+
+def test_a_staging_folder_is_not_where_anybody_can_exchange_it(target, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    work.chmod(0o777)
+    with pytest.raises(errors.NotAllowedError, match="anybody can exchange files"), target.staging(work, 1):
+        pass
+    work.chmod(0o1777)
+    with target.staging(work, 1) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_which_stores_lie_in_which(tmp_path):

@@ -45,6 +45,9 @@ def test_a_folder(folder):
     assert store.locate("a/c") == str(folder / "a/c")
     assert store.find(["a/c", "none", "ab", "a/none", "b/none"]) == {"a/c": Entry("a/c", 3), "ab": Entry("ab", 1)}
     assert store.find([]) == {}
+    assert store.entry("ab") == Entry("ab", 1)
+    with pytest.raises(errors.ConflictError, match=r"model/none: this file was removed in the meantime; run the same"):
+        store.entry("none")
 
 
 def test_a_file_alone(folder):
@@ -75,7 +78,7 @@ def test_what_is_said_of_nothing(path, hint, tmp_path, monkeypatch):
     assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "a" * 300])
 def test_a_name_that_no_file_can_have(name, folder):
     with pytest.raises(errors.Df11Error):
         open_source(name)
@@ -375,3 +378,20 @@ def test_stores_can_be_pickled(folder):
         assert there.list() == store.list()
         assert there.check_name("x")
         assert not there.check_name("")
+
+
+def test_folders_in_folders_in_folders(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "/".join(["a"] * 100)).mkdir(parents=True)
+    (folder / "/".join(["a"] * 100) / "x").write_bytes(b"1")
+    assert len(LocalStore(folder).list()) == 1
+    (folder / "/".join(["a"] * 101)).mkdir()
+    with pytest.raises(errors.UsageError, match="folders in folders in folders"):
+        LocalStore(folder).list()
+
+
+def test_what_a_cache_names_as_its_newest_commit_may_be_anything(tmp_path):
+    model = tmp_path / "models--me--m"
+    fill(model / "snapshots" / ("c" * 40), x=b"1")
+    fill(model / "refs", main=b"\xff\xfe\n")
+    assert open_source(model).list() == (Entry("x", 1),)

@@ -11,7 +11,7 @@ import pytest
 
 from df11.formats import errors
 from df11.storage import client as hub_client
-from df11.storage import ranges
+from df11.storage import limits, ranges
 from df11.storage.address import Address
 from df11.storage.ranges import RangeFile, RangeReader, RemoteFile
 from tests.support.hub.server import cut, drip, hang, ignore_range, slow, status, truncated
@@ -132,6 +132,22 @@ def test_a_file_is_fetched_ahead_only_from_where_it_is_expected(hub, address):
     assert f"bytes={RANGE + 1}-{2 * RANGE}" in ranges_asked(hub)
 
 
+def test_nothing_is_fetched_ahead_beyond_where_reading_ends(hub, address):
+    first, last = RANGE + 1, 3 * RANGE + 7
+    with RangeFile(address, len(DATA)) as file:
+        file.expect(first, last)
+        out = np.empty(last - first, np.uint8)
+        for start in range(0, len(out), 900):
+            file.read(first + start, out[start : start + 900])
+        assert out.tobytes() == DATA[first:last]
+        ends = [int(asked.rpartition("-")[2]) for asked in ranges_asked(hub)]
+        assert max(ends) == last - 1
+        file.read(last - 5, out[:10])  # Whoever wants more gets it.
+        assert out[:10].tobytes() == DATA[last - 5 : last + 5]
+        file.read(last + 5, out[:10])
+        assert out[:10].tobytes() == DATA[last + 5 : last + 15]
+
+
 @pytest.mark.parametrize("start", [0, 1, RANGE, len(DATA) - 1, len(DATA)])
 def test_the_chunks_of_a_file(start, hub, address, monkeypatch):
     monkeypatch.setattr("df11.storage.file.CHUNK", 3_333)
@@ -182,6 +198,13 @@ def test_as_long_as_something_comes_it_goes_on(hub, reader):
     assert read_all(reader) == DATA
 
 
+def test_a_byte_now_and_then_is_not_enough(hub, reader):
+    hub.inject("GET", "/cdn/", cut(after=1), times=1000)
+    with pytest.raises(errors.RetryLaterError):
+        read_all(reader)
+    assert hub.count("GET", "/cdn/") < 100
+
+
 @pytest.mark.parametrize(
     "fault",
     [cut(after=0), status(500), status(429, {"Retry-After": "0"}), status(403)],
@@ -228,14 +251,14 @@ def test_the_wait_that_the_server_asks_for(caplog, hub, remote):
 
 
 def test_a_server_that_is_silent(monkeypatch, hub, reader):
-    monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.05)
+    monkeypatch.setitem(limits.TIMEOUTS, "read", 0.05)
     hub.inject("GET", "/cdn/", hang, times=1000)
     with pytest.raises(errors.RetryLaterError, match="in time"):
         read_all(reader)
 
 
 def test_a_server_that_is_slow_for_once(monkeypatch, hub, reader):
-    monkeypatch.setitem(hub_client.TIMEOUTS, "read", 0.2)
+    monkeypatch.setitem(limits.TIMEOUTS, "read", 0.2)
     hub.inject("GET", "/cdn/", slow(1.0), times=2)
     assert read_all(reader) == DATA
 

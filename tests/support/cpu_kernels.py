@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [
     ROOT / "tests" / "support" / "cpu_kernels.c",
     *(ROOT / "formats" / name for name in ("cpu.c", "decode.c")),
-    *(ROOT / "converter" / name for name in ("encode.c", "sha256.c")),
+    *(ROOT / "converter" / name for name in ("encode.c", "sha256.c", "dfloat11/kernels.c")),
 ]
 SECTION_OFFSETS = ("tiles_offset", "lanes_offset", "sign_mantissa_offset", "stream_offset")
 WARNINGS = ["-std=c11", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Werror"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -78,6 +79,12 @@ def file(name: str, rows: Sequence[TensorRow], sha256: str | None = None) -> Fil
         500 + source,
         f"{len(name):064x}",
     )
+
+
+def with_file(known: Manifest, file: FileRow, rows: Sequence[TensorRow]) -> Manifest:
+    """A manifest with another row for a file, or one more, and its tensors."""
+    placed = tuple(replace(row, file=file.file) for row in rows)
+    return known.holding((known.by_file() | {file.file: (file, placed)}).values())
 
 
 def manifest(*tensors: TensorRow, origin: Origin | None = None, cast: bool = False) -> Manifest:

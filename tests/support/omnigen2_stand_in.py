@@ -26,6 +26,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer
 
+from benchmarks.gpu.omnigen2_blocks import Block
+
 try:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 except ModuleNotFoundError:  # transformers 5.1
@@ -34,75 +36,6 @@ except ModuleNotFoundError:  # transformers 5.1
 Tensor = torch.Tensor
 IMAGE_TOKEN = "<|image_pad|>"
 SYSTEM = "You are a helpful assistant that generates high-quality images based on user instructions."
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Queries or keys [1, tokens, heads, head] turned by [tokens, head / 2] complex numbers."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary[None, :, None]).flatten(-2).type_as(x)
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
-        super().__init__()
-        self.head = width // heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, kv_heads * self.head, bias=False)
-        self.to_v = nn.Linear(width, kv_heads * self.head, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False), nn.Dropout(0.0)])
-        self.norm_q = nn.RMSNorm(self.head, eps=1e-5)
-        self.norm_k = nn.RMSNorm(self.head, eps=1e-5)
-
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head)) for layer in (self.to_q, self.to_k, self.to_v))
-        q, k = rotate(self.norm_q(q), rotary), rotate(self.norm_k(k), rotary)
-        mixed = functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), enable_gqa=True)
-        return self.to_out[1](self.to_out[0](mixed.transpose(1, 2).flatten(-2)))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int, multiple_of: int) -> None:
-        super().__init__()
-        inner = -(-4 * width // multiple_of) * multiple_of
-        self.linear_1 = nn.Linear(width, inner, bias=False)
-        self.linear_2 = nn.Linear(inner, width, bias=False)
-        self.linear_3 = nn.Linear(width, inner, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(functional.silu(self.linear_1(x).float()).to(x.dtype) * self.linear_3(x))
-
-
-class ModulatedNorm(nn.Module):
-    """A norm and what the time contributes: its scale, and gates and a scale for the rest of the block."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.linear = nn.Linear(min(width, 1024), 4 * width)
-        self.norm = nn.RMSNorm(width, eps=eps)
-
-    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scale, gate, mlp_scale, mlp_gate = self.linear(functional.silu(time))[:, None].chunk(4, dim=-1)
-        return self.norm(x) * (1 + scale), gate, mlp_scale, mlp_gate
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int, kv_heads: int, multiple_of: int, eps: float, *, modulated: bool) -> None:
-        super().__init__()
-        self.modulated = modulated
-        self.attn = Attention(width, heads, kv_heads)
-        self.feed_forward = FeedForward(width, multiple_of)
-        self.norm1 = ModulatedNorm(width, eps) if modulated else nn.RMSNorm(width, eps=eps)
-        self.ffn_norm1 = nn.RMSNorm(width, eps=eps)
-        self.norm2 = nn.RMSNorm(width, eps=eps)
-        self.ffn_norm2 = nn.RMSNorm(width, eps=eps)
-
-    def forward(self, x: Tensor, rotary: Tensor, time: Tensor | None = None) -> Tensor:
-        if not self.modulated:
-            x = x + self.norm2(self.attn(self.norm1(x), rotary))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        normed, gate, mlp_scale, mlp_gate = self.norm1(x, time)
-        x = x + gate.tanh() * self.norm2(self.attn(normed, rotary))
-        return x + mlp_gate.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + mlp_scale)))
 
 
 class TimestepEmbedder(nn.Module):

@@ -1,5 +1,12 @@
-"""ComfyUI custom nodes: diffusion models from `.df11` files. ComfyUI imports this folder and reads two names."""
+"""ComfyUI custom nodes: models from `.df11` files, and their conversion. ComfyUI reads the two names below."""
 
-from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: TID252 - ComfyUI chooses the name of a folder of nodes
+# ruff: noqa: TID252 - ComfyUI chooses the name of a folder of nodes
+from . import conversion, loaders, nodes
+
+_MODULES = (nodes, loaders, conversion)
+NODE_CLASS_MAPPINGS = {name: node for module in _MODULES for name, node in module.NODE_CLASS_MAPPINGS.items()}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    name: shown for module in _MODULES for name, shown in module.NODE_DISPLAY_NAME_MAPPINGS.items()
+}
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -3,12 +3,13 @@
 ComfyUI moves, patches, merges, saves and casts weights in many places. To all of them, a weight here is a tensor like
 any other: it has the shape and dtype of what it decodes to, and computations see the decoded values. Only three things
 are special: it moves between devices as a record, it counts as many bytes as the record has, and it cannot be written
-to, only replaced, which is what LoRAs do.
+to, only replaced. LoRAs change what a layer has decoded (patching.py).
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import comfy.ops
@@ -20,11 +21,19 @@ from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import CompressedTensor, warm_up
 from df11.runtime.model import load_tensor
-from df11.runtime.modules import DecodedWeight
+from df11.runtime.weight import CompressedWeight
 
-FOLDER = "diffusion_models_df11"
-"""ComfyUI's name for the `.df11` files in its folders of diffusion models."""
-folder_paths.folder_names_and_paths[FOLDER] = (folder_paths.folder_names_and_paths["diffusion_models"][0], {".df11"})
+from .patching import keep_compressed  # noqa: TID252 - ComfyUI chooses the name of this folder
+
+
+def list_folder(kind: str) -> str:
+    """Let ComfyUI list the `.df11` files in its folders of a kind; returns its name for them."""
+    name = f"{kind}_df11"
+    folder_paths.folder_names_and_paths[name] = (folder_paths.folder_names_and_paths[kind][0], {".df11"})
+    return name
+
+
+FOLDER = list_folder("diffusion_models")
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
 
@@ -105,23 +114,15 @@ class Df11Weight(torch.Tensor):
             return torch.empty(
                 size, dtype=kwargs.get("dtype") or torch.bfloat16, device=kwargs.get("device") or args[0].device
             )
-        result = function(*_decoded(args), **_decoded(kwargs))
         if isinstance(args[0], Df11Weight) and any(value.alias_info is not None for value in function._schema.returns):
-            return _guarded(result, args[0])
-        return result
+            return function(CompressedWeight.of(args[0].compressed), *args[1:], **kwargs)  # a view, as frozen as this
+        return function(*_decoded(args), **_decoded(kwargs))
 
 
 def _read_only(what: str) -> errors.UsageError:
     return errors.UsageError(
         f"{what}: the weight is compressed and cannot be written to", hint="load the .safetensors file instead"
     )
-
-
-def _guarded(result: Any, weight: Df11Weight) -> Any:
-    # A view of decoded values: writes to it would be lost.
-    if isinstance(result, (list, tuple)):
-        return type(result)(_guarded(part, weight) for part in result)
-    return DecodedWeight.of(result, torch.nn.Parameter(weight.compressed.record, requires_grad=False))
 
 
 def _decoded(value: Any) -> Any:
@@ -165,12 +166,24 @@ def state_dict(path: str) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     with Container(path) as container:
         for name in container.keys():
-            parameter, geometry = load_tensor(container, name, _CPU, _CPU)
-            value = parameter.data
-            if geometry is not None:
-                value = Df11Weight(CompressedTensor(value, geometry.shape, geometry.segment_elements))
-            tensors[name] = torch.nn.Parameter(value, requires_grad=False) if geometry is not None else value
+            value = load_tensor(container, name, _CPU, _CPU)
+            if isinstance(value, CompressedWeight):
+                value = torch.nn.Parameter(Df11Weight(value.compressed), requires_grad=False)
+            tensors[name] = value
     return tensors
+
+
+def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of the options that this version of ComfyUI knows."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in known}
+
+
+def ready(patcher: Any) -> None:
+    """Prepare a ModelPatcher that has just been loaded."""
+    keep_compressed(patcher)
+    if patcher.load_device.type == "cuda":
+        warm_up(patcher.load_device)
 
 
 class LoadDiffusionModelDf11:
@@ -189,18 +202,17 @@ class LoadDiffusionModelDf11:
     def load(self, model_name: str) -> tuple[Any]:
         """The model, as ComfyUI's own loader returns it."""
         path = folder_paths.get_full_path_or_raise(FOLDER, model_name)
-        options: dict[str, Any] = {"model_options": {"custom_operations": Df11Ops}}
-        if "disable_dynamic" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters:
-            options["disable_dynamic"] = True  # Dynamic loading copies weights as raw bytes into memory of its own.
-        model = comfy.sd.load_diffusion_model_state_dict(state_dict(path), **options)
+        load = comfy.sd.load_diffusion_model_state_dict
+        options = {"custom_operations": Df11Ops}
+        # Dynamic loading copies weights as raw bytes into memory of its own.
+        model = load(state_dict(path), model_options=options, **accepted(load, disable_dynamic=True))
         if model is None:
             raise errors.UsageError(
                 "ComfyUI does not recognize this model",
                 file=path,
                 hint="it must be a diffusion model that ComfyUI can load",
             )
-        if model.load_device.type == "cuda":
-            warm_up(model.load_device)
+        ready(model)
         return (model,)
 
 

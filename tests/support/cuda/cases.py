@@ -77,9 +77,11 @@ def gather_case(part: Part, row_weights: int, rows: int, ids: npt.NDArray[np.int
     return Case(kernels.GATHER_ROWS, len(ids), kernels.THREADS[kernels.GATHER_ROWS], arguments, [status, output], seed)
 
 
-def run(cases: Sequence[Case], timeout: float = 250) -> list[Outcome]:
-    """Run under the sanitizers."""
+def run(
+    cases: Sequence[Case], timeout: float = 250, files: tuple[Path, Path] = (kernels.SOURCE, KERNEL_TABLE)
+) -> list[Outcome]:
+    """Run under the sanitizers. ``files``: what to run, and its list of kernels; the CUDA source if not given."""
     return [
         Outcome([np.asarray(memory, np.uint16) for memory in outputs], int(status[0]))
-        for status, *outputs in run_batch(kernels.SOURCE, KERNEL_TABLE, cases, timeout)
+        for status, *outputs in run_batch(*files, cases, timeout)
     ]

@@ -20,43 +20,36 @@ STREAM = 0x5EED
 
 
 class StandInForCupy:
-    """What df11 uses of CuPy. Launches run at once, in random order. ``launches``: kernel, blocks, stream."""
+    """What df11 uses of CuPy. Launches run at once, in random order. ``launches``: kernel, blocks, stream.
+
+    ``devices``: the current devices, that of torch first.
+    """
 
     def __init__(self, seed: int) -> None:
         self.launches: list[tuple[str, int, int]] = []
-        # CuPy 14 has both of the last two, CuPy 13 only the last.
-        stream = (
-            SimpleNamespace(from_external=lambda handle: self._stream(handle.__cuda_stream__()[1]))
-            if seed % 2
-            else SimpleNamespace()
-        )
-        self.cuda = SimpleNamespace(Device=self._device, Stream=stream, ExternalStream=self._stream)
-        self._current: list[int] = []
+        self.cuda = SimpleNamespace(Device=self._device)
+        self.devices = [0]
+        self.compiled: set[str] = set()
         self._library = Library(kernels.SOURCE, KERNEL_TABLE)
         self._seeds = itertools.count(seed)
 
     @contextmanager
     def _device(self, index: int) -> Iterator[None]:
-        assert index == 0
+        self.devices.append(index)
         yield
-
-    @contextmanager
-    def _stream(self, pointer: int) -> Iterator[None]:
-        self._current.append(pointer)
-        yield
-        self._current.pop()
+        self.devices.pop()
 
     def RawModule(self, *, code: str, options: tuple[str, ...]) -> SimpleNamespace:  # noqa: N802 - CuPy's name
         assert code == kernels.SOURCE.read_text(encoding="utf-8")
         assert options == kernels.NVRTC_OPTIONS
 
-        def get_function(name: str) -> Any:
-            def launch(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...]) -> None:
-                self.launches.append((name, grid[0], self._current[-1]))
+        def get_function(name: str) -> SimpleNamespace:
+            def launch(grid: tuple[int], block: tuple[int], arguments: tuple[Any, ...], *, stream: Any) -> None:
+                assert self.devices[-1] == 0
+                self.launches.append((name, grid[0], stream.ptr))
                 self._library.launch(name, grid[0], block[0], *arguments, seed=next(self._seeds))
 
-            launch.compile = lambda: None  # type: ignore[attr-defined]
-            return launch
+            return SimpleNamespace(compile=lambda: self.compiled.add(name), kernel=launch)
 
         return SimpleNamespace(get_function=get_function)
 
@@ -70,6 +63,9 @@ def emulate(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[gpu.Gpu, St
         torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(name="none", multi_processor_count=2)
     )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(cuda_stream=STREAM))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: cupy.devices[0])
     emulated = gpu.Gpu(torch.device("cpu", 0))
+    assert cupy.compiled == set(kernels.THREADS) == {name for name, _, _ in cupy.launches}
+    cupy.launches.clear()
     monkeypatch.setattr(operators, "decoder_of", lambda _device: emulated)
     return emulated, cupy

@@ -1,0 +1,18 @@
+"""The worked record of formats/SPEC.md, section 13: what each kernel must decode before a device is trusted."""
+
+from __future__ import annotations
+
+import base64
+from typing import Final
+
+RECORD: Final = base64.b64decode(
+    "REYxMQEBAAABAQAAAAAAAAACAAAAAAAAAQAAAAAAIABDtaqDxGCWQwAAAAAAAAAAUAAAAAAAAACwAQAAAQEAABkHVl9hvcKWUBUSBCS/suABAQIA"
+    "AQEAADAAAABAAAAAYAAAAHABAACwAQAAAQAAAH5/IBIAAAAAAAAAAAAAAAAAAAAACQABAAAAAAAAAAAAAQEAAQABAQABAAEBAAEAAQEAAQABAQAB"
+    "AAEBAAEAAQEAAQIDBAUGBwiACgsMDQ4PEBESExQVFhcYGRobHB0eHyAhIiMkJSYnKCkqKywtLi8wMTIzNDU2Nzg5Ojs8PT4/QEFCQ0RFRkdISUpL"
+    "TE1OT1BRUlNUVVZXWFlaW1xdXl9gYWJjZGVmZ2hpamtsbW5vcHFyc3R1dnd4eXp7fH1+fwABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f"
+    "ICEiIyQlJicoKSorLC0uLzAxMjM0NTY3ODk6Ozw9Pj9AQUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVpbXF1eX2BhYmNkZWZnaGlqa2xtbm9wcXJz"
+    "dHV2d3h5ent8fX5/AAAAAAAAAAAAAAAAAAAAAAtYwCAGAQtYwCAGAQtYwCAGAQtYwCAGAQtYwCAGAQtYwCAGAQtYAAAJAID/AAAAAAAAAAAAAAAA"
+    "AAAAAAAAAAA="
+)
+WEIGHTS: Final = tuple(0xFF80 if i == 9 else (127 if i % 5 else 126) << 7 | i & 0x7F for i in range(257))
+"""What it decodes to, as u16: a code table of three pairs, a part of a tile, and an exception."""
