@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 class Piece:
     """A run of weights of one record, and the box of the tensor that they fill, in the tensor's order.
 
-    ``begin``, ``size``: bytes of the record, within those of the tensor. ``elements``: weights of the whole record.
-    ``first``: the first weight of the run. ``start``, ``shape``: of the box. ``source``: file and name, if known.
+    ``begin``, ``size``: bytes of the record, within those of the tensor. ``elements``, ``dtype``: weights of the whole
+    record, and theirs. ``first``: the first weight of the run. ``start``, ``shape``: of the box. ``source``: file and
+    name, if known.
     """
 
     begin: int
     size: int
     elements: int
+    dtype: torch.dtype
     segment_elements: int
     first: int
     start: tuple[int, ...]
@@ -36,9 +38,10 @@ class Piece:
 
 
 class CompressedTensor:
-    """A BF16 tensor held as a record on a device, decoded on request. It is never changed.
+    """A tensor held as a record on a device, decoded on request. It is never changed.
 
-    ``record``: u8, one-dimensional, the record as it is in the file. ``shape``, ``dtype``: of the decoded tensor.
+    ``record``: u8, one-dimensional, the record as it is in the file. ``shape``, ``dtype``: of the decoded tensor;
+    ``dtype`` is the record's, by default BF16, or F32 in the place of BF16, see :meth:`widened`. GPUs decode BF16 only.
     ``segment_elements``: weights per segment of the record (the last may have fewer). On a GPU, decoding is launched on
     torch's current stream. Damaged bytes decode to wrong weights but never cause an access out of bounds;
     :func:`check_errors` reports them. Where tensors have been joined, ``record`` holds their records one after another,
@@ -55,16 +58,20 @@ class CompressedTensor:
     _part_of: tuple[CompressedTensor, int] | None
 
     def __init__(
-        self, record: torch.Tensor, shape: Sequence[int], segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS
+        self,
+        record: torch.Tensor,
+        shape: Sequence[int],
+        segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS,
+        dtype: torch.dtype | None = None,
     ) -> None:
         import torch
 
         from df11.runtime import operators
 
-        elements = math.prod(shape)
-        operators.check_record(record, elements, segment_elements)
-        piece = Piece(0, record.numel(), elements, segment_elements, 0, (0,) * len(shape), tuple(shape))
-        self._set(record, tuple(shape), torch.bfloat16, (piece,))
+        elements, dtype = math.prod(shape), dtype or torch.bfloat16
+        operators.check_record(record, elements, segment_elements, operators.kind_of(dtype, record.device))
+        piece = Piece(0, record.numel(), elements, dtype, segment_elements, 0, (0,) * len(shape), tuple(shape))
+        self._set(record, tuple(shape), dtype, (piece,))
 
     def _set(self, record: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, pieces: tuple[Piece, ...]) -> None:
         self.record, self.shape, self.dtype, self.pieces = record, shape, dtype, pieces
@@ -82,15 +89,17 @@ class CompressedTensor:
 
     @classmethod
     def load(cls, container: Container, name: str, device: str | torch.device = "cuda") -> CompressedTensor:
-        """Read a record of an open container, check its checksums, and copy it to a device."""
+        """Read a record of an open container, check its checksums, and copy it to a device.
+
+        Raises a DeviceError if the device does not decode its dtype.
+        """
         import torch
 
+        from df11.runtime import load
+
         record = container.record(name)
-        if record.kind is not layout.BF16:
-            what = "only BF16 is held compressed"
-            raise errors.DtypeError(what, file=container.path, tensor=name, found=record.kind.dtype)
-        data = torch.from_numpy(record.read_whole())
-        made = cls(data.to(device), container.info(name).shape, record.segment_elements)
+        data = torch.from_numpy(record.read_whole()).to(device)
+        made = cls(data, container.info(name).shape, record.segment_elements, load.torch_dtype(container, name))
         return made.from_file(container.path, name)
 
     def from_file(self, file: str, name: str) -> CompressedTensor:
@@ -101,6 +110,20 @@ class CompressedTensor:
         self, record: torch.Tensor, pieces: tuple[Piece, ...], shape: tuple[int, ...] | None = None
     ) -> CompressedTensor:
         return self.of_pieces(record, self.shape if shape is None else shape, self.dtype, pieces)
+
+    def widened(self) -> CompressedTensor:
+        """The same BF16 record as a tensor of F32, which decoding widens: without loss, as every BF16 value is one."""
+        import torch
+
+        if {piece.dtype for piece in self.pieces} != {torch.bfloat16}:
+            raise errors.DtypeError("only BF16 is widened", found=self.dtype)
+        return self.of_pieces(self.record, self.shape, torch.float32, self.pieces)
+
+    def decodes_on(self, device: torch.device) -> bool:
+        """Whether a device decodes records of its dtypes."""
+        from df11.runtime import operators
+
+        return all(operators.decodes(piece.dtype, device) for piece in self.pieces)
 
     @property
     def segment_elements(self) -> int:
@@ -140,7 +163,7 @@ class CompressedTensor:
         return self._with(record, self.pieces)
 
     def decode(self, out: torch.Tensor | None = None, *, background: bool = False) -> torch.Tensor:
-        """All weights, BF16 of ``shape``; written to ``out`` (contiguous BF16, as many weights) if given.
+        """All weights, of ``shape`` and ``dtype``; written to ``out`` (contiguous, as many of ``dtype``) if given.
 
         ``background`` selects the kernel with few registers and little shared memory, which can run beside others on a
         side stream.
@@ -148,8 +171,9 @@ class CompressedTensor:
         from df11.runtime import operators
 
         if out is None and (record := self._only_record) is not None:
-            decoded: torch.Tensor = operators.decode(record, list(self.shape), self.segment_elements, background)
-            return decoded
+            held = self.pieces[0].dtype
+            decoded: torch.Tensor = operators.decode(record, list(self.shape), self.segment_elements, background, held)
+            return self._as_own(decoded)
         if out is None:
             out = self.record.new_empty(self.shape, dtype=self.dtype)
         elif out.dtype != self.dtype or not out.is_contiguous() or out.numel() != self.elements:
@@ -161,29 +185,34 @@ class CompressedTensor:
         self._decode_pieces(out.view(self.shape), background)
         return out
 
+    def _as_own(self, values: torch.Tensor) -> torch.Tensor:
+        return values if values.dtype == self.dtype else values.to(self.dtype)
+
     def _decode_pieces(self, out: torch.Tensor, background: bool) -> None:
         from df11.runtime import operators
 
-        into: list[torch.Tensor] = []
+        into: dict[Piece, torch.Tensor] = {}
         apart: list[tuple[torch.Tensor, torch.Tensor]] = []
         for piece in self.pieces:
             box = out
             for dimension, (start, size) in enumerate(zip(piece.start, piece.shape, strict=True)):
                 box = box.narrow(dimension, start, size)
-            if box.is_contiguous():
-                into.append(box)
-            else:
-                into.append(box.new_empty(box.shape))
-                apart.append((box, into[-1]))
+            if not box.is_contiguous() or box.dtype != piece.dtype:
+                apart.append((box, box.new_empty(box.shape, dtype=piece.dtype)))
+                box = apart[-1][1]
+            into[piece] = box
         record = _aligned(self.record)
-        operators.decode_into(
-            [record[piece.begin : piece.begin + piece.size] for piece in self.pieces],
-            [piece.elements for piece in self.pieces],
-            [piece.segment_elements for piece in self.pieces],
-            [piece.first for piece in self.pieces],
-            into,
-            background,
-        )
+        for dtype in dict.fromkeys(piece.dtype for piece in self.pieces):
+            pieces = [piece for piece in self.pieces if piece.dtype == dtype]
+            operators.decode_into(
+                [record[piece.begin : piece.begin + piece.size] for piece in pieces],
+                [piece.elements for piece in pieces],
+                [piece.segment_elements for piece in pieces],
+                [piece.first for piece in pieces],
+                [into[piece] for piece in pieces],
+                background,
+                dtype,
+            )
         for box, values in apart:
             box.copy_(values)
 
@@ -197,7 +226,7 @@ class CompressedTensor:
         return self._kept
 
     def decode_ahead(self, out: torch.Tensor) -> None:
-        """Launch decoding into BF16 [elements] on the current stream, which need not be that of the record."""
+        """Launch decoding into ``out``, [elements], on the current stream, which need not be that of the record."""
         import torch
 
         here = self.to(out.device, non_blocking=True)
@@ -230,9 +259,9 @@ class CompressedTensor:
         if (record := self._only_record) is None:
             return self.narrow(start, stop).decode(background=background)
         decoded: torch.Tensor = operators.decode_rows(
-            record, list(self.shape), self.segment_elements, start, stop, background
+            record, list(self.shape), self.segment_elements, start, stop, background, self.pieces[0].dtype
         )
-        return decoded
+        return self._as_own(decoded)
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows with the indices ``ids`` (i64 or i32, any shape, on the same device), as for an embedding.
@@ -247,8 +276,9 @@ class CompressedTensor:
             wanted, places = torch.unique(ids, return_inverse=True)
             rows = [self.rows(row, row + 1) for row in wanted.tolist()]
             return (torch.cat(rows) if rows else self.rows(0, 0))[places]
-        decoded: torch.Tensor = operators.gather_rows(record, list(self.shape), self.segment_elements, ids)
-        return decoded
+        held = self.pieces[0].dtype
+        decoded: torch.Tensor = operators.gather_rows(record, list(self.shape), self.segment_elements, ids, held)
+        return self._as_own(decoded)
 
 
 def _aligned(record: torch.Tensor) -> torch.Tensor:
@@ -291,8 +321,8 @@ def decode_many(
 ) -> list[torch.Tensor]:
     """Decode several tensors of one device at once, such as all matrices of a transformer block.
 
-    A launch takes 64 of them, so that small ones keep the GPU busy. ``out``: a contiguous BF16 tensor for each, with as
-    many weights; allocated if not given.
+    A launch takes 64 of them, so that small ones keep the GPU busy. ``out``: a contiguous tensor for each, of its dtype
+    and with as many weights; allocated if not given.
     """
     import torch
 
@@ -305,14 +335,21 @@ def decode_many(
             expected=[t.elements for t in tensors],
             found=[o.numel() for o in outputs],
         )
-    operators.decode_into(
-        [tensor.record for tensor in tensors],
-        [tensor.elements for tensor in tensors],
-        [tensor.segment_elements for tensor in tensors],
-        [0] * len(tensors),
-        outputs,
-        background,
-    )
+    pairs = list(zip(tensors, outputs, strict=True))
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        here = [(tensor, output) for tensor, output in pairs if tensor.dtype == dtype == tensor.pieces[0].dtype]
+        operators.decode_into(
+            [tensor.record for tensor, _ in here],
+            [tensor.elements for tensor, _ in here],
+            [tensor.segment_elements for tensor, _ in here],
+            [0] * len(here),
+            [output for _, output in here],
+            background,
+            dtype,
+        )
+    for tensor, output in pairs:
+        if tensor.dtype != tensor.pieces[0].dtype:
+            tensor.decode(output, background=background)
     return outputs
 
 

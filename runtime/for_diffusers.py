@@ -187,7 +187,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in files]
-            loading.check_dtype(call.get("dtype") or torch.get_default_dtype(), containers)
+            loading.check_dtype(folder, call.get("dtype") or torch.get_default_dtype(), containers)
         devices = call.get("device_map") or {}
         to_disk = "disk" in devices.values()
         if to_disk:  # diffusers would decode them: records stay in their files.

@@ -111,7 +111,7 @@ def torch_dtype(container: Container, name: str) -> torch.dtype:
     return dtype
 
 
-def decodes_on_a_device(info: TensorInfo) -> bool:
+def decodes_on_a_gpu(info: TensorInfo) -> bool:
     """Whether a tensor is a record that GPUs decode, or no record."""
     return info.encoding != "df11" or info.dtype == layout.BF16.dtype
 
@@ -159,7 +159,7 @@ def load_through_ring(
     """
     import torch
 
-    slow = [name for name in tensors if not decodes_on_a_device(container.info(name))]
+    slow = [name for name in tensors if not decodes_on_a_gpu(container.info(name))]
     for name in slow:
         decoded = torch.empty_like(tensors[name], device="cpu")
         load_on_cores(container, {name: decoded})

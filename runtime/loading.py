@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from df11.formats.record import Scratch
 from df11.runtime import cpu, load
 from df11.runtime import model as models
 from df11.runtime.compressed import CompressedTensor
-from df11.runtime.modules import is_compressed, weights_of
+from df11.runtime.modules import materialize_some, weights_of
 from df11.runtime.weight import CompressedWeight, FrozenWeightError
 
 _CPU: Final = torch.device("cpu")
@@ -26,7 +27,14 @@ _CPU: Final = torch.device("cpu")
 
 def read(container: Container, name: str) -> torch.Tensor:
     """A tensor of a container in CPU memory: a compressed weight if it is large, else its values."""
-    return models.load_tensor(container, name, _CPU, _CPU)
+    return _for_a_loader(models.load_tensor(container, name, _CPU, _CPU), container, name)
+
+
+def _for_a_loader(value: torch.Tensor, container: Container, name: str) -> torch.Tensor:
+    # What was F32 stays compressed if the loader turns it into F32.
+    if isinstance(value, CompressedWeight):
+        value.may_widen = models.is_narrowed(container, name)
+    return value
 
 
 def read_all(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -45,38 +53,63 @@ def mapped(container: Container, name: str) -> torch.Tensor:
         data = scratch.take(segment.size)
         record.read(segment.offset, data)
         segment.check_stored(data, record.place)
-    return _map(container.path, name, container.info(name).shape, record.segment_elements)
+    dtype = load.torch_dtype(container, name)
+    weight = _map(container.path, name, container.info(name).shape, record.segment_elements, dtype, dtype)
+    return _for_a_loader(weight, container, name)
 
 
-def _map(file: str, name: str, shape: Sequence[int], segment_elements: int) -> CompressedWeight:
+def _map(
+    file: str, name: str, shape: Sequence[int], segment_elements: int, stored: torch.dtype, dtype: torch.dtype
+) -> CompressedWeight:
+    # ``stored``: the record's dtype; ``dtype``: the weight's.
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
         record = opened.get_tensor(name)
-    return CompressedWeight.of(CompressedTensor(record, shape, segment_elements).from_file(file, name))
+    compressed = CompressedTensor(record, shape, segment_elements, stored).from_file(file, name)
+    return CompressedWeight.of(compressed if dtype == stored else compressed.widened())
 
 
-def check_dtype(dtype: torch.dtype, containers: Sequence[Container]) -> None:
-    """Raise a MismatchError if weights that are to stay compressed would be cast, which is impossible."""
+def check_dtype(
+    path: str, dtype: torch.dtype, containers: Sequence[Container], *, is_quantized: bool = False
+) -> set[tuple[str, str]]:
+    """Which large tensors a loader will cast to the dtype of its model; says so in a line of the log.
+
+    They are (file, name) pairs. Raises a MismatchError for BF16, which must be asked for as such: who forgets that
+    would get a model of twice the size. ``is_quantized``: FP8 is left to the loader.
+    """
+    cast: dict[tuple[str, str], torch.dtype] = {}
     for container in containers:
-        names = [
-            name
+        found = {
+            name: load.torch_dtype(container, name)
             for name in container.keys()
-            if models.stays_compressed(container, name) and load.torch_dtype(container, name) != dtype
-        ]
-        if names:
-            held = load.torch_dtype(container, names[0])
-            stored = container.info(names[0]).dtype
+            if models.stays_compressed(container, name)
+            and not (dtype == torch.float32 and models.is_narrowed(container, name))
+        }
+        if dtype != torch.bfloat16 and (count := list(found.values()).count(torch.bfloat16)):
             raise models.MismatchError(
-                f"{len(names)} compressed tensors are {stored} and cannot be loaded as {dtype}",
+                f"{count} compressed tensors are BF16 and cannot be loaded as {dtype}",
                 file=container.path,
-                hint=f"pass dtype={held} (torch_dtype in older versions)",
+                hint=f"pass dtype={torch.bfloat16} (torch_dtype in older versions)",
             )
+        cast |= {
+            (container.path, name): held
+            for name, held in found.items()
+            if held != dtype and not (is_quantized and held.itemsize == 1)
+        }
+    models.log_cast(path, [(held, dtype) for held in cast.values()])
+    return set(cast)
 
 
 def first_dtype(container: Container) -> torch.dtype:
-    """The dtype of the first floating-point tensor, which libraries take for that of the model."""
-    dtypes = [load.torch_dtype(container, name) for name in container.keys()]
+    """The dtype of the first floating-point tensor of the source, which libraries take for that of the model.
+
+    BF16 if F32 was rounded to it.
+    """
+    infos = [container.info(name) for name in container.keys()]
+    if any(info.exact is False for info in infos):
+        return torch.bfloat16
+    dtypes = [load.torch_dtype(container, info.name) if info.exact is None else torch.float32 for info in infos]
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
 
 
@@ -128,7 +161,10 @@ def disk_index(model: nn.Module, on_disk: Callable[[str], bool], folder: str | N
         pieces = value.compressed.pieces if isinstance(value, CompressedWeight) and value.is_whole else ()
         if len(pieces) == 1 and pieces[0].source is not None:
             file, stored_as = pieces[0].source
-            index[name] = {_FILE: (file, stored_as, tuple(value.shape), pieces[0].segment_elements)}
+            piece = pieces[0]
+            index[name] = {
+                _FILE: (file, stored_as, tuple(value.shape), piece.segment_elements, piece.dtype, value.dtype)
+            }
         elif folder is None:
             raise errors.UsageError(
                 "parts of the model are to be kept on disk", tensor=name, hint="pass offload_folder"
@@ -170,17 +206,20 @@ def expecting(model: nn.Module, containers: Sequence[Container]) -> Iterator[Non
 
     Tensors that the library renames or merges are taken to shrink as the average.
     """
-    held, coded, decoded = {}, 0, 0
+    held, bytes_held, weights = {}, 0, 0
     for container in containers:
         for name in container.keys():
             if models.stays_compressed(container, name):
-                held[name] = container.info(name).stored_bytes
-                coded += held[name]
-                decoded += container.info(name).elements * load.torch_dtype(container, name).itemsize
-    ratio = coded / decoded if decoded else 1.0
+                held[name] = container, name
+                bytes_held += container.info(name).stored_bytes
+                weights += container.info(name).elements
     for name, parameter in model.named_parameters():
         if parameter.numel() >= models.SMALL:
-            _expected[name] = held.get(name, int(2 * parameter.numel() * ratio))
+            most = parameter.numel() * parameter.element_size()
+            if name in held:
+                _expected[name] = models.loaded_size(*held[name], parameter.dtype, _CPU)
+            else:
+                _expected[name] = min(most, parameter.numel() * bytes_held // weights) if weights else most
     try:
         yield
     finally:
@@ -189,6 +228,7 @@ def expecting(model: nn.Module, containers: Sequence[Container]) -> Iterator[Non
 
 def counting_records(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a library's ``compute_module_sizes``, so that compressed weights count as the bytes that they take."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def compute_module_sizes(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -196,10 +236,12 @@ def counting_records(original: Callable[..., Any]) -> Callable[..., Any]:
         if kwargs.get("buffers_only"):
             return result
         tables = result if isinstance(result, tuple) else (result,)
+        wanted = signature.bind(model, *args, **kwargs).arguments.get("dtype")
+        wanted = wanted if isinstance(wanted, torch.dtype) else torch.float64  # None: the dtypes of the model.
         for name, parameter in model.named_parameters():
             size = parameter.record.numel() if isinstance(parameter, CompressedWeight) else _expected.get(name)
             if size is not None:
-                saved = parameter.numel() * min(2, parameter.element_size()) - size
+                saved = parameter.numel() * min(wanted.itemsize, parameter.element_size()) - size
                 parts = name.split(".")
                 _subtract(tables[0], [".".join(parts[:length]) for length in range(len(parts) + 1)], saved)
                 _subtract(tables[-1] if len(tables) > 1 else {}, [".".join(parts[:-1])], saved)
@@ -215,14 +257,19 @@ def _subtract(sizes: dict[str, int], names: Sequence[str], saved: int) -> None:
 
 
 def keeping_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a model class's ``_apply``, so that a cast raises before anything has changed: records cannot be cast."""
+    """Wrap a model class's ``_apply``, so that a cast raises before anything has changed: records cannot be cast.
+
+    Weights that the new device does not decode are decoded first.
+    """
 
     @functools.wraps(original)
     def apply(self: Any, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        if is_compressed(self):
-            dtype = function(torch.empty(0, dtype=torch.bfloat16)).dtype
-            if dtype != torch.bfloat16:
-                raise FrozenWeightError(f"to {dtype}")
+        held = {weight.dtype for weight in self.parameters() if isinstance(weight, CompressedWeight)}
+        moved = {dtype: function(torch.empty(0, dtype=dtype)) for dtype in held}
+        for dtype, probe in moved.items():
+            if probe.dtype != dtype:
+                raise FrozenWeightError(f"to {probe.dtype}")
+        materialize_some(self, lambda weight: not weight.compressed.decodes_on(moved[weight.dtype].device))
         return original(self, function, *args, **kwargs)
 
     return apply

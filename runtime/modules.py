@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,19 @@ def is_compressed(model: nn.Module) -> bool:
 def materialize(module: nn.Module) -> nn.Module:
     """Decode all weights in a module into ordinary parameters, which can be trained, fused and edited.
 
-    Returns the module. Tied weights stay tied. Memory grows to that of the BF16 model.
+    Returns the module. Tied weights stay tied. Memory grows to that of the plain model.
     """
+    return materialize_some(module, lambda _: True)
+
+
+def materialize_some(module: nn.Module, is_wanted: Callable[[CompressedWeight], bool]) -> nn.Module:
+    """The same, for some of the weights."""
     done: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, weight in weights_of(part).items():
             if id(weight) not in done:
+                if not is_wanted(weight):
+                    continue
                 done[id(weight)] = nn.Parameter(weight.decode(), requires_grad=False)
             setattr(part, name, done[id(weight)])
     return module
@@ -75,7 +82,7 @@ def enable_prefetch(model: nn.Module, device: torch.device, streams: Streams) ->
         for _, held in compressed_modules(model)
         if isinstance(held.module, nn.Linear) and "weight" in held.geometries
     ]
-    layers = [layer for layer in layers if layer.elements <= SLICE_WEIGHTS]
+    layers = [layer for layer in layers if layer.elements <= SLICE_WEIGHTS and layer.dtype == torch.bfloat16]
     prefetcher = Prefetcher(max((layer.elements for layer in layers), default=0), device, streams)
     for layer in layers:
         layer.prefetcher = prefetcher

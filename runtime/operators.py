@@ -55,11 +55,16 @@ _KINDS: Final = {
 }
 
 
+def decodes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device that has a decoder decodes records of a dtype."""
+    return dtype == torch.bfloat16 or device.type != "cuda"
+
+
 def kind_of(dtype: torch.dtype, device: torch.device) -> layout.Kind:
     """The kind of records of a dtype. Raises DtypeError for another one, DeviceError where it cannot be decoded."""
     if dtype not in _KINDS:
         raise errors.DtypeError("no record has this dtype", expected=", ".join(map(str, _KINDS)), found=dtype)
-    if dtype != torch.bfloat16 and device.type != "cpu":
+    if not decodes(dtype, device):
         raise errors.DeviceError(f"records of {dtype} are decoded on the CPU alone", hint="decode it there, then copy")
     return _KINDS[dtype]
 

@@ -87,6 +87,8 @@ class CompressedWeight(torch.Tensor):
     compressed: CompressedTensor
     _views: tuple[ViewStep, ...]
     _is_param = False
+    may_widen = False
+    """Whether a copy of it as F32 is this record again; for loaders, which ask for the dtype of their model."""
     _form: torch.Tensor | None
     _memory: torch.Tensor | None
 
@@ -237,6 +239,8 @@ class CompressedWeight(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined] # the device
             self.compressed, self._memory = value.compressed, None
+        elif value.device != self.device and not self.compressed.decodes_on(value.device):
+            raise FrozenWeightError(f"{self.dtype} to {value.device}, which does not decode it")
         elif value.dtype != self.dtype or not self.holds(value):
             raise FrozenWeightError("setting .data" if value.dtype == self.dtype else f"to {value.dtype}")
 

@@ -233,12 +233,18 @@ def _same(matrix: Any) -> Any:
 @_handles(_aten._to_copy.default)
 def _to_copy(matrix: Any, **options: Any) -> Any:
     device = torch.device(options.get("device") or matrix.device)
-    if not matrix.is_whole or options.get("dtype") not in (None, matrix.dtype) or device == matrix.device:
+    dtype = options.get("dtype") or matrix.dtype
+    is_widened = matrix.may_widen and dtype == torch.float32
+    if not matrix.is_whole or (dtype != matrix.dtype and not is_widened):
+        return NotImplemented
+    if device == matrix.device and not is_widened:
         return NotImplemented
     if device.type == "meta":
-        return torch.empty_strided(matrix.shape, matrix.stride(), dtype=matrix.dtype, device=device)
-    moved = matrix.compressed.to(device, non_blocking=bool(options.get("non_blocking")))
-    return CompressedWeight.of(moved)
+        return torch.empty_strided(matrix.shape, matrix.stride(), dtype=dtype, device=device)
+    if not matrix.compressed.decodes_on(device):  # It is decoded here.
+        return NotImplemented
+    compressed = matrix.compressed.widened() if is_widened else matrix.compressed
+    return CompressedWeight.of(compressed.to(device, non_blocking=bool(options.get("non_blocking"))))
 
 
 @_handles(_aten._pin_memory.default, _aten.pin_memory.default)
