@@ -128,7 +128,7 @@ def convert_command(
             f"{len(report.files)} files would be converted and {report.copied} copied; nothing was written", quiet=quiet
         )
     else:
-        say(_summary(report), quiet=quiet)
+        say(_summary(report, is_cast=cast is not None), quiet=quiet)
 
 
 def _path(path: str) -> str:
@@ -143,7 +143,7 @@ def _cast(value: str | None) -> Literal["bf16"] | None:
     raise errors.UsageError("--cast", expected="bf16", found=value)
 
 
-def _summary(report: ConversionReport) -> str:
+def _summary(report: ConversionReport, *, is_cast: bool) -> str:
     skipped = sum(file.status == "skipped" for file in report.files)
     text = f"{report.source_bytes:,} -> {report.output_bytes:,} bytes ({report.ratio:.4f}) in {report.seconds:.1f} s"
     text += f", {len(report.files)} files"
@@ -155,6 +155,8 @@ def _summary(report: ConversionReport) -> str:
     if casts:
         exact = sum(file.exact_tensors for file in report.files)
         text += f"; {casts} F32 tensors stored as BF16, {exact} of them without loss"
+    if not is_cast and (left := sum(file.f32_tensors for file in report.files)):
+        text += f"; {left} F32 tensors are not BF16: --cast bf16 would round them"
     return text
 
 

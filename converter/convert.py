@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -26,7 +26,7 @@ from df11.converter.settings import Settings, parse_size, thread_count, too_litt
 from df11.converter.source import Progress, ignore
 from df11.converter.work import Done
 from df11.formats import errors
-from df11.formats.container import Container
+from df11.formats.container import Container, TensorInfo
 from df11.formats.layout import KINDS
 from df11.storage.address import is_address
 from df11.storage.local import LocalStore
@@ -51,6 +51,8 @@ class FileReport:
     """F32 tensors that are stored as BF16."""
     exact_tensors: int
     """Those whose values were all BF16 values already, so that nothing is lost."""
+    f32_tensors: int
+    """Compressed tensors that are stored as F32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,21 +208,17 @@ def _kept(plan: Plan, step: Step) -> FileReport:
     with Container(plan.target.locate(step.name)) as container:
         infos = [container.info(name) for name in container.keys()]
         size, sha256 = container.size, container.source.sha256
-    casts = sum(info.exact is not None for info in infos)
-    exact = sum(info.exact is True for info in infos)
-    output = plan.target.locate(step.name)
-    return FileReport(plan.locate(step), output, step.entry.size, size, sha256, len(infos), "skipped", casts, exact)
+    output, counts = plan.target.locate(step.name), _counts(infos)
+    return FileReport(plan.locate(step), output, step.entry.size, size, sha256, len(infos), "skipped", *counts)
 
 
 def _planned(plan: Plan, step: Step) -> FileReport:
     output = plan.target.locate(step.name)
-    return FileReport(plan.locate(step), output, step.entry.size, None, None, step.tensors, "planned", 0, 0)
+    return FileReport(plan.locate(step), output, step.entry.size, None, None, step.tensors, "planned", 0, 0, 0)
 
 
 def _report(plan: Plan, done: Done) -> FileReport:
     assert done.row is not None
-    casts = sum(row.exact is not None for row in done.tensors)
-    exact = sum(row.exact is True for row in done.tensors)
     return FileReport(
         plan.locate(done.step),
         plan.target.locate(done.step.name),
@@ -229,9 +227,15 @@ def _report(plan: Plan, done: Done) -> FileReport:
         done.row.source_sha256,
         len(done.tensors),
         "converted" if done.step.kind == "convert" else "skipped",
-        casts,
-        exact,
+        *_counts(done.tensors),
     )
+
+
+def _counts(tensors: Collection[TensorInfo | TensorRow]) -> tuple[int, int, int]:
+    # The last three members of a report.
+    casts = sum(tensor.exact is not None for tensor in tensors)
+    exact = sum(tensor.exact is True for tensor in tensors)
+    return casts, exact, sum((tensor.encoding, tensor.dtype) == ("df11", "F32") for tensor in tensors)
 
 
 def tell_if_nothing_is_compressed(plan: Plan, rows: Sequence[TensorRow]) -> None:

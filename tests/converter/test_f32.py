@@ -98,6 +98,16 @@ def test_any_values_come_back(values: list[int], repeat: int, tmp_path_factory: 
     assert found["w"][1:] == (("BF16", True) if is_bf16 else ("F32", None))
 
 
+def test_a_hint_where_f32_stays(tmp_path: Path) -> None:
+    tensors = [f32("a", (6000,)), f32("b", (6000,), 1), f32("c", (6000,), 2, exact=True), bf16("d", (6000,))]
+    source, out = sources.write(tmp_path / "x.safetensors", tensors), tmp_path / "x.df11"
+    hint = "1 of them without loss; 2 F32 tensors are not BF16: --cast bf16 would round them"
+    assert hint in commands.run("convert", source, out).fine().err
+    assert hint in commands.run("convert", source, out).fine().err  # It is there already.
+    result = commands.run("convert", source, out, "--force", "--cast", "bf16", "--keep-f32", "a").fine()
+    assert "--cast bf16" not in result.err
+
+
 # Tensors that a cast leaves out.
 
 

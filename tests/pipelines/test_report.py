@@ -384,7 +384,7 @@ def test_2000_tensors_fit():
         )
         for index in range(2000)
     ]
-    text = report.report.render_report(made.manifest(*rows), "large")
+    text = report.render_report(made.manifest(*rows), "large")
     assert len(text.encode()) < 1_500_000
     assert len(Page(text).tables["All tensors"]) == 2001
 
@@ -392,7 +392,7 @@ def test_2000_tensors_fit():
 def test_of_more_tensors_the_largest_are_listed(monkeypatch):
     monkeypatch.setattr(report, "MOST_TENSORS", 2)
     rows = [made.tensor("a.df11", f"t{size}", (size, 100)) for size in (10, 30, 20)]
-    text = report.report.render_report(made.manifest(*rows), "t")
+    text = report.render_report(made.manifest(*rows), "t")
     assert [row[0] for row in Page(text).tables["All tensors"][1:]] == ["t30", "t20"]
     assert "The 2 largest of 3" in text
 

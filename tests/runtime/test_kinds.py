@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +13,7 @@ from df11 import runtime
 from df11.formats import errors
 from df11.formats.container import Container
 from df11.runtime import load, operators
+from df11.runtime.compressed import joined
 from df11.runtime.load import load_through_ring
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -98,22 +98,20 @@ def test_other_dtypes_have_no_records() -> None:
         operators.kind_of(torch.float16, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_a_model_gives_the_bits_of_the_plain_one(dtype: torch.dtype, tmp_path: Path) -> None:
-    def build() -> torch.nn.Module:
-        torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.GELU(), torch.nn.Linear(300, 7)).to(dtype)
-
-    plain = build()
-    save_file(plain.state_dict(), tmp_path / "model.safetensors")
-    df11.convert(tmp_path / "model.safetensors", tmp_path / "model.df11")
-    loaded = runtime.load_model(build().to("meta"), tmp_path / "model.df11", "cpu")
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 300))).to(dtype)
-    assert bits(loaded(x).detach()) == bits(plain(x).detach())
-
-
-def test_only_bf16_is_held_compressed(folder: Path) -> None:
+@EACH
+def test_a_tensor_of_every_dtype_is_held_compressed(dtype: torch.dtype, folder: Path) -> None:
+    plain = load_file(folder / "x.safetensors")[str(dtype)]
     with Container(folder / "x.df11") as container:
-        with pytest.raises(errors.DtypeError, match="F16"):
-            runtime.CompressedTensor.load(container, "torch.float16", "cpu")
-        assert runtime.CompressedTensor.load(container, "torch.bfloat16", "cpu").decode().dtype == torch.bfloat16
+        held = runtime.CompressedTensor.load(container, str(dtype), "cpu")
+    assert held.dtype == dtype
+    assert bits(held.decode()) == bits(held.decode(torch.empty_like(plain))) == bits(plain)
+    assert bits(held.rows(7, 130)) == bits(held.narrow(7, 130).decode()) == bits(plain[7:130])
+    found = held.gather(torch.tensor([[3, 300], [3, 0]]))
+    assert bits(found) == b"".join(bits(plain[row]) for row in (3, 300, 3, 0))
+    side_by_side = joined([held, held], 1, stacked=False).decode().view(torch.uint8).view(301, 2, -1)
+    assert all(bits(part) == bits(plain) for part in side_by_side.unbind(1))
+    if dtype == torch.bfloat16:
+        assert bits(held.widened().decode()) == bits(plain.float())
+    else:
+        with pytest.raises(errors.DtypeError, match="only BF16 is widened"):
+            held.widened()
