@@ -151,13 +151,25 @@ def by_dtype(manifest: Manifest) -> list[OfDtype]:
         elements, entropies = sum(row.elements for row in rows), [row.exponent_entropy for row in rows if row.elements]
         known = [entropy for entropy in entropies if entropy is not None]
         bound = None
-        if elements and len(known) == len(entropies):
+        if elements and dtype in KINDS and len(known) == len(entropies):
             coded = sum(row.elements * (row.exponent_entropy or 0) for row in rows)
             bound = KINDS[dtype].mantissa_bits + 1 + coded / elements
         name = f"F32, as {dtype}" if was_f32 else dtype
         source_bytes = sum(row.decoded_bytes for row in rows) * (2 if was_f32 else 1)
         sums.append(OfDtype(name, len(rows), elements, source_bytes, sum(row.stored_bytes for row in rows), bound))
     return sorted(sums, key=lambda one: (-one.source_bytes, one.dtype))
+
+
+_TORCH_NAMES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def torch_dtype(manifest: Manifest) -> str:
+    """torch's name of the dtype that most weights of the containers have: a model that asks for it loses nothing."""  # noqa: D403
+    weights = dict.fromkeys(_TORCH_NAMES, 0)
+    for row in manifest.tensors:
+        if row.dtype in weights:
+            weights[row.dtype] += row.elements
+    return _TORCH_NAMES[max(weights, key=lambda dtype: weights[dtype])]
 
 
 def average_bits(rows: Sequence[TensorRow]) -> float | None:
