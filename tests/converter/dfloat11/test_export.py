@@ -275,6 +275,24 @@ def test_only_bf16_becomes_units(tmp_path):
     check(tmp_path / "out", [taken[0], *narrowed, *rest])
     df11.convert(tmp_path / "out", tmp_path / "again", shapes=tmp_path / "plain")
     assert records(tmp_path / "again") == records(path)
+    original = sources.write(tmp_path / "original" / "model.safetensors", [taken[0], *narrowed, *rest])
+    assert df11.verify(tmp_path / "again", original.parent).compared
+
+
+def test_plain_f32_of_a_checkpoint_may_become_bf16(tmp_path):
+    plain = [sources.f32("a", (96, 64), exact=True), sources.f32("b", (96, 64))]
+    weights = gaussian(96 * 64)
+    unit = dfloat11.tensors("w", dfloat11.encode([weights]))
+    dfloat11.write(tmp_path / "in", {"model.safetensors": [*unit, *plain]}, dfloat11.config({"w": []}))
+    wanted = [Tensor("w.weight", "BF16", (96, 64), weights.tobytes()), *plain]
+    original = sources.write(tmp_path / "original" / "model.safetensors", wanted)
+    df11.convert(tmp_path / "in", tmp_path / "out", shapes=original)
+    with df11.open(next((tmp_path / "out").glob("*.df11"))) as container:
+        assert [container.info(name).dtype for name in ("a", "b")] == ["BF16", "F32"]
+    assert df11.verify(tmp_path / "out", original.parent).compared
+    export(tmp_path / "out", tmp_path / "plain", "safetensors")
+    (file,) = (tmp_path / "plain").glob("*.safetensors")
+    assert dfloat11.read_file(file) == plain_of(wanted)
 
 
 @pytest.mark.parametrize("to", ["dfloat11", "safetensors"])
