@@ -332,8 +332,9 @@ static enum df11_status apply_exceptions(enum df11_kind kind, struct tile *tile,
         for (unsigned plane = 0; plane < MOST_PLANES; plane++)
             planes[plane] = tile->planes[plane] + position / CHUNK_WEIGHTS * tile->steps[plane];
         unsigned in_chunk = position % CHUNK_WEIGHTS;
-        uint32_t weight = kind == F32 ? (uint32_t)value << 16 | (uint32_t)(planes[1][in_chunk] << 8 | planes[2][in_chunk])
-                                      : value;
+        uint32_t weight = value;
+        if (kind == F32)
+            weight = (uint32_t)value << 16 | (uint32_t)(planes[1][in_chunk] << 8 | planes[2][in_chunk]);
         if (!tile->out && weight != load_weight(kind, tile->source, position))
             *different = 1;
         else if (!tile->out)
@@ -377,7 +378,8 @@ static enum df11_status decode_tile(const struct df11_segment *segment, uint64_t
         if (tile->position[lane] != tile->start[lane + 1])
             return BAD_LANE;
     int different = 0;
-    enum df11_status status = apply_exceptions(segment->kind, tile, segment->bytes + end - 4 * exceptions, exceptions, &different);
+    enum df11_status status
+        = apply_exceptions(segment->kind, tile, segment->bytes + end - 4 * exceptions, exceptions, &different);
     if (status == OK && !tile->out && (different || noted(tile)))
         return DIFFERENT;
     return status;

@@ -133,15 +133,16 @@ static PyObject *each_tile(PyObject *arguments, int compare)
     unsigned long long elements, lane_bytes, tiles, lanes, sign_mantissa, stream, first, last;
     Py_buffer buffers[2];
 
-    if (!PyArg_ParseTuple(arguments, "OOIIKKKKKKKKO", &bytes, &capsule, &kind, &left_out, &elements, &lane_bytes, &tiles, &lanes,
-                          &sign_mantissa, &stream, &first, &last, &weights)
+    if (!PyArg_ParseTuple(arguments, "OOIIKKKKKKKKO", &bytes, &capsule, &kind, &left_out, &elements, &lane_bytes,
+                          &tiles, &lanes, &sign_mantissa, &stream, &first, &last, &weights)
         || !check_kind(kind, left_out)
         || !require(elements <= MAX_SEGMENT_WEIGHTS && lane_bytes <= 2, "elements or lane_bytes")
         || !require(first <= last && last <= (elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS, "tiles"))
         return NULL;
     unsigned long long end = last * TILE_WEIGHTS < elements ? last * TILE_WEIGHTS : elements;
     Py_ssize_t count = first < last ? (Py_ssize_t)(end - first * TILE_WEIGHTS) : 0;
-    struct wanted wanted[] = {{bytes, "segment", 1, 0, 0}, {weights, "weights", df11_splits[kind].bytes, count, !compare}};
+    struct wanted wanted[] = {{bytes, "segment", 1, 0, 0},
+                              {weights, "weights", df11_splits[kind].bytes, count, !compare}};
     const uint32_t *table = PyCapsule_GetPointer(capsule, TABLE);
     if (!table || get_buffers(wanted, buffers, 2) < 0)
         return NULL;
@@ -279,12 +280,13 @@ static PyObject *encode_tiles(PyObject *module, PyObject *arguments)
     Py_buffer buffers[2];
     (void)module;
 
-    if (!PyArg_ParseTuple(arguments, "OOIIKKKKKKKO", &capsule, &weights, &kind, &left_out, &filler, &lane_bytes, &tiles, &lanes,
-                          &sign_mantissa, &stream, &end, &out)
+    if (!PyArg_ParseTuple(arguments, "OOIIKKKKKKKO", &capsule, &weights, &kind, &left_out, &filler, &lane_bytes, &tiles,
+                          &lanes, &sign_mantissa, &stream, &end, &out)
         || !check_kind(kind, left_out)
         || !require(filler < SYMBOLS && lane_bytes <= 2 && end <= UINT32_MAX, "filler, lane_bytes or end"))
         return NULL;
-    struct wanted wanted[] = {{weights, "weights", df11_splits[kind].bytes, 1, 0}, {out, "out", 1, (Py_ssize_t)end + ENCODE_SLACK, 1}};
+    struct wanted wanted[] = {{weights, "weights", df11_splits[kind].bytes, 1, 0},
+                              {out, "out", 1, (Py_ssize_t)end + ENCODE_SLACK, 1}};
     if (get_buffers(wanted, buffers, 2) < 0)
         return NULL;
     struct owned_encoder *owned = take_encoder(capsule);
