@@ -181,6 +181,7 @@ def test_f32_that_is_held_as_bf16(on_disk: bool, of_narrowed: tuple[Path, Path],
     assert dtypes_of_compressed(model) == {BF16}
     assert all_large_are_compressed(model)
     assert logits(model) == logits(plain)
+    assert type(model.lm_head.weight.float()) is torch.Tensor  # Only loaders get another weight.
 
 
 def test_what_was_rounded_is_bf16(of_f32: tuple[Path, Path], tmp_path: Path) -> None:
@@ -343,6 +344,8 @@ def test_a_diffusers_pipeline(
     plain, pipeline = (diffusers.DiffusionPipeline.from_pretrained(path, **options) for path in pipelines[held])
     assert dtypes_of_compressed(pipeline.unet) == {compressed}
     assert all_large_are_compressed(pipeline.unet)
+    assert all(type(one.float() + 0) is torch.Tensor for one in pipeline.unet.parameters())
+    assert not any(getattr(one, "may_widen", False) for one in pipeline.unet.parameters())
     assert image(pipeline) == image(plain)
 
 
