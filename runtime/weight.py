@@ -358,16 +358,22 @@ def _rebuild(compressed: CompressedTensor, device: torch.device, others: dict[st
 
 
 def _decode_again_in_backward() -> None:
-    # A compiler saves what custom operators return for the backward pass, unless they are marked.
+    # A compiler saves what custom operators return for the backward pass, and what it is widened to, unless they are
+    # marked.
     from torch.utils.checkpoint import CheckpointPolicy
 
     tracers = [mode.tracer for mode in _get_current_dispatch_mode_stack() if hasattr(mode, "tracer")]
     for tracer in tracers:
         for node in reversed(tracer.graph.nodes):
-            if node.op == "call_function" and getattr(node.target, "namespace", None) == "df11":
-                if "recompute" in node.meta:
-                    break
+            is_ours = _is_ours(node)
+            if is_ours and "recompute" in node.meta:
+                break
+            if is_ours or any(_is_ours(argument) for argument in node.args):
                 node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
+
+
+def _is_ours(node: Any) -> bool:
+    return getattr(node, "op", None) == "call_function" and getattr(node.target, "namespace", None) == "df11"
 
 
 @functools.cache

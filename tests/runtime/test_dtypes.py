@@ -390,8 +390,16 @@ def test_load_model_widens_and_rounds_f32(tmp_path: Path, caplog: pytest.LogCapt
     assert gradient is not None
     assert x.grad is not None
     assert bits(gradient) == bits(x.grad)
-    compiled = torch.compile(loaded, backend="aot_eager")
-    assert bits(compiled(x)) == bits(plain(x))
+    compiled, saved = torch.compile(loaded, backend="aot_eager"), []
+
+    def note(value: torch.Tensor) -> torch.Tensor:
+        saved.append(value.shape)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        found = compiled(x)
+    assert bits(found) == bits(plain(x))
+    assert torch.Size([300, 300]) not in saved  # Only records, which are decoded and widened again.
     assert not lines(caplog)
     loaded = runtime.load_model(layers(BF16).to("meta"), path, "cpu")
     assert dtypes_of_compressed(loaded) == {BF16}
