@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks import dfloat11, harness, job, measure, omnigen2, peers, results, sections, synthetic
+from benchmarks import dfloat11, dtypes, harness, job, measure, omnigen2, peers, results, sections, synthetic
 from benchmarks.harness import Board, Checkout, say
 from benchmarks.sections import Bench
 
@@ -26,6 +26,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], None]]] = {
     "convert": sections.convert,
     "sizes": sections.sizes,
     "memory": sections.memory,
+    "dtypes": dtypes.dtypes,
     "dfloat11": dfloat11.dfloat11,
     "job": job.job,
     "omnigen2": omnigen2.omnigen2,
@@ -38,6 +39,7 @@ ROOM: Final = {
     "convert": 16.5e9,
     "sizes": 1.6e9,
     "memory": 11e9,
+    "dtypes": 4e8,
     "dfloat11": 3e9,
     "job": 15e9,
 }

@@ -24,7 +24,7 @@ import sys, pathlib, unittest.mock
 sys.modules["torch"] = unittest.mock.MagicMock()
 import zipnn
 data = bytearray(pathlib.Path(sys.argv[1]).read_bytes())
-coder = zipnn.ZipNN(bytearray_dtype="bfloat16", input_format="byte")
+coder = zipnn.ZipNN(bytearray_dtype=sys.argv[3], input_format="byte")
 pathlib.Path(sys.argv[2]).write_bytes(coder.compress(data))
 """
 _ZSTD: Final = """
@@ -52,15 +52,15 @@ class Peers:
             return []
         return [Program("lmzip", [str(self.python.with_name("lmz")), *map(str, arguments)], output)]
 
-    def smallest(self, source: Path, target: Path) -> list[Program]:
-        """All programs that can tell the compressed size of a file."""
+    def smallest(self, source: Path, target: Path, dtype: str | None = "bfloat16") -> list[Program]:
+        """All programs that can tell the size of a file of a dtype, as zipnn calls it, compressed; None: no zipnn."""
         if self.python is None:
             return []
         programs = self.lmzip("compress", "-q", "-f", source, target, output=target)
         mapped = self.lmzip("compress", "-q", "-f", "--mapped", source, target)[0].command
         programs.append(Program("lmzip --mapped", mapped, target))
-        for name, code in (("zipnn", _ZIPNN), ("zstd -3", _ZSTD)):
-            programs.append(Program(name, [str(self.python), "-c", code, str(source), str(target)], target))
+        for name, code in (("zipnn", _ZIPNN), ("zstd -3", _ZSTD))[dtype is None :]:
+            programs.append(Program(name, [str(self.python), "-c", code, str(source), str(target), str(dtype)], target))
         return programs
 
 

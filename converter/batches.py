@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from df11.converter.cast import Cast, is_rounded
 from df11.converter.kernels import ENCODE_SLACK
-from df11.converter.manifest import Cast
 from df11.formats import framing, layout
 
 VERBATIM_PIECE_BYTES: Final = 4 << 20
@@ -28,21 +28,27 @@ class Fate(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
-    """One tensor: its entry in the source, its fate, and whether it is cast from F32 to BF16."""
+    """One tensor: its entry in the source, its fate, and whether it is rounded from F32 to BF16."""
 
     entry: framing.Entry
     fate: Fate
     cast: bool
 
     @property
-    def target_dtype(self) -> str:
-        """Dtype of the decoded tensor."""
-        return "BF16" if self.cast else self.entry.dtype
+    def may_be_bf16(self) -> bool:
+        """Whether it is F32 that becomes BF16 if that loses nothing."""
+        return self.entry.dtype == "F32" and self.fate is Fate.CODE and not self.cast
 
     @property
-    def target_size(self) -> int:
-        """Bytes of the decoded tensor."""
-        return self.entry.size // 2 if self.cast else self.entry.size
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes that it may have in the container: usually one."""
+        if self.cast:
+            return ("BF16",)
+        return (self.entry.dtype, "BF16") if self.may_be_bf16 else (self.entry.dtype,)
+
+    def size_as(self, dtype: str) -> int:
+        """Its bytes, decoded, if it has this dtype in the container."""
+        return self.entry.size // 2 if dtype != self.entry.dtype else self.entry.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +64,8 @@ class Piece:
 
     @property
     def weights(self) -> int:
-        """BF16 weights of a piece of a coded tensor."""
-        return self.size // (4 if self.tensor.cast else 2)
+        """Weights of a piece of a coded tensor."""
+        return 8 * self.size // framing.DTYPE_BITS[self.tensor.entry.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +87,17 @@ class Batch:
     @property
     def output_size(self) -> int:
         """Bytes that the encoder may need for all pieces."""
-        coded = [piece.weights for piece in self.pieces if piece.tensor.fate is Fate.CODE]
-        return sum(layout.raw_segment_size(weights) for weights in coded) + (ENCODE_SLACK if coded else 0)
+        coded = [piece for piece in self.pieces if piece.tensor.fate is Fate.CODE]
+        sizes = [layout.raw_segment_size(piece.weights, layout.KINDS[piece.tensor.dtypes[0]]) for piece in coded]
+        return sum(sizes) + (ENCODE_SLACK if coded else 0)
 
 
-def list_tensors(header: framing.Header, cast: Cast) -> list[SourceTensor]:
-    """The fate of every tensor, in the order of the source's data."""
+def list_tensors(header: framing.Header, cast: Cast, keep: Sequence[str] = ()) -> list[SourceTensor]:
+    """The fate of every tensor, in the order of the source's data. ``keep``: patterns of what is not to be cast."""
     tensors = []
     for entry in header.entries:
-        is_cast = cast == "bf16" and entry.dtype == "F32"
-        if (entry.dtype == "BF16" or is_cast) and 0 < entry.elements <= layout.MAX_RECORD_WEIGHTS:
+        is_cast = entry.dtype == "F32" and is_rounded(entry.name, cast, keep)
+        if entry.dtype in layout.KINDS and 0 < entry.elements <= layout.MAX_RECORD_WEIGHTS:
             fate = Fate.CODE
         elif entry.size and entry.size % layout.RECORD_ALIGNMENT == 0 and not is_cast:
             fate = Fate.COPY
@@ -104,7 +111,7 @@ def split_tensor(tensor: SourceTensor) -> list[Piece]:
     """The pieces of one tensor; none if it is empty."""
     step = VERBATIM_PIECE_BYTES
     if tensor.fate is Fate.CODE:
-        step = SEGMENT_WEIGHTS * (4 if tensor.cast else 2)
+        step = SEGMENT_WEIGHTS * framing.DTYPE_BITS[tensor.entry.dtype] // 8
     entry = tensor.entry
     return [
         Piece(tensor, start, min(step, entry.end - start), start + step >= entry.end)

@@ -67,6 +67,10 @@ def convert_command(
     cast: Annotated[
         str | None, Option("--cast", metavar="bf16", help="Round F32 tensors to BF16.", show_default=False)
     ] = None,
+    keep_f32: Annotated[
+        list[str] | None,
+        Option("--keep-f32", metavar="PATTERN", help="Tensors that --cast leaves alone, or @wan etc.; repeatable."),
+    ] = None,
     verify: Annotated[
         bool, Option("--verify/--no-verify", help="Decode and compare everything before writing it.")
     ] = True,
@@ -96,6 +100,7 @@ def convert_command(
             max_memory=max_memory,
             max_disk=max_disk,
             cast=_cast(cast),
+            keep_f32=keep_f32 or (),
             include=include or (),
             exclude=exclude or (),
             allow_missing=allow_missing,
@@ -123,7 +128,7 @@ def convert_command(
             f"{len(report.files)} files would be converted and {report.copied} copied; nothing was written", quiet=quiet
         )
     else:
-        say(_summary(report), quiet=quiet)
+        say(_summary(report, is_cast=cast is not None), quiet=quiet)
 
 
 def _path(path: str) -> str:
@@ -138,7 +143,7 @@ def _cast(value: str | None) -> Literal["bf16"] | None:
     raise errors.UsageError("--cast", expected="bf16", found=value)
 
 
-def _summary(report: ConversionReport) -> str:
+def _summary(report: ConversionReport, *, is_cast: bool) -> str:
     skipped = sum(file.status == "skipped" for file in report.files)
     text = f"{report.source_bytes:,} -> {report.output_bytes:,} bytes ({report.ratio:.4f}) in {report.seconds:.1f} s"
     text += f", {len(report.files)} files"
@@ -149,7 +154,9 @@ def _summary(report: ConversionReport) -> str:
     casts = sum(file.cast_tensors for file in report.files)
     if casts:
         exact = sum(file.exact_tensors for file in report.files)
-        text += f"; {casts} tensors cast from F32, {exact} of them unchanged"
+        text += f"; {casts} F32 tensors stored as BF16, {exact} of them without loss"
+    if not is_cast and (left := sum(file.f32_tensors for file in report.files)):
+        text += f"; {left} F32 tensors are not BF16: --cast bf16 would round them"
     return text
 
 

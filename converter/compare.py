@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Literal
 
 from df11.converter.batches import list_tensors
+from df11.converter.cast import agrees
 from df11.converter.files import (
     DF11,
     Action,
@@ -21,7 +22,7 @@ from df11.converter.files import (
     with_attributes,
 )
 from df11.converter.index import rewrite_index
-from df11.converter.manifest import FILE_NAME, Cast, FileRow, Manifest, TensorRow
+from df11.converter.manifest import FILE_NAME, FileRow, Manifest
 from df11.converter.output import original_files
 from df11.converter.pipeline import least_memory
 from df11.converter.plan import Options, Step
@@ -37,8 +38,18 @@ from df11.storage.store import Store, has_content, same_content
 
 log: Final = logging.getLogger("df11")
 
-EXPECTED_RATIO: Final = 0.67
-"""Size of a container relative to BF16, for estimates only."""
+EXPECTED_RATIOS: Final[Mapping[str, float]] = {
+    "BF16": 0.67,
+    "F16": 0.855,
+    "F32": 0.84,
+    "F8_E4M3": 0.84,
+    "F8_E5M2": 0.72,
+}
+"""Size of a record relative to the decoded tensor, by dtype, for estimates only."""
+LEAST_RATIOS: Final[Mapping[str, float]] = {
+    kind.dtype: kind.least_size(256) / (256 * kind.bytes) for kind in layout.KINDS.values()
+}
+"""The least that it can be: signs, and the mantissa bits beside them, are not compressed."""
 _HEADERS: Final = 1 << 16
 
 
@@ -181,18 +192,23 @@ class Comparison:
                 return step
         self.check_free(one.name)
         with Source(self._source.open(one.entry), max_memory=self._options.max_memory) as source:
-            tensors = list_tensors(source.header, self._options.cast)
-            most = sum(tensor.target_size + layout.RECORD_ALIGNMENT for tensor in tensors)  # If nothing is compressed.
-            coded = sum(tensor.target_size for tensor in tensors if tensor.target_dtype == "BF16")
+            tensors = list_tensors(source.header, self._options.cast, self._options.keep)
+            most = sum(tensor.size_as(tensor.dtypes[0]) + layout.RECORD_ALIGNMENT for tensor in tensors)
+            least = sum(
+                tensor.size_as(dtype) * LEAST_RATIOS.get(dtype, 1) for tensor in tensors for dtype in tensor.dtypes[-1:]
+            )
+            expected = sum(
+                tensor.size_as(dtype) * EXPECTED_RATIOS.get(dtype, 1)
+                for tensor in tensors
+                for dtype in tensor.dtypes[:1]
+            )
             return dataclasses.replace(
                 step,
                 tensors=len(tensors),
-                least=most
-                - coded // 2
-                - layout.RECORD_ALIGNMENT * len(tensors),  # Signs and mantissas are not compressed.
+                least=int(least),
                 memory=least_memory(source, tensors),
-                most=most + _HEADERS + 8 * len(source.header.raw),
-                expected=int(most - coded * (1 - EXPECTED_RATIO)),
+                most=most + _HEADERS + 8 * len(source.header.raw),  # If nothing is compressed.
+                expected=int(expected) + layout.RECORD_ALIGNMENT * len(tensors),
             )
 
     def _compare_by_manifest(self, step: Step, there: Entry) -> Step:
@@ -200,7 +216,8 @@ class Comparison:
         row = self._files.get(step.name)
         if row is None or row.source_bytes != step.entry.size:
             return step
-        if not _has_cast(self._rows.get(step.name, ()), self._options.cast):
+        rows = self._rows.get(step.name, ())
+        if not all(self._agrees(row.name, row.exact) for row in rows if row.dtype == "F32" or row.exact is not None):
             return step
         if not has_content(self._target, there, _entry_of(row)):
             return step
@@ -212,15 +229,15 @@ class Comparison:
         path = self._target.locate(step.name)
         try:
             with Container(path) as container:
-                stored, cast, made_from = container.source, self._options.cast, container.made_from
+                stored, made_from = container.source, container.made_from
                 row = self._files.get(step.name)
                 is_known = row is not None and _describes(row, step, there, container)
                 is_known = is_known and up_to_date(self._rows.get(step.name, ()), container)
-                if not any(entry.dtype == "F32" for entry in container.source_header.entries):
-                    cast = None  # As written: there was nothing to cast.
+                names = [entry.name for entry in container.source_header.entries if entry.dtype == "F32"]
+                is_right = all(self._agrees(name, container.info(name).exact) for name in names)
         except (errors.FormatError, errors.SafetensorsError):
             return step
-        if stored.bytes != step.entry.size or stored.cast != cast:
+        if stored.bytes != step.entry.size or not is_right:
             return step
         sha256, step = self._source_sha256(step, stored.sha256, made_from, is_known=is_known)
         if sha256 != stored.sha256:
@@ -230,6 +247,9 @@ class Comparison:
         if is_known:
             return dataclasses.replace(step, kept=True, source_sha256=sha256)
         return dataclasses.replace(step, kind="prove", source_sha256=sha256, least=0, expected=0, most=0)
+
+    def _agrees(self, name: str, exact: bool | None) -> bool:
+        return agrees(name, exact, self._options.cast, self._options.keep)
 
     def _source_sha256(
         self, step: Step, before: str, made_from: tuple[OriginalFile, ...], *, is_known: bool
@@ -315,13 +335,6 @@ class Comparison:
         size = len(data)
         is_there = there is not None
         return Step("write", one.entry, one.name, None, kept, is_there, data, most=size, expected=size)
-
-
-def _has_cast(rows: Sequence[TensorRow], cast: Cast) -> bool:
-    # Whether a container was made with this cast, by its tensors: one without F32 is the same with any.
-    if cast is None:
-        return all(row.exact is None for row in rows)
-    return all(row.dtype != "F32" for row in rows)
 
 
 def _describes(row: FileRow, step: Step, there: Entry, container: Container) -> bool:

@@ -7,15 +7,16 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from df11.converter.apply import Delivery, apply_plan
+from df11.converter.cast import Cast, expand
 from df11.converter.dfloat11.recognise import decoded
 from df11.converter.files import is_shard
-from df11.converter.manifest import Cast, TensorRow
+from df11.converter.manifest import TensorRow
 from df11.converter.options import DEFAULT_MEMORY
 from df11.converter.pipeline import PARQUET_MEMORY
 from df11.converter.plan import Options, Plan, Step
@@ -25,7 +26,8 @@ from df11.converter.settings import Settings, parse_size, thread_count, too_litt
 from df11.converter.source import Progress, ignore
 from df11.converter.work import Done
 from df11.formats import errors
-from df11.formats.container import Container
+from df11.formats.container import Container, TensorInfo
+from df11.formats.layout import KINDS
 from df11.storage.address import is_address
 from df11.storage.local import LocalStore
 from df11.storage.paths import kind_of, same
@@ -46,9 +48,11 @@ class FileReport:
     tensors: int
     status: Literal["converted", "skipped", "planned"]
     cast_tensors: int
-    """Tensors that were cast from F32 to BF16."""
+    """F32 tensors that are stored as BF16."""
     exact_tensors: int
-    """Cast tensors whose values were all BF16 values already."""
+    """Those whose values were all BF16 values already, so that nothing is lost."""
+    f32_tensors: int
+    """Compressed tensors that are stored as F32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ def convert(
     max_memory: int | str = DEFAULT_MEMORY,
     max_disk: int | str | None = None,
     cast: Cast = None,
+    keep_f32: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     allow_missing: bool = False,
@@ -104,8 +109,10 @@ def convert(
     decodes to; ``shapes`` names the original model, if nothing else tells the shapes of its tensors.
 
     ``threads``: encoder threads, by default one per core. ``max_memory``: of the whole process, in bytes or as text
-    such as ``"256MiB"``. ``cast="bf16"`` rounds F32 tensors to BF16. ``include`` and ``exclude``: glob patterns of
-    files, as in the Hub's client. ``allow_missing``: continue although an index names a shard that does not exist.
+    such as ``"256MiB"``. An F32 tensor of BF16 values alone is stored as BF16, which loses nothing. ``cast="bf16"``
+    rounds all F32 tensors to BF16, except those with a name that matches ``keep_f32``: glob patterns, or names of
+    presets (``df11.converter.cast.PRESETS``). ``include`` and ``exclude``: glob patterns of files, as in the Hub's
+    client. ``allow_missing``: continue although an index names a shard that does not exist.
     ``verify``: decode and compare every segment before it is written. ``resume``: keep a finished output of the same
     source and cast; the source's SHA-256 decides. ``force``: replace files that df11 did not write. ``dry_run``: write
     nothing. ``on_total`` and ``on_progress`` get bytes of source, ``on_file`` the report of each shard when it is done.
@@ -122,7 +129,10 @@ def convert(
         raise errors.UsageError("cast", expected="bf16", found=cast)
     if max_disk is not None and not is_address(src):
         raise errors.UsageError("--max-disk is for sources on the Hub", file=src, hint="leave it out")
-    settings = Settings(thread_count(threads), parse_size(max_memory), cast, verify)
+    if keep_f32 and cast is None:
+        raise errors.UsageError("--keep-f32 is for --cast bf16", hint="leave it out: without a cast, F32 loses nothing")
+    keep = expand(keep_f32)
+    settings = Settings(thread_count(threads), parse_size(max_memory), cast, verify, keep)
     source = open_source(src)
     source.list()
     source = decoded(source, shapes=shapes, max_memory=settings.max_memory)
@@ -130,7 +140,7 @@ def convert(
     if not source.is_file and not dry_run:
         check_installed()  # Better now than at the end.
     options = Options(
-        cast, tuple(include), tuple(exclude), allow_missing, force, resume, max_memory=settings.max_memory
+        cast, tuple(include), tuple(exclude), allow_missing, force, resume, max_memory=settings.max_memory, keep=keep
     )
     plan = make_plan(source, target, "convert", options, name=name, on_total=on_total, on_progress=on_progress)
     _check_budgets(plan, settings, None if max_disk is None else parse_size(max_disk))
@@ -198,21 +208,17 @@ def _kept(plan: Plan, step: Step) -> FileReport:
     with Container(plan.target.locate(step.name)) as container:
         infos = [container.info(name) for name in container.keys()]
         size, sha256 = container.size, container.source.sha256
-    casts = sum(info.exact is not None for info in infos)
-    exact = sum(info.exact is True for info in infos)
-    output = plan.target.locate(step.name)
-    return FileReport(plan.locate(step), output, step.entry.size, size, sha256, len(infos), "skipped", casts, exact)
+    output, counts = plan.target.locate(step.name), _counts(infos)
+    return FileReport(plan.locate(step), output, step.entry.size, size, sha256, len(infos), "skipped", *counts)
 
 
 def _planned(plan: Plan, step: Step) -> FileReport:
     output = plan.target.locate(step.name)
-    return FileReport(plan.locate(step), output, step.entry.size, None, None, step.tensors, "planned", 0, 0)
+    return FileReport(plan.locate(step), output, step.entry.size, None, None, step.tensors, "planned", 0, 0, 0)
 
 
 def _report(plan: Plan, done: Done) -> FileReport:
     assert done.row is not None
-    casts = sum(row.exact is not None for row in done.tensors)
-    exact = sum(row.exact is True for row in done.tensors)
     return FileReport(
         plan.locate(done.step),
         plan.target.locate(done.step.name),
@@ -221,9 +227,15 @@ def _report(plan: Plan, done: Done) -> FileReport:
         done.row.source_sha256,
         len(done.tensors),
         "converted" if done.step.kind == "convert" else "skipped",
-        casts,
-        exact,
+        *_counts(done.tensors),
     )
+
+
+def _counts(tensors: Collection[TensorInfo | TensorRow]) -> tuple[int, int, int]:
+    # The last three members of a report.
+    casts = sum(tensor.exact is not None for tensor in tensors)
+    exact = sum(tensor.exact is True for tensor in tensors)
+    return casts, exact, sum((tensor.encoding, tensor.dtype) == ("df11", "F32") for tensor in tensors)
 
 
 def tell_if_nothing_is_compressed(plan: Plan, rows: Sequence[TensorRow]) -> None:
@@ -232,10 +244,12 @@ def tell_if_nothing_is_compressed(plan: Plan, rows: Sequence[TensorRow]) -> None
         return
     dtypes = Counter(row.dtype for row in rows)
     found = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(dtypes.items(), key=lambda item: -item[1]))
-    why = f"its tensors are {found}, and only BF16 is compressed" if dtypes else "its shards have no tensors"
+    why = f"its tensors are {found}" if dtypes else "its shards have no tensors"
     if not any(is_shard(step.entry.name) for step in plan.steps) and not dtypes:
         why = "it holds only adapters, which peft and diffusers read themselves"
-    elif set(dtypes) == {"BF16"}:
-        why = "its tensors are too small, or have too many different exponents"
+    elif not KINDS.keys().isdisjoint(dtypes):
+        why += ", which are too small or have too many different exponents"
+    elif dtypes:
+        why += f", and only {', '.join(KINDS)} are compressed"
     hint = "; --cast bf16 would round F32 to it" if "F32" in dtypes and plan.options.cast is None else ""
     log.warning("%s: nothing was compressed: %s%s", plan.source.label, why, hint)

@@ -57,42 +57,167 @@ struct df11_counts *df11_encoder_counts(struct df11_encoder *encoder)
     return &encoder->counts;
 }
 
-/* Weights apart: exponents, which in pairs are the symbols, and sign/mantissa bytes. */
+/* Weights apart: exponents, which in pairs are the symbols, and planes of the other bits (SPEC.md, section 5). */
 
-ALWAYS_INLINE void exponents_of(const uint8_t *weights, unsigned count, uint8_t *exponents)
+ALWAYS_INLINE uint32_t load_weight(enum df11_kind kind, const uint8_t *weights, uint64_t i)
 {
-    for (unsigned i = 0; i < count; i++) {
-        uint16_t weight;
-        memcpy(&weight, weights + 2 * i, sizeof weight);
-        exponents[i] = (uint8_t)(weight >> 7);
+    uint16_t two;
+    uint32_t four;
+
+    if (df11_splits[kind].bytes == 1)
+        return weights[i];
+    if (df11_splits[kind].bytes == 2) {
+        memcpy(&two, weights + 2 * i, sizeof two);
+        return two;
+    }
+    memcpy(&four, weights + 4 * i, sizeof four);
+    return four;
+}
+
+ALWAYS_INLINE uint8_t exponent_of(enum df11_kind kind, uint32_t weight)
+{
+    return (uint8_t)(weight >> df11_splits[kind].mantissa_bits & ((1u << df11_splits[kind].exponent_bits) - 1));
+}
+
+ALWAYS_INLINE void exponents_as(enum df11_kind kind, const uint8_t *weights, unsigned count, uint8_t *exponents)
+{
+    for (unsigned i = 0; i < count; i++)
+        exponents[i] = exponent_of(kind, load_weight(kind, weights, i));
+}
+
+/* `from` on, of 32-fold `runs` of weights, `bits` bits from `shift` on, to a plane of a chunk: run k goes to the bits
+ * from k * bits on. */
+ALWAYS_INLINE void pack(enum df11_kind kind, const uint8_t *weights, unsigned shift, unsigned bits, uint8_t *plane)
+{
+    unsigned size = CHUNK_WEIGHTS / 8 * bits;
+    for (unsigned i = 0; i < size; i++) {
+        unsigned packed = 0;
+        for (unsigned k = 0; k < 8 / bits; k++)
+            packed |= (load_weight(kind, weights, k * size + i) >> shift & ((1u << bits) - 1)) << k * bits;
+        plane[i] = (uint8_t)packed;
     }
 }
 
-ALWAYS_INLINE void split(const uint16_t *weights, unsigned count, uint8_t *exponents, uint8_t *sign_mantissa)
+/* The planes of a chunk. What is left of a weight without its exponent starts with the sign. */
+ALWAYS_INLINE void split_chunk(enum df11_kind kind, const uint8_t *weights, uint8_t *const *planes)
 {
-    for (unsigned i = 0; i < count; i++) {
-        exponents[i] = (uint8_t)(weights[i] >> 7);
-        sign_mantissa[i] = (uint8_t)((weights[i] >> 8 & 0x80) | (weights[i] & 0x7F));
+    if (kind == BF16 || kind == F32)
+        for (unsigned i = 0; i < CHUNK_WEIGHTS; i++) {
+            uint32_t weight = load_weight(kind, weights, i), upper = kind == F32 ? weight >> 16 : weight;
+            planes[0][i] = (uint8_t)((upper >> 8 & 0x80) | (upper & 0x7F));
+        }
+    if (kind == F32)
+        for (unsigned i = 0; i < CHUNK_WEIGHTS; i++) {
+            uint32_t weight = load_weight(kind, weights, i);
+            planes[1][i] = (uint8_t)(weight >> 8);
+            planes[2][i] = (uint8_t)weight;
+        }
+    if (kind == F16) {
+        pack(kind, weights, 15, 1, planes[0]);
+        pack(kind, weights, 8, 2, planes[1]);
+        for (unsigned i = 0; i < CHUNK_WEIGHTS; i++)
+            planes[2][i] = (uint8_t)load_weight(kind, weights, i);
+    }
+    if (kind == F8_E4M3)
+        for (unsigned i = 0; i < CHUNK_WEIGHTS / 2; i++) {
+            unsigned low = weights[i], high = weights[i + CHUNK_WEIGHTS / 2];
+            low = (low >> 4 & 8) | (low & 7);
+            high = (high >> 4 & 8) | (high & 7);
+            planes[0][i] = (uint8_t)(low | high << 4);
+        }
+    if (kind == F8_E5M2) {
+        pack(kind, weights, 7, 1, planes[0]);
+        pack(kind, weights, 0, 2, planes[1]);
     }
 }
 
-COMPILE_TWICE(void, exponents_of, (const uint8_t *weights, unsigned count, uint8_t *exponents),
-              (weights, count, exponents))
-COMPILE_TWICE(void, split, (const uint16_t *weights, unsigned count, uint8_t *exponents, uint8_t *sign_mantissa),
-              (weights, count, exponents, sign_mantissa))
+/* Split `count` weights of a tile; planes that are left out go to one place. */
+ALWAYS_INLINE void split_as(enum df11_kind kind, const uint8_t *weights, unsigned count, uint8_t *exponents,
+                            uint8_t *const *planes, unsigned left_out)
+{
+    uint8_t unwanted[CHUNK_WEIGHTS], last[MOST_BYTES * CHUNK_WEIGHTS] = {0}, copies[MOST_PLANES][CHUNK_WEIGHTS];
+    uint8_t *to[MOST_PLANES], *to_copies[MOST_PLANES];
+    unsigned stored = df11_splits[kind].planes - left_out, bytes = df11_splits[kind].bytes;
+    unsigned whole = count / CHUNK_WEIGHTS, rest = count % CHUNK_WEIGHTS;
+
+    exponents_as(kind, weights, count, exponents);
+    for (unsigned chunk = 0; chunk < whole; chunk++) {
+        for (unsigned plane = 0; plane < MOST_PLANES; plane++)
+            to[plane] = plane < stored ? planes[plane] + chunk * chunk_plane(kind, plane) : unwanted;
+        split_chunk(kind, weights + bytes * CHUNK_WEIGHTS * chunk, to);
+    }
+    if (rest) {
+        memcpy(last, weights + bytes * CHUNK_WEIGHTS * whole, bytes * rest);
+        for (unsigned plane = 0; plane < MOST_PLANES; plane++)
+            to_copies[plane] = copies[plane];
+        split_chunk(kind, last, to_copies);
+        for (unsigned plane = 0; plane < stored; plane++)
+            memcpy(planes[plane] + whole * chunk_plane(kind, plane), copies[plane],
+                   df11_splits[kind].bits[plane] == 8 ? rest : chunk_plane(kind, plane));
+    }
+}
+
+/* Each dtype has code of its own. */
+ALWAYS_INLINE void exponents_of(enum df11_kind kind, const uint8_t *weights, unsigned count, uint8_t *exponents)
+{
+    switch (kind) {
+    case F16:
+        exponents_as(F16, weights, count, exponents);
+        break;
+    case F32:
+        exponents_as(F32, weights, count, exponents);
+        break;
+    case F8_E4M3:
+        exponents_as(F8_E4M3, weights, count, exponents);
+        break;
+    case F8_E5M2:
+        exponents_as(F8_E5M2, weights, count, exponents);
+        break;
+    default:
+        exponents_as(BF16, weights, count, exponents);
+    }
+}
+
+ALWAYS_INLINE void split(enum df11_kind kind, const uint8_t *weights, unsigned count, uint8_t *exponents,
+                         uint8_t *const *planes, unsigned left_out)
+{
+    switch (kind) {
+    case F16:
+        split_as(F16, weights, count, exponents, planes, left_out);
+        break;
+    case F32:
+        split_as(F32, weights, count, exponents, planes, left_out);
+        break;
+    case F8_E4M3:
+        split_as(F8_E4M3, weights, count, exponents, planes, left_out);
+        break;
+    case F8_E5M2:
+        split_as(F8_E5M2, weights, count, exponents, planes, left_out);
+        break;
+    default:
+        split_as(BF16, weights, count, exponents, planes, left_out);
+    }
+}
+
+COMPILE_TWICE(void, exponents_of, (enum df11_kind kind, const uint8_t *weights, unsigned count, uint8_t *exponents),
+              (kind, weights, count, exponents))
+COMPILE_TWICE(void, split,
+              (enum df11_kind kind, const uint8_t *weights, unsigned count, uint8_t *exponents, uint8_t *const *planes,
+               unsigned left_out),
+              (kind, weights, count, exponents, planes, left_out))
 
 /* Counting. */
 
 /* Add the pairs of `count` weights to the counts; a last weight without a partner forms no pair. `weights` need not be
  * aligned. */
-void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64_t count)
+void df11_count_pairs(struct df11_counts *counts, enum df11_kind kind, const uint8_t *weights, uint64_t count)
 {
     uint16_t symbols[1024];
 
     counts->weights += count;
     while (count > 1) {
         unsigned pairs = count / 2 < 1024 ? (unsigned)(count / 2) : 1024;
-        CHOOSE(exponents_of, (weights, 2 * pairs, (uint8_t *)symbols));
+        CHOOSE(exponents_of, (kind, weights, 2 * pairs, (uint8_t *)symbols));
         for (unsigned i = 0; i + 1 < pairs; i += 2) {
             counts->pairs[0][symbols[i]]++;
             counts->pairs[1][symbols[i + 1]]++;
@@ -100,27 +225,30 @@ void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64
         if (pairs & 1)
             counts->pairs[0][symbols[pairs - 1]]++;
         count -= 2 * pairs;
-        weights += 4 * pairs;
+        weights += 2 * pairs * df11_splits[kind].bytes;
     }
 }
 
 /* Count exponents, i64 [256], for weights that df11_count_pairs does not see. */
-void df11_count_exponents(const uint16_t *weights, uint64_t count, int64_t *exponents)
+void df11_count_exponents(enum df11_kind kind, const void *weights, uint64_t count, int64_t *exponents)
 {
+    const uint8_t *at = weights;
+    uint8_t found[2048];
     uint32_t counts[4][256];
-    uint64_t i = 0;
 
     memset(exponents, 0, 256 * sizeof *exponents);
-    while (i < count) {
-        uint64_t end = count - i > ((uint64_t)1 << 30) ? i + ((uint64_t)1 << 30) : count;
-        memset(counts, 0, sizeof counts);
-        for (; i + 4 <= end; i += 4)
-            for (unsigned j = 0; j < 4; j++)
-                counts[j][weights[i + j] >> 7 & 0xFF]++;
-        for (; i < end; i++)
-            counts[0][weights[i] >> 7 & 0xFF]++;
-        for (unsigned e = 0; e < 256; e++)
-            exponents[e] += (int64_t)counts[0][e] + counts[1][e] + counts[2][e] + counts[3][e];
+    memset(counts, 0, sizeof counts);
+    for (uint64_t done = 0; done < count;) {
+        unsigned some = count - done < 2048 ? (unsigned)(count - done) : 2048;
+        CHOOSE(exponents_of, (kind, at + done * df11_splits[kind].bytes, some, found));
+        for (unsigned i = 0; i < some; i++)
+            counts[i & 3][found[i]]++;
+        done += some;
+        if (done == count || done % ((uint64_t)1 << 30) == 0) {
+            for (unsigned e = 0; e < 256; e++)
+                exponents[e] += (int64_t)counts[0][e] + counts[1][e] + counts[2][e] + counts[3][e];
+            memset(counts, 0, sizeof counts);
+        }
     }
 }
 
@@ -340,14 +468,15 @@ static int occurs(const struct df11_encoder *encoder, unsigned symbol)
 
 /* Choose which pairs of the weights (at least two) get a code, and its length; make the code table section and the
  * encoding table (SPEC.md, section 12). The pairs are counted first if they have not been. */
-void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count, struct df11_code *code)
+void df11_build_code(struct df11_encoder *encoder, enum df11_kind kind, const void *weights, uint64_t count,
+                     struct df11_code *code)
 {
     uint64_t pairs = count / 2;
     unsigned previous = 0;
     int64_t best_total = 0;
 
     if (!encoder->counts.weights)
-        df11_count_pairs(&encoder->counts, (const uint8_t *)weights, count);
+        df11_count_pairs(&encoder->counts, kind, weights, count);
     collect(encoder);
     /* A pair rarer than about 2^-16 costs less as an exception than as a code of 12 bits, which takes 2^-12 of the code
      * space from all others. Try a few limits around that. */
@@ -373,7 +502,8 @@ void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint
     code->section_size = write_section(encoder, code->alphabet_size);
     write_table(encoder, code->filler);
     if (count & 1) {
-        unsigned exponent = weights[count - 1] >> 7 & 0xFF, symbol = (code->filler & 0xFF00) | exponent;
+        unsigned exponent = exponent_of(kind, load_weight(kind, weights, count - 1));
+        unsigned symbol = (code->filler & 0xFF00) | exponent;
         encoder->exponents[exponent]++;
         if (!occurs(encoder, symbol)) {
             /* Only the first weight exists: any partner will do, and only the first can be an exception. */
@@ -473,22 +603,22 @@ COMPILE_TWICE(unsigned, encode_lanes,
                uint16_t *marked),
               (table, symbols, chunks, out, lane_bits, marked))
 
-/* Split a tile: its sign/mantissa bytes go to `sign_mantissa`, its exponents to the encoder's symbols. Weights that do
- * not exist get those of the filler. */
-static void split_tile(struct df11_encoder *encoder, const uint16_t *weights, unsigned count, unsigned filler,
-                       uint8_t *sign_mantissa)
+/* Split a tile: its planes go to `planes`, its exponents to the encoder's symbols. Weights that do not exist get those
+ * of the filler. */
+static void split_tile(struct df11_encoder *encoder, const struct df11_segment *layout, const uint8_t *weights,
+                       unsigned count, unsigned filler, uint8_t *const *planes)
 {
     uint8_t *exponents = (uint8_t *)encoder->symbols;
 
-    CHOOSE(split, (weights, count, exponents, sign_mantissa));
+    CHOOSE(split, (layout->kind, weights, count, exponents, planes, layout->left_out));
     for (unsigned i = count; i < TILE_WEIGHTS; i++)
         exponents[i] = (uint8_t)(filler >> 8 * (i & 1));
 }
 
 /* List the exceptions of the marked groups of a tile, from `at` on; returns the byte after them, or null if that
  * exceeds `end`. */
-static uint8_t *list_exceptions(const struct df11_encoder *encoder, unsigned groups, const uint16_t *weights,
-                                unsigned count, uint8_t *at, const uint8_t *end)
+static uint8_t *list_exceptions(const struct df11_encoder *encoder, unsigned groups, enum df11_kind kind,
+                                const uint8_t *weights, unsigned count, uint8_t *at, const uint8_t *end)
 {
     for (unsigned group = 0; group < groups; group++)
         for (unsigned i = 0; i < 8; i++) {
@@ -499,7 +629,8 @@ static uint8_t *list_exceptions(const struct df11_encoder *encoder, unsigned gro
             if (end - at < 4)
                 return 0;
             store_u16(at, position);
-            store_u16(at + 2, weights[position]);
+            uint32_t weight = load_weight(kind, weights, position);
+            store_u16(at + 2, kind == F32 ? weight >> 16 : weight);
             at += 4;
         }
     return at;
@@ -531,16 +662,23 @@ static int store_lane_lengths(const uint64_t *lane_bits, unsigned lane_bytes, ui
  * the segment to make. `end`: the size that it must stay below; `out` has ENCODE_SLACK bytes more. Returns the size of
  * the segment, LANE_OVERFLOW if its lanes differ by more than lane_bytes can say, or NOT_SMALLER if it reaches
  * `end`. */
-int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights, const struct df11_segment *layout,
+int64_t df11_encode_tiles(struct df11_encoder *encoder, const void *weights, const struct df11_segment *layout,
                           unsigned filler, uint8_t *out, uint64_t end, uint64_t *exceptions)
 {
-    uint64_t at = layout->stream_offset, lane_bits[LANES];
+    uint64_t at = layout->stream_offset, lane_bits[LANES], offsets[MOST_PLANES + 1];
+    enum df11_kind kind = layout->kind;
+    const uint8_t *from = weights;
+
+    place_planes(layout, offsets);
 
     *exceptions = 0;
     for (uint64_t first = 0, tile = 0; first < layout->elements; first += TILE_WEIGHTS, tile++) {
         unsigned count = layout->elements - first < TILE_WEIGHTS ? (unsigned)(layout->elements - first) : TILE_WEIGHTS;
         unsigned chunks = (count + CHUNK_WEIGHTS - 1) / CHUNK_WEIGHTS;
-        split_tile(encoder, weights + first, count, filler, out + layout->sign_mantissa_offset + first);
+        uint8_t *planes[MOST_PLANES];
+        for (unsigned plane = 0; plane < MOST_PLANES; plane++)
+            planes[plane] = out + offsets[plane] + tile * TILE_CHUNKS * chunk_plane(kind, plane);
+        split_tile(encoder, layout, from, count, filler, planes);
         unsigned groups =
             CHOOSE(encode_lanes, (encoder->table, encoder->symbols, chunks, out + at, lane_bits, encoder->marked));
         int shortest = store_lane_lengths(lane_bits, layout->lane_bytes,
@@ -553,7 +691,7 @@ int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights,
         uint64_t codes_end = at + (bits + 7) / 8, list = at + (bits + 31) / 32 * 4;
         memset(out + codes_end, 0, list - codes_end);
         const uint8_t *list_end =
-            list > end ? 0 : list_exceptions(encoder, groups, weights + first, count, out + list, out + end);
+            list > end ? 0 : list_exceptions(encoder, groups, kind, from, count, out + list, out + end);
         if (!list_end)
             return NOT_SMALLER;
         uint64_t tile_exceptions = (uint64_t)(list_end - (out + list)) / 4, used = (uint64_t)(list_end - out);
@@ -564,6 +702,7 @@ int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights,
         memset(out + used, 0, at - used);
         if (at + STREAM_END > end)
             return NOT_SMALLER;
+        from += TILE_WEIGHTS * df11_splits[kind].bytes;
     }
     memset(out + at, 0, STREAM_END);
     return (int64_t)(at + STREAM_END);
@@ -589,4 +728,45 @@ COMPILE_TWICE(uint32_t, cast, (const uint32_t *source, uint64_t count, uint16_t 
 int df11_cast_f32(const uint32_t *source, uint64_t count, uint16_t *out)
 {
     return CHOOSE(cast, (source, count, out)) == 0;
+}
+
+ALWAYS_INLINE void narrow(const uint32_t *source, uint64_t count, uint16_t *out)
+{
+    for (uint64_t i = 0; i < count; i++)
+        out[i] = (uint16_t)(source[i] >> 16);
+}
+
+ALWAYS_INLINE uint32_t any_bits(const uint8_t *source, uint64_t count)
+{
+    uint32_t bits = 0;
+    for (uint64_t i = 0; i < count; i++)
+        bits |= load_weight(F32, source, i);
+    return bits;
+}
+
+COMPILE_TWICE(void, narrow, (const uint32_t *source, uint64_t count, uint16_t *out), (source, count, out))
+COMPILE_TWICE(uint32_t, any_bits, (const uint8_t *source, uint64_t count), (source, count))
+
+/* The upper halves of F32 bits: BF16 bits, if all lower halves are zero. */
+void df11_narrow_f32(const uint32_t *source, uint64_t count, uint16_t *out)
+{
+    CHOOSE(narrow, (source, count, out));
+}
+
+/* Which bits are set in any of the weights; ends early when one of those in the last plane is, as then no plane can be
+ * left out. `source` need not be aligned. */
+uint32_t df11_any_bits(enum df11_kind kind, const uint8_t *source, uint64_t count)
+{
+    unsigned bytes = df11_splits[kind].bytes;
+    uint32_t bits = 0, last = (1u << df11_splits[kind].bits[df11_splits[kind].planes - 1]) - 1;
+    uint64_t words = count * bytes / 4;
+
+    for (uint64_t done = 0; done < words && !(bits & last); done += 1024) {
+        uint32_t some = CHOOSE(any_bits, (source + 4 * done, words - done < 1024 ? words - done : 1024));
+        for (unsigned i = 0; i < 32; i += 8 * bytes)
+            bits |= bytes == 4 ? some : some >> i & ((1u << 8 * bytes) - 1);
+    }
+    for (uint64_t i = words * 4 / bytes; i < count; i++)
+        bits |= load_weight(kind, source, i);
+    return bits;
 }

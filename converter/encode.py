@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from df11.converter.kernels import ENCODE_SLACK, LANE_OVERFLOW, Encoder, Sha256, count_exponents
+from df11.converter.kernels import ENCODE_SLACK, LANE_OVERFLOW, Encoder, Sha256, any_bits, count_exponents
 from df11.formats import errors, layout
 from df11.formats.record import Bytes, Place, Segment, SegmentPlace, Weights, pack_front
 
@@ -49,42 +49,43 @@ class SegmentEncoder:
         """
         digest.update_counting(data, self._encoder)
 
-    def encode(self, weights: Weights, out: Bytes, *, verify: bool) -> EncodedSegment:
-        """Encode ``weights`` (u16, 1 to 2**24) into ``out`` (u8, at least raw_segment_size + ENCODE_SLACK bytes).
+    def encode(self, weights: Weights, out: Bytes, kind: layout.Kind = layout.BF16, *, verify: bool) -> EncodedSegment:
+        """Encode the bits of ``weights`` (1 to 2**24) into ``out``: u8, at least raw_segment_size + ENCODE_SLACK bytes.
 
         With ``verify``, the written bytes are decoded and compared. A DifferenceError then means a defect in df11 or
         in the machine's memory.
         """
         n = len(weights)
-        size = (self._encode_coded(weights, out) if n > 1 else 0) or _encode_raw(weights, out)
+        size = (self._encode_coded(weights, kind, out) if n > 1 else 0) or _encode_raw(weights, kind, out)
         data = out[:size]
-        coded = bool(data[0] == layout.ENCODING_CODED)
-        self.exponents = self._encoder.exponents() if n > 1 else count_exponents(weights)
+        coded = bool(data[0] != layout.ENCODING_RAW)
+        self.exponents = self._encoder.exponents() if n > 1 else count_exponents(weights, kind)
         segment = EncodedSegment(data, n, coded, xxhash.xxh3_64_intdigest(data), xxhash.xxh3_64_intdigest(weights))
         if verify:
             place = SegmentPlace(0, size, n, segment.stored_checksum, segment.decoded_checksum, 0)
             try:
-                Segment(data, place, Place(), trusted=True).compare(weights)
+                Segment(data, place, Place(), kind, trusted=True).compare(weights)
             except errors.FormatError as error:
                 raise errors.DifferenceError(str(error)) from None
         return segment
 
-    def _encode_coded(self, weights: Weights, out: Bytes) -> int:
+    def _encode_coded(self, weights: Weights, kind: layout.Kind, out: Bytes) -> int:
         # Returns the size, or 0 if coding does not save anything.
         n = len(weights)
-        end = layout.raw_segment_size(n) - layout.RECORD_ALIGNMENT
-        code = self._encoder.build_code(weights)
+        end = layout.raw_segment_size(n, kind) - layout.RECORD_ALIGNMENT
+        code = self._encoder.build_code(weights, kind)
+        left_out = _empty_planes(weights, kind)
         for lane_bytes in (1, 2):
-            sections = layout.segment_sections(n, code.alphabet_size, lane_bytes)
+            sections = layout.segment_sections(n, code.alphabet_size, lane_bytes, kind, left_out)
             if sections["stream_offset"] + code.bits // 8 + layout.STREAM_END > end:
                 return 0  # Certainly too large; close cases are found while encoding.
-            size, exceptions = self._encoder.encode_tiles(weights, code, lane_bytes, sections, end, out)
+            size, exceptions = self._encoder.encode_tiles(weights, kind, left_out, code, lane_bytes, sections, end, out)
             if size != LANE_OVERFLOW:
                 break
         if size < 0:
             return 0
         header = layout.SEGMENT_HEADER.pack(
-            encoding=layout.ENCODING_CODED,
+            encoding=layout.ENCODING_CODED + left_out,
             lane_bytes=lane_bytes,
             alphabet_size=code.alphabet_size,
             element_count=n,
@@ -99,12 +100,21 @@ class SegmentEncoder:
         out[
             sections["tiles_offset"] + layout.TILE_DESCRIPTOR.size * layout.tile_count(n) : sections["lanes_offset"]
         ] = 0
-        out[sections["sign_mantissa_offset"] + n : sections["stream_offset"]] = 0
+        at = sections["sign_mantissa_offset"]
+        for plane in kind.plane_sizes(n)[: len(kind.planes) - left_out]:
+            out[at + plane : at + layout.align(plane)] = 0
+            at += layout.align(plane)
         return int(size)
 
 
-def _encode_raw(weights: Weights, out: Bytes) -> int:
-    size = layout.raw_segment_size(len(weights))
+def _empty_planes(weights: Weights, kind: layout.Kind) -> int:
+    # How many planes that may be left out are zero in all weights.
+    used = any_bits(weights.view(np.uint8), kind) if kind.most_left_out else 0
+    return next((n for n in range(kind.most_left_out) if used >> 8 * n & 0xFF), kind.most_left_out)
+
+
+def _encode_raw(weights: Weights, kind: layout.Kind, out: Bytes) -> int:
+    size = layout.raw_segment_size(len(weights), kind)
     header = layout.SEGMENT_HEADER.pack(
         encoding=layout.ENCODING_RAW,
         lane_bytes=0,
@@ -118,7 +128,7 @@ def _encode_raw(weights: Weights, out: Bytes) -> int:
         exception_count=0,
     )
     out[:_HEADER_SIZE] = np.frombuffer(header, np.uint8)
-    end = _HEADER_SIZE + 2 * len(weights)
+    end = _HEADER_SIZE + kind.bytes * len(weights)
     out[_HEADER_SIZE:end] = weights.view(np.uint8)
     out[end:size] = 0
     return size

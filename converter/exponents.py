@@ -55,7 +55,8 @@ def entropy(counts: Iterable[int]) -> float:
 
 
 Exponents = ExponentCounts | float | None
-"""What a row says about exponents: counts, or for a small tensor only their entropy; None without BF16 weights."""
+"""What a row says about exponents: counts, or for a small tensor only their entropy; None for a verbatim tensor
+that is not BF16."""
 
 
 def summarized(counts: Counts, weights: int) -> ExponentCounts | float:
@@ -63,6 +64,6 @@ def summarized(counts: Counts, weights: int) -> ExponentCounts | float:
     return ExponentCounts.of(counts) if weights >= COUNTED_WEIGHTS else entropy(counts.tolist())
 
 
-def has_exponents(dtype: str, elements: int) -> bool:
-    """Whether the row of a tensor has an entropy: it is BF16, not empty, and not too large for a record."""
-    return dtype == "BF16" and 0 < elements <= layout.MAX_RECORD_WEIGHTS
+def has_exponents(encoding: str, dtype: str, elements: int) -> bool:
+    """Whether the row of a tensor has an entropy: it is a record, or BF16, not empty and not too large for a record."""
+    return encoding == "df11" or (dtype == "BF16" and 0 < elements <= layout.MAX_RECORD_WEIGHTS)

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, get_args
 
 from df11.converter.apply import apply_plan
 from df11.converter.convert import open_target
-from df11.converter.dfloat11.exported import MadeFile, Tensor, count_unit, plain_tensors
+from df11.converter.dfloat11.exported import MadeFile, Tensor, count_unit, held_tensors, restored_tensors
 from df11.converter.dfloat11.layout import CONFIG_KEY, THREAD_BYTES, THREADS, read_config
 from df11.converter.dfloat11.selection import Patterns, Selection, select
 from df11.converter.files import (
@@ -87,7 +87,8 @@ def export(
 ) -> ExportReport:
     """Write ``model``, a `.df11` file or a folder of them, to ``out`` in another layout.
 
-    ``to="safetensors"``: a safetensors file for each container, with decoded tensors, and index files that name them.
+    ``to="safetensors"``: a safetensors file for each container, with decoded tensors in the dtypes
+    of the source, and index files that name them.
     ``to="dfloat11"``: what DFloat11's loaders read, from 0.2.0 to 0.5.0. Its units are those of a known model, or of
     ``patterns``, a JSON file with a ``pattern_dict`` like theirs, or a config.json that has one. All of a model go to
     one file; with ``file_per_unit``, each to one of its own.
@@ -197,7 +198,7 @@ class _Maker:
 
     def _plain_files(self, folder: str) -> dict[str, MadeFile]:
         return {
-            original_name(entry.name, {}): MadeFile.of(plain_tensors(self._store, entry), (), self._threads)
+            original_name(entry.name, {}): MadeFile.of(restored_tensors(self._store, entry), (), self._threads)
             for entry in self._folders[folder]
         }
 
@@ -224,7 +225,7 @@ class _Maker:
     def _select(self, folder: str, config: Mapping[str, Any], patterns: Patterns | None) -> Selection:
         tensors: dict[str, Tensor] = {}
         for entry in self._folders[folder]:
-            for tensor in plain_tensors(self._store, entry):
+            for tensor in held_tensors(self._store, entry):
                 if tensor.entry.name in tensors:
                     what = "this tensor is in two files"
                     where = self._store.locate(entry.name)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from df11.converter.cast import Cast
 from df11.converter.exponents import ExponentCounts
 from df11.formats import errors, framing
 from df11.formats.container import OriginalFile
@@ -23,9 +24,6 @@ from df11.version import __version__
 FILE_NAME: Final = "df11-manifest.parquet"
 """Name of the manifest in a converted model folder."""
 TOOL: Final = f"df11 {__version__}"
-
-Cast = Literal["bf16"] | None
-"""The dtype that F32 tensors are rounded to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class TensorRow:
     encoding: Literal["df11", "verbatim"]
     stored_bytes: int
     exponent_entropy: float | None
-    """In bits; None for tensors that are empty or not BF16."""
+    """In bits; None for tensors that are empty, and for verbatim ones that are not BF16."""
     exponent_counts: ExponentCounts | None
     """None for tensors without an entropy and those of fewer than COUNTED_WEIGHTS weights."""
     exact: bool | None

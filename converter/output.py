@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
 import xxhash
 import zstandard
 
-from df11.converter.batches import SEGMENT_WEIGHTS, SourceTensor
+from df11.converter.batches import SEGMENT_WEIGHTS, Fate, SourceTensor
 from df11.converter.encode import EncodedSegment
 from df11.converter.exponents import Exponents
-from df11.converter.manifest import Cast, TensorRow
+from df11.converter.manifest import TensorRow
 from df11.converter.scan import row_of
 from df11.converter.source import Source
 from df11.formats import errors, framing, layout
@@ -28,13 +28,17 @@ SOURCE_HEADER_LEVEL: Final = 19
 """Zstandard level of the source header: fixed, so that the output is the same everywhere."""
 
 
+MOST_OF_A_TENSOR: Final = 0.97
+"""A record that is not smaller than this share of its tensor is not worth its decoding; of BF16 any that is smaller is,
+as in release 0.1."""
+
+
 class ContainerOutput:
     """The container of one source. Tensors come one after the other, each in any number of parts."""
 
-    def __init__(self, writer: AtomicWriter, source: Source, tensors: Sequence[SourceTensor], cast: Cast) -> None:
+    def __init__(self, writer: AtomicWriter, source: Source, tensors: Sequence[SourceTensor]) -> None:
         self._writer = writer
         self._source = source
-        self._cast = cast if any(tensor.cast for tensor in tensors) else None
         self._entries: dict[str, framing.Entry] = {}
         self._objects: dict[str, dict[str, Any]] = {}
         self._directory: list[SegmentPlace] = []
@@ -69,7 +73,6 @@ class ContainerOutput:
     def write_segment(self, tensor: SourceTensor, segment: EncodedSegment) -> None:
         """Append a segment to the record of a tensor; the first one starts the record."""
         if not self._directory:
-            self._start = self._writer.position
             segments = -(-tensor.entry.elements // SEGMENT_WEIGHTS)
             self._writer.position += layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size * segments
         offset = self._writer.position - self._start
@@ -80,44 +83,56 @@ class ContainerOutput:
         )
         self._writer.write(segment.data)
 
-    def end_record(self, tensor: SourceTensor, exponents: Exponents, *, exact: bool) -> bool:
-        """Finish the record of a tensor with these exponents.
+    def end_record(self, tensor: SourceTensor, dtype: str, exponents: Exponents, *, exact: bool) -> bool:
+        """Finish the record of a tensor of this dtype with these exponents.
 
-        If it is not smaller than the tensor itself, drop it and return False.
+        If it does not pay, drop it and return False.
         """
         size = self._writer.position - self._start
-        directory, self._directory = self._directory, []
-        if size >= tensor.target_size:
-            self._writer.rewind(self._start)
+        directory = self._directory
+        if size >= tensor.size_as(dtype) * (1 if dtype == "BF16" else MOST_OF_A_TENSOR):
+            self.drop()
             return False
-        self._writer.write(pack_front(directory, SEGMENT_WEIGHTS), self._start)
+        self._writer.write(pack_front(directory, SEGMENT_WEIGHTS, layout.KINDS[dtype]), self._start)
         entry = _record_entry(tensor, self._start - self._data_start, size)
         stored = tuple(segment.stored_checksum for segment in directory)
         decoded = tuple(segment.decoded_checksum for segment in directory)
-        self._add(entry, _record_object(tensor, exact), tensor.entry.shape, stored, decoded, exponents)
+        self._add(entry, _object(tensor, dtype, exact), tensor.entry.shape, stored, decoded, exponents)
         return True
 
+    def drop(self) -> None:
+        """Forget what has been written of the tensor at hand."""
+        self._writer.rewind(self._start)
+        self._start_tensor()
+
+    def _start_tensor(self) -> None:
+        self._start, self._directory, self._checksum = self._writer.position, [], xxhash.xxh3_64()
+
     def write_verbatim(
-        self, tensor: SourceTensor, data: Bytes, exponents: Exponents = None, *, last: bool, exact: bool = True
+        self,
+        tensor: SourceTensor,
+        dtype: str,
+        data: Bytes,
+        exponents: Exponents = None,
+        *,
+        last: bool,
+        exact: bool = True,
     ) -> None:
-        """Append bytes of a verbatim tensor; with ``last`` the tensor ends."""
+        """Append bytes of a verbatim tensor of this dtype; with ``last`` the tensor ends."""
         self._writer.write(data)
         self._checksum.update(data)
         if last:
             end = self._writer.position - self._data_start
-            entry = framing.Entry(
-                tensor.entry.name, tensor.target_dtype, tensor.entry.shape, end - tensor.target_size, end
-            )
+            entry = framing.Entry(tensor.entry.name, dtype, tensor.entry.shape, end - tensor.size_as(dtype), end)
             checksum = (self._checksum.intdigest(),)
             self._add(
                 entry,
-                _verbatim_object(tensor, exact, self._checksum.hexdigest()),
+                _object(tensor, dtype, exact, self._checksum.hexdigest()),
                 entry.shape,
                 checksum,
                 checksum,
                 exponents,
             )
-            self._checksum = xxhash.xxh3_64()
 
     def _add(
         self,
@@ -131,13 +146,15 @@ class ContainerOutput:
         self._entries[entry.name] = entry
         self._objects[entry.name] = value
         info = TensorInfo(entry.name, value["dtype"], shape, value["encoding"], entry.size, value.get("exact"))
+        self._start_tensor()
         self.rows.append(row_of(self._writer.path.name, info, stored, decoded, exponents))
 
     def finish(self, source_sha256: str) -> None:
         """Write the header, once all tensors are written."""
+        records = {value["dtype"] for value in self._objects.values() if value["encoding"] == "df11"}
         sources = self._source.hashed_sources()
         self.made_from = original_files(sources)
-        header = self._header(list(self._entries.values()), self._objects, source_sha256, sources)
+        header = self._header(list(self._entries.values()), self._objects, source_sha256, records, sources)
         room = self._data_start - 8
         header += b" " * (room - len(header))
         self._writer.write(room.to_bytes(8, "little") + header, 0)
@@ -147,17 +164,20 @@ class ContainerOutput:
         entries: Sequence[framing.Entry],
         objects: dict[str, dict[str, Any]],
         sha256: str,
+        records: Iterable[str],
         made_from: Sequence[Entry],
     ) -> bytes:
+        # ``records``: the dtypes of records.
+        features = [feature for dtype in records if (feature := layout.KINDS[dtype].feature) is not None]
         source = {
             "bytes": self._source.size,
             "sha256": sha256,
             "header_bytes": len(self._source.header.raw),
-            "cast": self._cast,
+            "cast": "bf16" if any("exact" in value for value in objects.values()) else None,
         }
         metadata = {
             layout.METADATA_VERSION: str(layout.VERSION),
-            layout.METADATA_REQUIRES: "[]",
+            layout.METADATA_REQUIRES: framing.compact_json(sorted(features)).decode(),
             layout.METADATA_WRITER: f"df11 {__version__}",
             layout.METADATA_SOURCE: framing.compact_json(source).decode(),
             layout.METADATA_SOURCE_HEADER: self._source_header,
@@ -174,16 +194,19 @@ class ContainerOutput:
         entries = []
         objects = {}
         for tensor in tensors:
-            record = (_record_entry(tensor, end, end), _record_object(tensor, exact=False))
-            verbatim = (
-                framing.Entry(tensor.entry.name, tensor.target_dtype, tensor.entry.shape, end, end),
-                _verbatim_object(tensor, False, "f" * 16),
-            )
+            forms = []
+            for dtype in tensor.dtypes:
+                verbatim = framing.Entry(tensor.entry.name, dtype, tensor.entry.shape, end, end)
+                forms += [
+                    (_record_entry(tensor, end, end), _object(tensor, dtype, exact=False)),
+                    (verbatim, _object(tensor, dtype, False, "f" * 16)),
+                ]
             entry, objects[tensor.entry.name] = max(
-                record, verbatim, key=lambda form: len(_entry_json(form[0])) + len(_object_json(form[1]))
+                forms, key=lambda form: len(_entry_json(form[0])) + len(_object_json(form[1]))
             )
             entries.append(entry)
-        return len(self._header(entries, objects, "f" * 64, self._source.sources))
+        records = {dtype for tensor in tensors if tensor.fate is Fate.CODE for dtype in tensor.dtypes}
+        return len(self._header(entries, objects, "f" * 64, records, self._source.sources))
 
 
 def original_files(entries: Sequence[Entry]) -> tuple[OriginalFile, ...]:
@@ -195,14 +218,12 @@ def _record_entry(tensor: SourceTensor, start: int, size: int) -> framing.Entry:
     return framing.Entry(tensor.entry.name, "U8", (size,), start, start + size)
 
 
-def _record_object(tensor: SourceTensor, exact: bool) -> dict[str, Any]:
-    value: dict[str, Any] = {"encoding": "df11", "dtype": "BF16", "shape": list(tensor.entry.shape)}
-    return value | {"exact": exact} if tensor.cast else value
-
-
-def _verbatim_object(tensor: SourceTensor, exact: bool, checksum: str) -> dict[str, Any]:
-    value: dict[str, Any] = {"encoding": "verbatim", "dtype": tensor.target_dtype, "shape": list(tensor.entry.shape)}
-    return (value | {"exact": exact} if tensor.cast else value) | {"xxh3": checksum}
+def _object(tensor: SourceTensor, dtype: str, exact: bool, checksum: str | None = None) -> dict[str, Any]:
+    # A tensor object: of a verbatim tensor if there is a checksum, else of a record.
+    encoding = "df11" if checksum is None else "verbatim"
+    value: dict[str, Any] = {"encoding": encoding, "dtype": dtype, "shape": list(tensor.entry.shape)}
+    value |= {"exact": exact} if dtype != tensor.entry.dtype else {}
+    return value if checksum is None else value | {"xxh3": checksum}
 
 
 def _entry_json(entry: framing.Entry) -> bytes:

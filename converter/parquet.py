@@ -350,7 +350,7 @@ class _Reader:
         )
         if row.encoding == "df11":
             right = (
-                dtype == "BF16"
+                dtype in layout.KINDS
                 and row.elements > 0
                 and 0 < len(row.stored_xxh3) == len(row.decoded_xxh3)
                 and row.stored_bytes > 0
@@ -366,8 +366,8 @@ class _Reader:
             self._refuse("encoding, size or checksums do not fit the tensor", tensor=name)
         if (row.elements, row.bits_per_weight) != (value["elements"], value["bits_per_weight"]):
             self._refuse("elements or bits_per_weight", tensor=name, expected=(row.elements, row.bits_per_weight))
-        if row.exact is not None and (cast is None or dtype != "BF16"):
-            self._refuse("exact is only for tensors that were cast", tensor=name)
+        if row.exact is not None and (dtype != "BF16" or (cast is None and not row.exact)):
+            self._refuse("exact is only for F32 tensors stored as BF16, and false only for a cast", tensor=name)
         self._check_exponents(row)
         return row
 
@@ -380,7 +380,7 @@ class _Reader:
         return ExponentCounts.of(array)
 
     def _check_exponents(self, row: TensorRow) -> None:
-        counted = has_exponents(row.dtype, row.elements)
+        counted = has_exponents(row.encoding, row.dtype, row.elements)
         entropy, counts = row.exponent_entropy, row.exponent_counts
         if (entropy is not None) != counted or (counts is not None) != (counted and row.elements >= COUNTED_WEIGHTS):
             self._refuse("exponent_entropy or exponent_counts is missing or superfluous", tensor=row.name)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from df11.converter.cast import Cast
 from df11.converter.files import Action
-from df11.converter.manifest import Cast, Manifest, Origin
+from df11.converter.manifest import Manifest, Origin
 from df11.storage.entry import Entry
 from df11.storage.journal import Run
 from df11.storage.store import Store
@@ -37,6 +38,8 @@ class Options:
     """Bytes that reading a header may take, with all else; None if nobody has asked."""
     also: tuple[str, ...] = ()
     """Names of files that the caller itself will write."""
+    keep: tuple[str, ...] = ()
+    """Patterns of tensors that the cast leaves alone, as :func:`df11.converter.cast.expand` returns them."""
 
 
 @dataclass(frozen=True, slots=True)

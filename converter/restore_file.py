@@ -15,7 +15,7 @@ from df11.converter.ordered import ordered
 from df11.converter.source import Progress
 from df11.formats import errors, framing
 from df11.formats.container import Container
-from df11.formats.record import Bytes, Record, Scratch, Weights
+from df11.formats.record import Bytes, Record, Scratch, Weights, weights_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def decoded_blocks(container: Container, entries: Iterable[framing.Entry], threa
             return task
         record, index, widen = task
         stored, decoded, widened = scratch
-        weights = decoded.take(2 * record.segments[index].elements).view(np.uint16)
+        weights = decoded.take(record.kind.bytes * record.segments[index].elements).view(weights_dtype(record.kind))
         record.read_segment(index, stored).decode(weights)
         return _widen(weights, widened.take(4 * len(weights)).view(np.uint32)) if widen else weights.view(np.uint8)
 

@@ -18,7 +18,8 @@ from df11.converter.ordered import ordered
 from df11.converter.source import Progress, ignore
 from df11.formats import errors
 from df11.formats.container import Container, TensorInfo
-from df11.formats.record import Record, Scratch
+from df11.formats.layout import BF16
+from df11.formats.record import Record, Scratch, weights_dtype
 
 
 def scan(
@@ -95,7 +96,7 @@ def _row(container: Container, name: str, file: str, exponents: Exponents) -> Te
 
 
 def _count(container: Container, threads: int, progress: Progress) -> Iterator[tuple[str, Exponents]]:
-    # The exponents of every BF16 tensor; all other tensors are read and checked, too.
+    # The exponents of every record and every BF16 tensor; all other tensors are read and checked, too.
     def tasks() -> Iterator[tuple[str, Record, int]]:
         for name in container.keys():
             if container.info(name).encoding == "df11":
@@ -106,9 +107,9 @@ def _count(container: Container, threads: int, progress: Progress) -> Iterator[t
     def count(task: tuple[str, Record, int], scratch: tuple[Scratch, ...]) -> Counts:
         _, record, index = task
         segment = record.read_segment(index, scratch[0])
-        weights = scratch[1].take(2 * segment.entry.elements).view(np.uint16)
+        weights = scratch[1].take(record.kind.bytes * segment.entry.elements).view(weights_dtype(record.kind))
         segment.decode(weights)
-        return count_exponents(weights)
+        return count_exponents(weights, record.kind)
 
     total = np.zeros(256, np.int64)
     for (name, record, index), counts in ordered(count, tasks(), threads):
@@ -120,10 +121,10 @@ def _count(container: Container, threads: int, progress: Progress) -> Iterator[t
     for name in container.keys():
         info = container.info(name)
         if info.encoding == "verbatim":
-            counted = has_exponents(info.dtype, info.elements)
+            counted = has_exponents(info.encoding, info.dtype, info.elements)
             for chunk in container.verbatim_blocks(name):
                 if counted:
-                    total += count_exponents(chunk.view(np.uint16))
+                    total += count_exponents(chunk.view(np.uint16), BF16)
                 progress(len(chunk))
             if counted:
                 yield name, summarized(total, info.elements)

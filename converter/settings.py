@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from df11.converter.manifest import Cast
+from df11.converter.cast import Cast
 from df11.formats import errors
 
 MOST_THREADS: Final = 1024
@@ -23,12 +23,16 @@ SMALL_HEADER: Final = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Options of a conversion. ``threads``: encoder threads; ``max_memory``: of the whole process, in bytes."""
+    """Options of a conversion. ``threads``: encoder threads; ``max_memory``: of the whole process, in bytes.
+
+    ``keep``: patterns of tensors that ``cast`` leaves alone, as :func:`df11.converter.cast.expand` returns them.
+    """
 
     threads: int
     max_memory: int
     cast: Cast
     verify: bool
+    keep: tuple[str, ...] = ()
 
 
 def thread_count(threads: int | None) -> int:

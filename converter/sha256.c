@@ -131,7 +131,7 @@ void df11_sha256_update(struct df11_sha256 *hash, const uint8_t *data, uint64_t 
     if (counts) {
         uint64_t counted = left / BLOCK * BLOCK_WEIGHTS;
         counts->weights += counted;
-        df11_count_pairs(counts, weights + 2 * counted, count - counted);
+        df11_count_pairs(counts, BF16, weights + 2 * counted, count - counted);
     }
 }
 

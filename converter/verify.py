@@ -26,7 +26,7 @@ from df11.converter.files import (
     original_name,
     raise_if_missing,
 )
-from df11.converter.kernels import cast_f32
+from df11.converter.kernels import cast_f32, narrow_f32
 from df11.converter.manifest import FILE_NAME, read_manifest
 from df11.converter.ordered import ordered
 from df11.converter.restore_file import restore_file, restored_layout
@@ -35,7 +35,7 @@ from df11.converter.settings import thread_count
 from df11.converter.source import Progress, Source, ignore
 from df11.formats import errors, framing
 from df11.formats.container import Container, TensorInfo
-from df11.formats.record import Bytes, Record, Scratch, Weights
+from df11.formats.record import Bytes, Record, Scratch, Weights, weights_dtype
 from df11.storage.entry import Entry
 from df11.storage.store import Store, open_source
 
@@ -61,7 +61,8 @@ class _Task:
     index: int
     source_start: int
     """First byte, in the data of the source."""
-    cast: bool
+    exact: bool | None
+    """As in the tensor object: None unless it was F32."""
 
 
 def verify(
@@ -271,17 +272,21 @@ def compare_tensors(
             if info.encoding == "df11":
                 record = container.record(entry.name)
                 for index in range(len(record.segments)):
-                    yield _Task(record, index, entry.start, info.exact is not None)
+                    yield _Task(record, index, entry.start, info.exact)
 
     def check(task: _Task, scratch: tuple[Scratch, ...]) -> None:
         place = task.record.segments[task.index]
         stored, weights, original = scratch
         segment = task.record.read_segment(task.index, stored)
-        width = 4 if task.cast else 2
+        kind = task.record.kind
+        width = kind.bytes if task.exact is None else 4
         data = original.take(width * place.elements)
         source.read(task.source_start + width * place.first_element, data)
-        decoded = weights.take(2 * place.elements).view(np.uint16)
-        segment.compare(_cast(data, decoded) if task.cast else data.view(np.uint16))
+        if task.exact is None:
+            segment.compare(data.view(weights_dtype(kind)))
+        else:
+            decoded = weights.take(2 * place.elements).view(np.uint16)
+            segment.compare(_to_bf16(data, decoded, exact=task.exact))
 
     told = 0
     for task, _ in ordered(check, tasks(), threads):
@@ -295,19 +300,21 @@ def compare_tensors(
 
 
 def _compare_verbatim(container: Container, source: Source, name: str, start: int) -> None:
-    cast = container.info(name).exact is not None
+    exact = container.info(name).exact
     for block in container.verbatim_blocks(name):
-        data = np.empty(len(block) * (2 if cast else 1), np.uint8)
+        data = np.empty(len(block) * (1 if exact is None else 2), np.uint8)
         source.read(start, data)
         start += len(data)
-        found = _cast(data, np.empty(len(block) // 2, np.uint16)).view(np.uint8) if cast else data
+        found = data
+        if exact is not None:
+            found = _to_bf16(data, np.empty(len(block) // 2, np.uint16), exact=exact).view(np.uint8)
         if not np.array_equal(found, block):
             raise errors.DifferenceError("the bytes differ from the source's", file=container.path, tensor=name)
 
 
-def _cast(data: Bytes, out: Weights) -> Weights:
-    # F32 bytes rounded to BF16
-    cast_f32(data.view(np.uint32), out)
+def _to_bf16(data: Bytes, out: Weights, *, exact: bool) -> Weights:
+    # F32 bytes as BF16; a NaN keeps its payload if that loses nothing.
+    (narrow_f32 if exact else cast_f32)(data.view(np.uint32), out)
     return out
 
 

@@ -136,7 +136,7 @@ class Container:
         for key in layout.METADATA_KEYS:
             if key not in metadata:
                 raise errors.MetadataError(f"the metadata lacks {key}", file=self.path)
-        requires = self._json(layout.METADATA_REQUIRES)
+        requires = self._requires = self._json(layout.METADATA_REQUIRES)
         if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
             raise errors.MetadataError("df11.requires must be a list of names", file=self.path)
         unknown = sorted(set(requires) - layout.KNOWN_FEATURES)
@@ -244,19 +244,22 @@ class Container:
             framing.check_shape(shape, dtype, where)
             if "xxh3" in value:
                 raise errors.MetadataError("xxh3 is only for verbatim tensors", **where)
-            if entry.dtype != "U8" or entry.shape != (entry.size,) or dtype != "BF16":
+            kind = layout.KINDS.get(dtype)
+            if entry.dtype != "U8" or entry.shape != (entry.size,) or kind is None:
                 raise errors.EntryError(
-                    "a record must be a one-dimensional U8 tensor that decodes to BF16",
+                    f"a record must be a one-dimensional U8 tensor that decodes to one of {', '.join(layout.KINDS)}",
                     **where,
                     found=f"{entry.dtype} {entry.shape}, {dtype}",
                 )
-            if (
-                info.elements > entry.size
-            ):  # A weight takes at least one byte. So a forged shape cannot claim more memory than the file has bytes.
+            if kind.feature is not None and kind.feature not in self._requires:
+                raise errors.MetadataError(f"df11.requires lacks {kind.feature}", **where)
+            # So a forged shape cannot claim much more memory than the file has bytes.
+            least = kind.least_size(info.elements)
+            if least > entry.size:
                 raise errors.EntryError(
                     "the record is too small for its shape",
                     **where,
-                    expected=f"{info.elements} bytes or more",
+                    expected=f"{least} bytes or more",
                     found=entry.size,
                 )
             if entry.start % layout.RECORD_ALIGNMENT:
@@ -313,7 +316,9 @@ class Container:
         if info.encoding != "df11":
             raise errors.UsageError("this tensor is stored verbatim", file=self.path, tensor=name)
         place = Place(self.path, name, self._header.data_start + entry.start)
-        record = open_record(lambda offset, out: self.read(entry.start + offset, out), entry.size, place)
+        record = open_record(
+            lambda offset, out: self.read(entry.start + offset, out), entry.size, place, layout.KINDS[info.dtype]
+        )
         if record.element_count != info.elements:
             raise errors.EntryError(
                 "the record has another number of weights than its shape",
@@ -375,7 +380,7 @@ class Container:
         """
         info = self.info(name)
         if info.encoding == "df11":
-            return self.record(name).decode().reshape(info.shape)
+            return self.record(name).decode().view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
         data = np.empty(info.stored_bytes, np.uint8)
         self.read_verbatim(name, data)
         return data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape) if info.dtype in NUMPY_DTYPES else data
@@ -398,7 +403,8 @@ class Container:
         row = math.prod(info.shape[1:])
         shape = (stop - start, *info.shape[1:])
         if info.encoding == "df11":
-            return self.record(name).decode(start * row, stop * row).reshape(shape)
+            weights = self.record(name).decode(start * row, stop * row)
+            return weights.view(NUMPY_DTYPES[info.dtype]).reshape(shape)
         dtype = np.dtype(NUMPY_DTYPES[info.dtype])
         data = np.empty((stop - start) * row * dtype.itemsize, np.uint8)
         self.read(self._entries[name].start + start * row * dtype.itemsize, data)

@@ -35,6 +35,24 @@ enum {
     ENCODE_SLACK = 8192,
 };
 
+/* The dtypes of records, by their code in the record header: layout.py has the same table, and a test compares them. */
+enum df11_kind { BF16 = 1, F16, F32, F8_E4M3, F8_E5M2, KINDS };
+
+enum { MOST_PLANES = 3, MOST_BYTES = 4 };
+
+struct df11_split {
+    unsigned bytes, exponent_bits, mantissa_bits, planes;
+    unsigned bits[MOST_PLANES]; /* of a weight in each plane */
+};
+
+static const struct df11_split df11_splits[KINDS] = {
+    [BF16] = {2, 8, 7, 1, {8}},
+    [F16] = {2, 5, 10, 3, {1, 2, 8}},
+    [F32] = {4, 8, 23, 3, {8, 8, 8}},
+    [F8_E4M3] = {1, 4, 3, 1, {4}},
+    [F8_E5M2] = {1, 5, 2, 2, {1, 2}},
+};
+
 /* What is wrong with a segment; Python's formats/kernels.py takes these from the module. */
 enum df11_status { OK, BAD_TILE, BAD_LANE, BAD_EXCEPTION, DIFFERENT, BAD_ALPHABET, BAD_LENGTH, INCOMPLETE_CODE };
 
@@ -44,11 +62,13 @@ enum { LANE_OVERFLOW = -1, NOT_SMALLER = -2 };
 #if defined(__GNUC__) || defined(__clang__)
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define RESTRICT __restrict__
 typedef uint16_t __attribute__((may_alias)) any_u16; /* halves of what was stored as u32 */
 #else
 #include <intrin.h>
 #define ALWAYS_INLINE static __forceinline
 #define UNLIKELY(x) (x)
+#define RESTRICT __restrict
 typedef uint16_t any_u16;
 #endif
 
@@ -138,21 +158,52 @@ ALWAYS_INLINE unsigned reversed(unsigned code, unsigned length)
     return result;
 }
 
-/* A coded segment (SPEC.md, section 5): its bytes, the offsets of its sections, and its decoding table. */
+/* A coded segment (SPEC.md, section 5): its bytes, the offsets of its sections, and its decoding table. `left_out`:
+ * planes that are not stored, from the last one back. */
 struct df11_segment {
     const uint8_t *bytes;
     uint64_t size;
+    enum df11_kind kind;
+    uint32_t left_out;
     uint32_t elements;
     uint32_t lane_bytes;
     uint64_t tiles_offset, lanes_offset, sign_mantissa_offset, stream_offset;
     const uint32_t *table;
 };
 
-enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphabet_size, uint32_t *table);
-enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, uint16_t *out,
+/* Bytes of a plane of a chunk of 256 weights. */
+ALWAYS_INLINE unsigned chunk_plane(enum df11_kind kind, unsigned plane)
+{
+    return CHUNK_WEIGHTS / 8 * df11_splits[kind].bits[plane];
+}
+
+/* Bytes of a plane of so many weights: the last chunk of a plane of whole bytes ends with the weights, others are
+ * filled up. */
+ALWAYS_INLINE uint64_t plane_size(enum df11_kind kind, unsigned plane, uint64_t weights)
+{
+    return df11_splits[kind].bits[plane] == 8
+               ? weights
+               : (weights + CHUNK_WEIGHTS - 1) / CHUNK_WEIGHTS * chunk_plane(kind, plane);
+}
+
+/* Where the planes of a segment start, and after the last one the end of them all. */
+ALWAYS_INLINE void place_planes(const struct df11_segment *segment, uint64_t *offsets)
+{
+    uint64_t at = segment->sign_mantissa_offset;
+    for (unsigned plane = 0; plane < MOST_PLANES; plane++) {
+        offsets[plane] = at;
+        if (plane + segment->left_out < df11_splits[segment->kind].planes)
+            at += (plane_size(segment->kind, plane, segment->elements) + 15) / 16 * 16;
+    }
+    offsets[MOST_PLANES] = at;
+}
+
+enum df11_status df11_build_decode_table(const uint8_t *section, unsigned alphabet_size, enum df11_kind kind,
+                                         uint32_t *table);
+enum df11_status df11_decode_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last, void *out,
                                    uint64_t *failed);
 enum df11_status df11_compare_tiles(const struct df11_segment *segment, uint64_t first, uint64_t last,
-                                    const uint16_t *source, uint64_t *failed);
+                                    const void *source, uint64_t *failed);
 
 /* Pairs counted for the next code, in two halves, so that equal neighbours do not wait for each other; and of how many
  * weights. */
@@ -175,12 +226,15 @@ size_t df11_encoder_size(void);
 const uint8_t *df11_code_section(const struct df11_encoder *encoder);
 const int64_t *df11_exponents(const struct df11_encoder *encoder);
 struct df11_counts *df11_encoder_counts(struct df11_encoder *encoder);
-void df11_count_pairs(struct df11_counts *counts, const uint8_t *weights, uint64_t count);
-void df11_build_code(struct df11_encoder *encoder, const uint16_t *weights, uint64_t count, struct df11_code *code);
-int64_t df11_encode_tiles(struct df11_encoder *encoder, const uint16_t *weights, const struct df11_segment *layout,
+void df11_count_pairs(struct df11_counts *counts, enum df11_kind kind, const uint8_t *weights, uint64_t count);
+void df11_build_code(struct df11_encoder *encoder, enum df11_kind kind, const void *weights, uint64_t count,
+                     struct df11_code *code);
+int64_t df11_encode_tiles(struct df11_encoder *encoder, const void *weights, const struct df11_segment *layout,
                           unsigned filler, uint8_t *out, uint64_t end, uint64_t *exceptions);
-void df11_count_exponents(const uint16_t *weights, uint64_t count, int64_t *exponents);
+void df11_count_exponents(enum df11_kind kind, const void *weights, uint64_t count, int64_t *exponents);
 int df11_cast_f32(const uint32_t *source, uint64_t count, uint16_t *out);
+void df11_narrow_f32(const uint32_t *source, uint64_t count, uint16_t *out);
+uint32_t df11_any_bits(enum df11_kind kind, const uint8_t *source, uint64_t count);
 
 #ifdef HAVE_AVX2
 /* sha256.c: only for CPUs with SHA instructions. */

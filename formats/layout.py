@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 VERSION: Final = 1
-KNOWN_FEATURES: Final[frozenset[str]] = frozenset()
 
 LANES: Final = 32
 """Lanes of a tile, one for each thread of a warp."""
@@ -40,9 +40,56 @@ MAX_RECORD_WEIGHTS: Final = 1 << 40
 MAX_SEGMENT_WEIGHTS: Final = 1 << 24
 
 MAGIC: Final = b"DF11"
-DTYPE_BF16: Final = 1
 ENCODING_RAW: Final = 0
 ENCODING_CODED: Final = 1
+"""With all planes; each one that is left out at the end adds 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A dtype that records can hold, and how its weights are split: SPEC.md, section 1."""
+
+    dtype: str
+    """As safetensors spells it."""
+    code: int
+    """``dtype`` of the record header."""
+    bytes: int
+    """Of a weight."""
+    exponent_bits: int
+    planes: tuple[int, ...]
+    """Bits of a weight in each plane of its other bits, from the sign down."""
+    feature: str | None
+    """What ``df11.requires`` names if a file has such a record."""
+
+    @property
+    def mantissa_bits(self) -> int:
+        """Bits below the exponent."""
+        return 8 * self.bytes - 1 - self.exponent_bits
+
+    @property
+    def most_left_out(self) -> int:
+        """Planes at the end that may be left out: those of whole bytes, but not the first."""
+        return sum(bits == 8 for bits in self.planes[1:])
+
+    def least_size(self, weights: int) -> int:
+        """Bytes that the bits of weights take in planes that cannot be left out."""
+        return -(-weights * sum(self.planes[: len(self.planes) - self.most_left_out]) // 8)
+
+    def plane_sizes(self, weights: int) -> tuple[int, ...]:
+        """Bytes of each plane of a segment of this many weights, without padding."""
+        chunks = -(-weights // CHUNK_WEIGHTS)
+        return tuple(weights if bits == 8 else CHUNK_WEIGHTS // 8 * bits * chunks for bits in self.planes)
+
+
+BF16: Final = Kind("BF16", 1, 2, 8, (8,), None)
+F16: Final = Kind("F16", 2, 2, 5, (1, 2, 8), "F16-records")
+F32: Final = Kind("F32", 3, 4, 8, (8, 8, 8), "F32-records")
+F8_E4M3: Final = Kind("F8_E4M3", 4, 1, 4, (4,), "F8_E4M3-records")
+F8_E5M2: Final = Kind("F8_E5M2", 5, 1, 5, (1, 2), "F8_E5M2-records")
+KINDS: Final[Mapping[str, Kind]] = {kind.dtype: kind for kind in (BF16, F16, F32, F8_E4M3, F8_E5M2)}
+"""By dtype, as safetensors spells it."""
+KINDS_BY_CODE: Final[Mapping[int, Kind]] = {kind.code: kind for kind in KINDS.values()}
+KNOWN_FEATURES: Final = frozenset(kind.feature for kind in KINDS.values() if kind.feature is not None)
 
 METADATA_VERSION: Final = "df11.version"
 METADATA_REQUIRES: Final = "df11.requires"
@@ -153,25 +200,31 @@ def tile_count(weights: int) -> int:
     return -(-weights // TILE_WEIGHTS)
 
 
-def raw_segment_size(weights: int) -> int:
+def raw_segment_size(weights: int, kind: Kind = BF16) -> int:
     """Bytes of a raw segment of this many weights."""
-    return align(SEGMENT_HEADER.size + 2 * weights)
+    return align(SEGMENT_HEADER.size + kind.bytes * weights)
 
 
-def segment_size_range(weights: int) -> tuple[int, int]:
-    """Smallest and largest size in bytes of a segment of this many weights: its sign/mantissa bytes alone, and raw."""
-    return align(SEGMENT_HEADER.size + weights), raw_segment_size(weights)
+def segment_size_range(weights: int, kind: Kind = BF16) -> tuple[int, int]:
+    """Smallest and largest size in bytes of a segment of this many weights: what is never left out of it, and raw."""
+    return align(SEGMENT_HEADER.size + kind.least_size(weights)), raw_segment_size(weights, kind)
 
 
-def segment_sections(weights: int, alphabet_size: int, lane_bytes: int) -> dict[str, int]:
-    """The four section offsets of a coded segment, in bytes from its start (SPEC.md, section 5)."""
+def segment_sections(
+    weights: int, alphabet_size: int, lane_bytes: int, kind: Kind = BF16, left_out: int = 0
+) -> dict[str, int]:
+    """The four section offsets of a coded segment, in bytes from its start (SPEC.md, section 5).
+
+    ``left_out``: planes that are left out at the end.
+    """
     tiles = tile_count(weights)
     tiles_offset = align(SEGMENT_HEADER.size + alphabet_size + (alphabet_size * alphabet_size + 1) // 2)
     lanes_offset = align(tiles_offset + TILE_DESCRIPTOR.size * tiles)
     sign_mantissa_offset = lanes_offset + LANES * lane_bytes * tiles
+    planes = kind.plane_sizes(weights)[: len(kind.planes) - left_out]
     return {
         "tiles_offset": tiles_offset,
         "lanes_offset": lanes_offset,
         "sign_mantissa_offset": sign_mantissa_offset,
-        "stream_offset": align(sign_mantissa_offset + weights),
+        "stream_offset": sign_mantissa_offset + sum(map(align, planes)),
     }

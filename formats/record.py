@@ -14,10 +14,16 @@ import xxhash
 from df11.formats import errors, kernels, layout
 
 Bytes = npt.NDArray[np.uint8]
-Weights = npt.NDArray[np.uint16]
+Weights = npt.NDArray[np.unsignedinteger[Any]]
+"""The bits of weights: u8, u16 or u32."""
 
 _HEADER: Final = layout.RECORD_HEADER
 _ENTRY: Final = layout.DIRECTORY_ENTRY
+
+
+def weights_dtype(kind: layout.Kind) -> np.dtype[np.unsignedinteger[Any]]:
+    """The NumPy dtype of a kind's bits."""
+    return np.dtype(f"<u{kind.bytes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,7 @@ class SegmentPlace:
 class Record:
     """A record with a checked header and directory. ``read(offset, out)`` fills ``out`` with bytes of the record."""
 
+    kind: layout.Kind
     element_count: int
     segment_elements: int
     size: int
@@ -85,7 +92,7 @@ class Record:
         entry = self.segments[index]
         data = (scratch or Scratch()).take(entry.size)
         self.read(entry.offset, data)
-        return Segment(data, entry, self.place)
+        return Segment(data, entry, self.place, self.kind)
 
     def read_whole(self) -> Bytes:
         """The bytes of the record, u8 [size]; every segment is checked against its stored checksum."""
@@ -96,7 +103,9 @@ class Record:
         return data
 
     def decode(self, first: int = 0, last: int | None = None) -> Weights:
-        """The weights ``first`` to ``last`` (exclusive) of the record, u16. Reads only the segments that hold them.
+        """The bits of the weights ``first`` to ``last`` (exclusive), unsigned integers of the size of a weight.
+
+        Reads only the segments that hold them.
 
         Each is checked against its stored checksum, and against its decoded checksum if all of it is decoded.
         """
@@ -105,7 +114,7 @@ class Record:
             raise errors.UsageError(
                 "range of weights", file=self.place.file, tensor=self.place.tensor, found=(first, last)
             )
-        out = np.empty(last - first, np.uint16)
+        out = np.empty(last - first, weights_dtype(self.kind))
         if first == last:
             return out
         for index in range(first // self.segment_elements, (last - 1) // self.segment_elements + 1):
@@ -121,8 +130,8 @@ class Record:
         return out
 
 
-def open_record(read: Callable[[int, Bytes], None], size: int, place: Place) -> Record:
-    """Check the header and the directory of a record of ``size`` bytes.
+def open_record(read: Callable[[int, Bytes], None], size: int, place: Place, kind: layout.Kind | None = None) -> Record:
+    """Check the header and the directory of a record of ``size`` bytes, of any kind unless one is given.
 
     Raises RecordHeaderError, VersionError, LimitError, DirectoryError or ChecksumError.
     """
@@ -141,7 +150,11 @@ def open_record(read: Callable[[int, Bytes], None], size: int, place: Place) -> 
     magic = int.from_bytes(layout.MAGIC, "little")
     require("magic", magic, header["magic"] == magic)
     require("version", layout.VERSION, header["version"] == layout.VERSION, errors.VersionError)
-    require("dtype", layout.DTYPE_BF16, header["dtype"] == layout.DTYPE_BF16)
+    found = layout.KINDS_BY_CODE.get(header["dtype"])
+    if found is None or kind not in (None, found):
+        require("dtype", f"1 to {len(layout.KINDS)}" if kind is None else kind.code, False)
+    kind = found
+    assert kind is not None
     require("reserved_0", 0, header["reserved_0"] == 0)
     require("reserved_1", 0, header["reserved_1"] == 0)
     elements, per_segment, count = header["element_count"], header["segment_elements"], header["segment_count"]
@@ -164,7 +177,8 @@ def open_record(read: Callable[[int, Bytes], None], size: int, place: Place) -> 
     directory = _read_bytes(read, _HEADER.size, directory_size)
     checksum = header_checksum(header_bytes, directory)
     require("header_checksum", checksum, header["header_checksum"] == checksum, errors.ChecksumError)
-    return Record(elements, per_segment, size, tuple(_check_directory(header, directory, place)), read, place)
+    segments = tuple(_check_directory(header, directory, kind, place))
+    return Record(kind, elements, per_segment, size, segments, read, place)
 
 
 def _read_bytes(read: Callable[[int, Bytes], None], offset: int, size: int) -> bytes:
@@ -173,7 +187,7 @@ def _read_bytes(read: Callable[[int, Bytes], None], offset: int, size: int) -> b
     return data.tobytes()
 
 
-def pack_front(segments: Sequence[SegmentPlace], segment_elements: int) -> bytes:
+def pack_front(segments: Sequence[SegmentPlace], segment_elements: int, kind: layout.Kind = layout.BF16) -> bytes:
     """The header and directory of a record made of these segments, in this order. Their offsets are ignored.
 
     A segment does not hold its own offset, so that some segments of a record, behind a front of their own, form a
@@ -193,7 +207,7 @@ def pack_front(segments: Sequence[SegmentPlace], segment_elements: int) -> bytes
     fields: dict[str, int | bytes] = {
         "magic": layout.MAGIC,
         "version": layout.VERSION,
-        "dtype": layout.DTYPE_BF16,
+        "dtype": kind.code,
         "reserved_0": 0,
         "element_count": sum(segment.elements for segment in segments),
         "record_size": position,
@@ -212,7 +226,7 @@ def header_checksum(header: bytes, directory: bytes) -> int:
     return xxhash.xxh3_64_intdigest(header[:offset] + bytes(8) + header[offset + 8 :] + directory)
 
 
-def _check_directory(header: dict[str, int], directory: bytes, place: Place) -> list[SegmentPlace]:
+def _check_directory(header: dict[str, int], directory: bytes, kind: layout.Kind, place: Place) -> list[SegmentPlace]:
     segments = []
     position = _HEADER.size + len(directory)
     first = 0
@@ -229,7 +243,7 @@ def _check_directory(header: dict[str, int], directory: bytes, place: Place) -> 
             raise errors.DirectoryError(
                 f"segment {index}: element_count", **at, expected=elements, found=entry["element_count"]
             )
-        smallest, largest = layout.segment_size_range(elements)
+        smallest, largest = layout.segment_size_range(elements, kind)
         if not smallest <= size <= largest or size % layout.RECORD_ALIGNMENT:
             raise errors.DirectoryError(
                 f"segment {index}: size", **at, expected=f"a multiple of 16 from {smallest} to {largest}", found=size
@@ -252,17 +266,26 @@ def _check_directory(header: dict[str, int], directory: bytes, place: Place) -> 
 class Segment:
     """One segment in memory, checked: stored checksum, header, code table, tiles."""
 
-    def __init__(self, data: Bytes, entry: SegmentPlace, place: Place, *, trusted: bool = False) -> None:
+    def __init__(
+        self,
+        data: Bytes,
+        entry: SegmentPlace,
+        place: Place,
+        kind: layout.Kind = layout.BF16,
+        *,
+        trusted: bool = False,
+    ) -> None:
         """``trusted``: both checksums have just been computed, or checked, and are not checked again."""
         self.data = data
         self.entry = entry
         self.place = place
+        self.kind = kind
         self._trusted = trusted
         if not trusted:
             entry.check_stored(data, place)
         self.header = layout.SEGMENT_HEADER.unpack(data[: layout.SEGMENT_HEADER.size].tobytes())
         self._check_header()
-        self.coded = self.header["encoding"] == layout.ENCODING_CODED
+        self.coded = self.header["encoding"] != layout.ENCODING_RAW
         if self.coded:
             self._check_tiles()
             self.table = self._build_table()
@@ -270,7 +293,8 @@ class Segment:
     def _check_header(self) -> None:
         header, entry = self.header, self.entry
         expected = {"element_count": entry.elements, "segment_size": entry.size}
-        if header["encoding"] == layout.ENCODING_CODED:
+        left_out = header["encoding"] - layout.ENCODING_CODED
+        if 0 <= left_out <= self.kind.most_left_out:
             if not 1 <= header["alphabet_size"] <= 256:
                 raise errors.SegmentHeaderError(
                     "segment header: alphabet_size", **self._at(2), expected="1 to 256", found=header["alphabet_size"]
@@ -279,7 +303,9 @@ class Segment:
                 raise errors.SegmentHeaderError(
                     "segment header: lane_bytes", **self._at(1), expected="1 or 2", found=header["lane_bytes"]
                 )
-            expected |= layout.segment_sections(entry.elements, header["alphabet_size"], header["lane_bytes"])
+            expected |= layout.segment_sections(
+                entry.elements, header["alphabet_size"], header["lane_bytes"], self.kind, left_out
+            )
         elif header["encoding"] == layout.ENCODING_RAW:
             names = (
                 "lane_bytes",
@@ -290,23 +316,26 @@ class Segment:
                 "exception_count",
             )
             expected |= dict.fromkeys(names, 0) | {"stream_offset": layout.SEGMENT_HEADER.size}
-            if entry.size != layout.raw_segment_size(entry.elements):
+            if entry.size != layout.raw_segment_size(entry.elements, self.kind):
                 raise errors.SegmentHeaderError(
                     "a raw segment does not have the size of its weights",
                     **self._at(24),
-                    expected=layout.raw_segment_size(entry.elements),
+                    expected=layout.raw_segment_size(entry.elements, self.kind),
                     found=entry.size,
                 )
         else:
             raise errors.SegmentHeaderError(
-                "segment header: encoding", **self._at(0), expected="0 or 1", found=header["encoding"]
+                "segment header: encoding",
+                **self._at(0),
+                expected=f"0 to {layout.ENCODING_CODED + self.kind.most_left_out}",
+                found=header["encoding"],
             )
         for offset, _, field in layout.SEGMENT_HEADER.table():
             if field in expected and header[field] != expected[field]:
                 raise errors.SegmentHeaderError(
                     f"segment header: {field}", **self._at(offset), expected=expected[field], found=header[field]
                 )
-        if header["encoding"] == layout.ENCODING_CODED and header["stream_offset"] + layout.STREAM_END > entry.size:
+        if header["encoding"] != layout.ENCODING_RAW and header["stream_offset"] + layout.STREAM_END > entry.size:
             raise errors.SegmentHeaderError(
                 "the sections do not fit the segment",
                 **self._at(20),
@@ -352,10 +381,10 @@ class Segment:
 
     def _build_table(self) -> kernels.Table:
         section = self.data[layout.SEGMENT_HEADER.size : self.header["tiles_offset"]]
-        table = kernels.build_decode_table(section, self.header["alphabet_size"])
+        table = kernels.build_decode_table(section, self.header["alphabet_size"], self.kind)
         if isinstance(table, int):
             what = {
-                kernels.BAD_ALPHABET: "the alphabet does not ascend",
+                kernels.BAD_ALPHABET: "the alphabet does not ascend, or beyond the exponents of the dtype",
                 kernels.BAD_LENGTH: "a code length is beyond 12",
                 kernels.INCOMPLETE_CODE: "the code is not complete",
             }
@@ -384,7 +413,8 @@ class Segment:
     def decode_range(self, first: int, last: int, out: Weights) -> None:
         """Decode the weights ``first`` to ``last`` (exclusive) of the segment into ``out``. Other tiles are skipped."""
         tile, end = first // layout.TILE_WEIGHTS, layout.tile_count(last)
-        whole = np.empty(min(end * layout.TILE_WEIGHTS, self.entry.elements) - tile * layout.TILE_WEIGHTS, np.uint16)
+        count = min(end * layout.TILE_WEIGHTS, self.entry.elements) - tile * layout.TILE_WEIGHTS
+        whole = np.empty(count, weights_dtype(self.kind))
         self._decode_tiles(tile, end, whole, compare=False)
         out[:] = whole[first - tile * layout.TILE_WEIGHTS : last - tile * layout.TILE_WEIGHTS]
 
@@ -400,8 +430,9 @@ class Segment:
     def _decode_tiles(self, first: int, last: int, out: Weights, *, compare: bool) -> None:
         header = self.header
         if not self.coded:
-            begin = layout.SEGMENT_HEADER.size + 2 * layout.TILE_WEIGHTS * first
-            weights = self.data[begin : begin + 2 * len(out)].view("<u2")
+            width = self.kind.bytes
+            begin = layout.SEGMENT_HEADER.size + width * layout.TILE_WEIGHTS * first
+            weights = self.data[begin : begin + width * len(out)].view(weights_dtype(self.kind))
             if not compare:
                 out[:] = weights
                 return
@@ -409,11 +440,9 @@ class Segment:
                 if not np.array_equal(
                     out[start : start + layout.TILE_WEIGHTS], weights[start : start + layout.TILE_WEIGHTS]
                 ):
-                    raise errors.DifferenceError("decoded weights differ", **self._at(begin + 2 * start))
+                    raise errors.DifferenceError("decoded weights differ", **self._at(begin + width * start))
             return
-        status, tile = kernels.decode_tiles(
-            self.data, self.table, self.entry.elements, header, first, last, out, compare=compare
-        )
+        status, tile = kernels.decode_tiles(self.data, self.table, self.kind, header, first, last, out, compare=compare)
         if status == kernels.OK:
             return
         at = self._at(header["tiles_offset"] + 8 * tile)

@@ -24,6 +24,8 @@ import zstandard
 
 from df11.formats.errors import FormatError
 from df11.formats.framing import DTYPE_BITS
+from df11.formats.layout import KINDS, KNOWN_FEATURES, Kind
+from df11.formats.layout import align as align16
 
 ignored: set[str] = set()
 """Rules that are not checked: for tests."""
@@ -39,11 +41,6 @@ def demand(condition: bool, rule: str) -> None:
     """The same, for a rule without which nothing more can be read."""
     if not condition:
         raise FormatError(f"reference decoder: {rule}")
-
-
-def align16(value: int) -> int:
-    """Rounded up to a multiple of 16."""
-    return -(-value // 16) * 16
 
 
 # Section 2: the file, a safetensors file.
@@ -166,7 +163,7 @@ def open_file(file: bytes) -> Container:
     features = read_json(metadata["df11.requires"], "df11.requires")
     named = isinstance(features, list) and all(isinstance(name, str) for name in features)
     require(named, "df11.requires is a list of names")
-    require(not (named and features), "every required feature is known")
+    require(not named or KNOWN_FEATURES.issuperset(features), "every required feature is known")
     require((8 + header_size) % 64 == 0, "the data start at a multiple of 64")
     source = read_json(metadata["df11.source"], "df11.source")
     demand(isinstance(source, dict), "df11.source is an object")
@@ -179,7 +176,7 @@ def open_file(file: bytes) -> Container:
     demand(isinstance(tensors, dict), "df11.tensors is an object")
     require(tensors.keys() == entries.keys(), "df11.tensors names the same tensors")
     for name in entries.keys() & tensors.keys():
-        check_tensor_object(entries[name], tensors[name])
+        check_tensor_object(entries[name], tensors[name], features)
     cast = any("exact" in tensor for tensor in tensors.values())
     require(cast == (source["cast"] is not None), "cast says whether a tensor was cast")
     return Container(entries, tensors, source, metadata["df11.source_header"], data)
@@ -190,7 +187,7 @@ def is_hexadecimal(value: Any, length: int) -> bool:
     return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", value) is not None
 
 
-def check_tensor_object(entry: Entry, tensor: Any) -> None:
+def check_tensor_object(entry: Entry, tensor: Any, features: list[str]) -> None:
     """A tensor object, and its entry."""
     demand(isinstance(tensor, dict), "a tensor object is an object")
     demand({"encoding", "dtype", "shape"} <= tensor.keys(), "a tensor object has encoding, dtype and shape")
@@ -208,7 +205,8 @@ def check_tensor_object(entry: Entry, tensor: Any) -> None:
     if encoding == "df11":
         require(entry.dtype == "U8", "the entry of a record is U8")
         require(len(entry.shape) == 1, "the entry of a record has one dimension")
-        require(dtype == "BF16", "a record is of BF16")
+        demand(dtype in KINDS, "a record is of a dtype that has records")
+        require(KINDS[dtype].feature in (None, *features), "df11.requires names the dtypes of records")
         require(entry.start % 16 == 0, "a record starts at a multiple of 16")
         require("xxh3" not in tensor, "a record has no xxh3")
     else:
@@ -222,7 +220,7 @@ def decode_tensor(container: Container, name: str) -> bytes:
     entry, tensor = container.entries[name], container.tensors[name]
     stored = container.data[entry.start : entry.end]
     if tensor["encoding"] == "df11":
-        return decode_record(stored, math.prod(tensor["shape"]))
+        return decode_record(stored, math.prod(tensor["shape"]), tensor["dtype"])
     if isinstance(tensor.get("xxh3"), str):
         require(xxhash.xxh3_64_hexdigest(stored) == tensor["xxh3"].lower(), "xxh3 of a verbatim tensor")
     return stored
@@ -286,8 +284,9 @@ def restore_file(container: Container) -> bytes | None:
 # Section 4: the record.
 
 
-def decode_record(record: bytes, weights_of_the_shape: int | None = None) -> bytes:
-    """The weights of a record, u16 little-endian."""
+def decode_record(record: bytes, weights_of_the_shape: int | None = None, dtype_of_the_tensor: str = "BF16") -> bytes:
+    """The weights of a record, little-endian."""
+    kind = KINDS[dtype_of_the_tensor]
     demand(len(record) >= 48, "a record holds its header")
     (
         magic,
@@ -303,7 +302,7 @@ def decode_record(record: bytes, weights_of_the_shape: int | None = None) -> byt
     ) = struct.unpack_from("<4sBBHQQIIQQ", record)
     require(magic == b"DF11", "magic")
     require(version == 1, "version of the record")
-    require(dtype == 1, "dtype of the record")
+    require(dtype == kind.code, "dtype of the record")
     require(reserved_0 == 0, "reserved_0")
     require(reserved_1 == 0, "reserved_1")
     require(record_size == len(record), "record_size")
@@ -325,10 +324,10 @@ def decode_record(record: bytes, weights_of_the_shape: int | None = None) -> byt
         demand(position + size <= len(record), "a segment lies in the record")
         whole = min(segment_elements, element_count - index * segment_elements)
         require(count == whole, "element_count of the directory entry")
-        require(size <= align16(32 + 2 * whole), "a segment is not larger than a raw one")
+        require(size <= align16(32 + kind.bytes * whole), "a segment is not larger than a raw one")
         segment = record[position : position + size]
         require(xxhash.xxh3_64_intdigest(segment) == stored_checksum, "stored_checksum")
-        decoded = decode_segment(segment, whole)
+        decoded = decode_segment(segment, whole, kind)
         require(xxhash.xxh3_64_intdigest(decoded) == decoded_checksum, "decoded_checksum")
         weights += decoded
         position += size
@@ -339,8 +338,8 @@ def decode_record(record: bytes, weights_of_the_shape: int | None = None) -> byt
 # Section 5: the segment.
 
 
-def decode_segment(segment: bytes, n: int) -> bytes:
-    """The weights of a segment, u16 little-endian."""
+def decode_segment(segment: bytes, n: int, kind: Kind) -> bytes:
+    """The weights of a segment, little-endian."""
     demand(len(segment) >= 32, "a segment holds its header")
     (
         encoding,
@@ -356,26 +355,30 @@ def decode_segment(segment: bytes, n: int) -> bytes:
     ) = struct.unpack_from("<BBHIIIIIII", segment)
     require(element_count == n, "element_count of the segment")
     require(segment_size == len(segment), "segment_size is that of the directory")
-    require(encoding in (0, 1), "encoding of the segment")
+    require(encoding <= 1 + kind.most_left_out, "encoding of the segment")
     if encoding == 0:
         unused = (lane_bytes, k, tiles_offset, lanes_offset, sign_mantissa_offset, exception_count)
         require(unused == (0,) * 6, "the fields that a raw segment does not use")
         require(stream_offset == 32, "a raw segment's weights start at 32")
-        require(segment_size == align16(32 + 2 * n), "a raw segment has the size of its weights")
-        return segment[32 : 32 + 2 * n]
+        require(segment_size == align16(32 + kind.bytes * n), "a raw segment has the size of its weights")
+        return segment[32 : 32 + kind.bytes * n]
     require(lane_bytes in (1, 2), "lane_bytes")
     demand(1 <= k <= 256, "alphabet_size")
     tiles = -(-n // 8192)
     tiles_at = align16(32 + k + (k * k + 1) // 2)
     lanes_at = align16(tiles_at + 8 * tiles)
-    signs_at = lanes_at + 32 * lane_bytes * tiles
-    stream_at = align16(signs_at + n)
+    signs_at = stream_at = lanes_at + 32 * lane_bytes * tiles
+    planes: list[tuple[int, int]] = []  # of those that are stored: bits of a weight, start
+    left_out = encoding - 1 if encoding <= 1 + kind.most_left_out else 0
+    for bits, size in list(zip(kind.planes, kind.plane_sizes(n), strict=True))[: len(kind.planes) - left_out]:
+        planes.append((bits, stream_at))
+        stream_at += align16(size)
     require(tiles_offset == tiles_at, "tiles_offset")
     require(lanes_offset == lanes_at, "lanes_offset")
     require(sign_mantissa_offset == signs_at, "sign_mantissa_offset")
     require(stream_offset == stream_at, "stream_offset")
     demand(stream_at <= len(segment), "the sections lie in the segment")
-    codes = read_codes(segment[32:tiles_at], k)
+    codes = read_codes(segment[32:tiles_at], k, kind)
     weights = bytearray()
     position = exceptions_seen = 0
     for tile in range(tiles):
@@ -391,13 +394,32 @@ def decode_segment(segment: bytes, n: int) -> bytes:
         exponents, fixes = decode_tile(segment[begin : begin + tile_size], lanes, m, exceptions, codes)
         # Section 8: put the weights together.
         for j, exponent in enumerate(exponents):
-            s = segment[signs_at + 8192 * tile + j]
-            weights += fixes.get(j, ((s & 0x80) << 8) | (exponent << 7) | (s & 0x7F)).to_bytes(2, "little")
+            weight = join(exponent, [read_plane(segment, *plane, 8192 * tile + j) for plane in planes], kind)
+            if j in fixes:
+                require(fixes[j] < 256**kind.bytes, "an exception is not wider than a weight")
+                weight = (fixes[j] << 16) | (weight & 0xFFFF) if kind.bytes == 4 else fixes[j] % 256**kind.bytes
+            weights += weight.to_bytes(kind.bytes, "little")
         position += align16(tile_size) // 16
         exceptions_seen += exceptions
     require(stream_at + 16 * position + 16 == len(segment), "after the last tile, 16 bytes end the segment")
     require(exceptions_seen == exception_count, "exception_count is the sum over the tiles")
     return bytes(weights)
+
+
+def read_plane(segment: bytes, bits: int, start: int, weight: int) -> int:
+    """The bits of a weight in a plane."""
+    chunk, x = divmod(weight, 256)
+    row, column = divmod(x, 32 * bits)
+    return (segment[start + 32 * bits * chunk + column] >> (bits * row)) & ((1 << bits) - 1)
+
+
+def join(exponent: int, parts: list[int], kind: Kind) -> int:
+    """A weight from its exponent and its bits in the planes; those that are not stored are zero."""
+    raw = 0
+    for i, bits in enumerate(kind.planes):
+        raw = (raw << bits) | (parts[i] if i < len(parts) else 0)
+    sign, mantissa = divmod(raw, 1 << kind.mantissa_bits)
+    return (sign << (8 * kind.bytes - 1)) | (exponent << kind.mantissa_bits) | mantissa
 
 
 # Section 6: the code table.
@@ -406,10 +428,11 @@ Codes = dict[tuple[int, int], tuple[int, int]]
 """(length, code with its first bit as the most significant) -> (e0, e1)"""
 
 
-def read_codes(section: bytes, k: int) -> Codes:
+def read_codes(section: bytes, k: int, kind: Kind) -> Codes:
     """The codes of a code table."""
     alphabet = section[:k]
     require(all(a < b for a, b in itertools.pairwise(alphabet)), "the alphabet ascends")
+    require(max(alphabet) < 1 << kind.exponent_bits, "the alphabet's exponents fit the dtype")
     lengths = [(section[k + j // 2] >> (4 * (j % 2))) & 15 for j in range(k * k + k % 2)]
     require(k % 2 == 0 or lengths.pop() == 0, "the last half byte is zero")
     pairs = sorted((length, j) for j, length in enumerate(lengths[: k * k]) if length)

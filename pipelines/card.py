@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 CONFIGS: Final = ("model_index.json", "config.json")
 """Files of a model folder that say how to load it."""
-TAGS: Final = ("df11", "lossless", "compression", "bfloat16")
-"""Not ``dfloat11``: that tag is for files that the dfloat11 package can load, which these are not."""
+TAGS: Final = ("df11", "lossless", "compression")
+"""Besides the dtype. Not ``dfloat11``: that is for files that the dfloat11 package can load, which these are not."""
 _NOT_CARRIED: Final = frozenset(
     {"safetensors", "gguf", "onnx", "endpoints_compatible", "text-generation-inference", "dfloat11"}
 )
@@ -106,7 +106,8 @@ def model_card(
 
     origin, total = manifest.origin, summary.total(manifest)
     base = _base_model(manifest, fields)
-    data = _data(base, fields, source_card)
+    dtype = summary.torch_dtype(manifest)
+    data = _data(base, fields, source_card, dtype)
     name = base or origin.repository or "model"
     title = repository.split("/")[-1] if repository else f"{name.split('/')[-1]} in df11"
     parts = [sizes for sizes, _ in summary.parts(manifest)]
@@ -126,6 +127,8 @@ def model_card(
         imported_bytes=sum(file.bytes for file in imported),
         notes=Markup((fields.notes or "").strip()),  # noqa: S704 - the user's own Markdown
         sizes=sizes,
+        dtypes=summary.by_dtype(manifest),
+        torch_dtype=dtype,
         all_cast=all(row.cast == row.tensors for row in sizes),
         plots=[{"title": title, "path": plots[plot]} for plot, title in _TITLES.items() if plot in plots],
         speed=None if fields.results is None else read_results(fields.results),
@@ -155,7 +158,7 @@ def _base_model(manifest: Manifest, fields: CardFields) -> str | None:
     return base if base is not None and is_repository(base) else None
 
 
-def _data(base: str | None, fields: CardFields, source_card: str | None) -> ModelCardData:
+def _data(base: str | None, fields: CardFields, source_card: str | None, dtype: str) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     carried = _front_matter(source_card)
@@ -172,7 +175,7 @@ def _data(base: str | None, fields: CardFields, source_card: str | None) -> Mode
         )
     data["language"] = _lines(fields.language) or _lines(carried.get("language")) or None
     own_tags = _lines(fields.tags) or [tag for tag in _lines(carried.get("tags")) if tag not in _NOT_CARRIED]
-    data["tags"] = list(dict.fromkeys([*TAGS, *own_tags]))
+    data["tags"] = list(dict.fromkeys([*TAGS, dtype, *own_tags]))
     return ModelCardData(**{key: value for key, value in data.items() if value is not None})
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from df11.converter.manifest import Cast
+from df11.converter.cast import Cast, expand
 from df11.converter.settings import MOST_THREADS, parse_size
 from df11.formats import errors
 from df11.pipelines.card import CardFields
@@ -43,6 +43,8 @@ class Model:
     allow_missing: bool
     """Whether an index may name shards that do not exist."""
     card: CardFields
+    keep: tuple[str, ...] = ()
+    """Expanded patterns of tensors that the cast leaves alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +181,14 @@ def _read_model(value: Any, file: Path, number: int) -> Model:
     cast = table.take("cast", str)
     if cast not in (None, "bf16"):
         raise table.error("cast", "'bf16'", cast)
+    keep = table.strings("keep_f32")
+    if keep and cast is None:
+        raise table.error("keep_f32", "cast = 'bf16' beside it", list(keep))
     private = table.take("private", bool)
     include, exclude = table.strings("include"), table.strings("exclude")
     allow_missing = table.take("allow_missing", bool, False)
     card = _read_card(table.take("card", dict, {}), file, number)
-    table.end("source, revision, target, cast, private, include, exclude, allow_missing, [model.card]")
+    table.end("source, revision, target, cast, keep_f32, private, include, exclude, allow_missing, [model.card]")
     if revision is not None:
         if not is_address(source) or Address.parse(source).revision is not None:
             raise table.error("revision", "a source on the Hub without @revision", revision)
@@ -199,7 +204,17 @@ def _read_model(value: Any, file: Path, number: int) -> Model:
             )
     elif private is not None:
         raise table.error("private", "a target on the Hub", target)
-    return Model(_located(source, file), _located(target, file), cast, private, include, exclude, allow_missing, card)
+    return Model(
+        _located(source, file),
+        _located(target, file),
+        cast,
+        private,
+        include,
+        exclude,
+        allow_missing,
+        card,
+        expand(keep),
+    )
 
 
 def _located(place: str, file: Path) -> str:

@@ -10,9 +10,10 @@ from typing import Final
 
 from df11.converter import parquet
 from df11.converter.apply import SMALL, staged_bytes
+from df11.converter.cast import Cast
 from df11.converter.dfloat11.recognise import decoded
 from df11.converter.files import DF11
-from df11.converter.manifest import FILE_NAME, Cast, Manifest, Origin
+from df11.converter.manifest import FILE_NAME, Manifest, Origin
 from df11.converter.pipeline import PARQUET_MEMORY
 from df11.converter.plan import Options, Plan
 from df11.converter.planning import make_plan
@@ -65,6 +66,7 @@ def prepare(model: Model, limits: Limits) -> Prepared:
         prove=True,
         may_force=False,
         max_memory=limits.memory,
+        keep=model.keep,
         also=(CARD, *map(path, NAMES)),
     )
     plan = make_plan(source, target, "convert", options)
@@ -146,10 +148,10 @@ def _describes(manifest: Manifest, source: Store, containers: Sequence[Entry]) -
 
 
 def _cast_of(source: Store, containers: Sequence[Entry]) -> Cast:
-    # For a folder without a manifest: any container that was cast says so.
+    # For a folder without a manifest: only a cast loses anything.
     for entry in containers:
         with Container(source.locate(entry.name)) as container:
-            if container.source.cast is not None:
+            if any(container.info(name).exact is False for name in container.keys()):
                 return "bf16"
     return None
 

@@ -19,7 +19,8 @@ from df11.storage.address import Address, is_address
 from df11.version import __version__
 
 if TYPE_CHECKING:
-    from df11.converter.manifest import Cast, Manifest, TensorRow
+    from df11.converter.cast import Cast
+    from df11.converter.manifest import Manifest, TensorRow
 
 PAGE: Final = "report.html"
 MOST_TENSORS: Final = 2500
@@ -96,7 +97,8 @@ def find_manifest(model: str | os.PathLike[str]) -> tuple[Manifest, str]:
         name = container_path.name if container_path == path else container_path.relative_to(path).as_posix()
         with Container(container_path) as container:
             source = container.source
-            cast = "bf16" if source.cast == "bf16" else cast
+            is_rounded = any(container.info(key).exact is False for key in container.keys())
+            cast = "bf16" if is_rounded else cast
             writer = container.writer
             size = container.size
         files.append(
@@ -140,6 +142,7 @@ def _render(manifest: Manifest, title: str, drawn: Sequence[plots.Plot]) -> str:
         kinds=[row for stack in stacks for row in _kinds(stack)],
         outside=[_spread(name, {}, rows) for name, rows in summary.alike(outside)[:MOST_OUTSIDE]],
         exponents=list(_exponents(manifest)),
+        dtypes=summary.by_dtype(manifest),
         outlier_weights=summary.OUTLIER_WEIGHTS,
         most_outliers=MOST_OUTLIERS,
         outliers=outliers,

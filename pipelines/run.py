@@ -157,7 +157,13 @@ def run_model(
         on_commit=on_commit,
         title=lambda what: f"{what} ({_short(plan)})",
     )
-    settings = Settings(thread_count(limits.threads), limits.memory - prepared.overhead, plan.options.cast, verify=True)
+    settings = Settings(
+        thread_count(limits.threads),
+        limits.memory - prepared.overhead,
+        plan.options.cast,
+        verify=True,
+        keep=plan.options.keep,
+    )
     outcome = apply_plan(plan, settings, delivery, engine=_engine(limits) if on_ray else None, progress=on_progress)
     assert outcome.manifest is not None
     tell_if_nothing_is_compressed(plan, outcome.manifest.tensors)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from df11.formats import errors
+from df11.formats.layout import KINDS
 
 if TYPE_CHECKING:
     from df11.converter.manifest import FileRow, Manifest, TensorRow
@@ -114,6 +115,61 @@ def entropy_bound(rows: Iterable[TensorRow]) -> float | None:
             total += row.exponent_entropy * row.elements
             elements += row.elements
     return 8 + total / elements if elements else None
+
+
+@dataclass(frozen=True, slots=True)
+class OfDtype:
+    """The tensors of one dtype of the source."""
+
+    dtype: str
+    """As the source has it, and what it is stored as if that is not the same."""
+    tensors: int
+    elements: int
+    source_bytes: int
+    stored_bytes: int
+    bound: float | None
+    """The fewest bits per weight for a code of single exponents; None unless all of them are coded."""
+
+    @property
+    def ratio(self) -> float | None:
+        """Stored bytes relative to those of the source."""
+        return self.stored_bytes / self.source_bytes if self.source_bytes else None
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Stored bits per element."""
+        return 8 * self.stored_bytes / self.elements if self.elements else None
+
+
+def by_dtype(manifest: Manifest) -> list[OfDtype]:
+    """The tensors by dtype, those with the most bytes in the source first."""
+    found: dict[tuple[str, bool], list[TensorRow]] = {}
+    for row in manifest.tensors:
+        found.setdefault((row.dtype, row.exact is not None), []).append(row)
+    sums = []
+    for (dtype, was_f32), rows in found.items():
+        elements, entropies = sum(row.elements for row in rows), [row.exponent_entropy for row in rows if row.elements]
+        known = [entropy for entropy in entropies if entropy is not None]
+        bound = None
+        if elements and dtype in KINDS and len(known) == len(entropies):
+            coded = sum(row.elements * (row.exponent_entropy or 0) for row in rows)
+            bound = KINDS[dtype].mantissa_bits + 1 + coded / elements
+        name = f"F32, as {dtype}" if was_f32 else dtype
+        source_bytes = sum(row.decoded_bytes for row in rows) * (2 if was_f32 else 1)
+        sums.append(OfDtype(name, len(rows), elements, source_bytes, sum(row.stored_bytes for row in rows), bound))
+    return sorted(sums, key=lambda one: (-one.source_bytes, one.dtype))
+
+
+_TORCH_NAMES: Final = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def torch_dtype(manifest: Manifest) -> str:
+    """torch's name of the dtype that most weights of the containers have: a model that asks for it loses nothing."""  # noqa: D403
+    weights = dict.fromkeys(_TORCH_NAMES, 0)
+    for row in manifest.tensors:
+        if row.dtype in weights:
+            weights[row.dtype] += row.elements
+    return _TORCH_NAMES[max(weights, key=lambda dtype: weights[dtype])]
 
 
 def average_bits(rows: Sequence[TensorRow]) -> float | None:
@@ -275,7 +331,7 @@ def exponents(rows: Iterable[TensorRow]) -> tuple[Counts, int]:
     """How often each exponent, i64 [256], occurs in the counted tensors, and how many weights these have."""
     counts: Counts = np.zeros(256, np.int64)
     for row in rows:
-        if row.exponent_counts is not None:
+        if row.exponent_counts is not None and is_bf16(row):
             counts += row.exponent_counts.array()
     return counts, int(counts.sum())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,14 +64,21 @@ class Batch:
             segment.check_stored(out[start : start + segment.size], place)
 
 
-def cut(container: Container, capacity: int) -> Iterator[Batch]:
-    """All tensors of a container that are not empty, in the order of its data.
+def cut(container: Container, capacity: int, names: Collection[str]) -> Iterator[Batch]:
+    """Those tensors of a container with these names that are not empty, in the order of its data.
 
     Only a single segment may make a batch larger than ``capacity``.
     """
     batch = Batch(0, 0)
     for name in container.keys():
+        if name not in names:
+            if batch.size:
+                yield batch
+            batch = Batch(0, 0)
+            continue
         begin, end = container.span(name)
+        if not batch.size:
+            batch = Batch(begin, begin)
         coded = container.info(name).encoding == "df11"
         if batch.size and (batch.size + end - begin > capacity or len(batch.records) == MOST_RANGES):
             yield batch

@@ -21,25 +21,41 @@ if TYPE_CHECKING:
 class Piece:
     """A run of weights of one record, and the box of the tensor that they fill, in the tensor's order.
 
-    ``begin``, ``size``: bytes of the record, within those of the tensor. ``elements``: weights of the whole record.
-    ``first``: the first weight of the run. ``start``, ``shape``: of the box. ``source``: file and name, if known.
+    ``begin``, ``size``: bytes of the record, within those of the tensor. ``elements``, ``dtype``: weights of the whole
+    record, and theirs. ``first``: the first weight of the run. ``start``, ``shape``: of the box. ``source``: file and
+    name, if known. ``casts``: dtypes that decoded weights are cast to, one after another.
     """
 
     begin: int
     size: int
     elements: int
+    dtype: torch.dtype
     segment_elements: int
     first: int
     start: tuple[int, ...]
     shape: tuple[int, ...]
     source: tuple[str, str] | None = None
+    casts: tuple[torch.dtype, ...] = ()
+
+    def cast(self, dtype: torch.dtype) -> Piece:
+        """The same, cast once more."""
+        casts = self.casts
+        if casts and casts[-1].itemsize > (self.dtype, *casts)[-2].itemsize:
+            casts = casts[:-1]  # A wider dtype holds the values before it exactly.
+        return replace(self, casts=casts if (self.dtype, *casts)[-1] == dtype else (*casts, dtype))
+
+    def as_cast(self, values: torch.Tensor) -> torch.Tensor:
+        """Decoded weights of any shape, cast."""
+        for dtype in self.casts:
+            values = values.to(dtype)
+        return values
 
 
 class CompressedTensor:
-    """A BF16 tensor held as a record on a device, decoded on request. It is never changed.
+    """A tensor held as a record on a device, decoded on request. It is never changed.
 
     ``record``: u8, one-dimensional, the record as it is in the file. ``shape``, ``dtype``: of the decoded tensor.
-    ``casts``: dtypes that decoded values are cast to, one after another; the last one is ``dtype``.
+    ``dtype`` is the record's, by default BF16, or another that is cast to, see :meth:`cast`. GPUs decode BF16 only.
     ``segment_elements``: weights per segment of the record (the last may have fewer). On a GPU, decoding is launched on
     torch's current stream. Damaged bytes decode to wrong weights but never cause an access out of bounds;
     :func:`check_errors` reports them. Where tensors have been joined, ``record`` holds their records one after another,
@@ -48,7 +64,7 @@ class CompressedTensor:
 
     record: torch.Tensor
     shape: tuple[int, ...]
-    casts: tuple[torch.dtype, ...]
+    dtype: torch.dtype
     pieces: tuple[Piece, ...]
     prefetcher: Prefetcher | None
     _record_size: int
@@ -56,48 +72,48 @@ class CompressedTensor:
     _part_of: tuple[CompressedTensor, int] | None
 
     def __init__(
-        self, record: torch.Tensor, shape: Sequence[int], segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS
+        self,
+        record: torch.Tensor,
+        shape: Sequence[int],
+        segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        import torch
 
         from df11.runtime import operators
 
-        elements = math.prod(shape)
-        operators.check_record(record, elements, segment_elements)
-        piece = Piece(0, record.numel(), elements, segment_elements, 0, (0,) * len(shape), tuple(shape))
-        self._set(record, tuple(shape), (piece,), ())
+        elements, dtype = math.prod(shape), dtype or torch.bfloat16
+        operators.check_record(record, elements, segment_elements, operators.kind_of(dtype, record.device))
+        piece = Piece(0, record.numel(), elements, dtype, segment_elements, 0, (0,) * len(shape), tuple(shape))
+        self._set(record, tuple(shape), dtype, (piece,))
 
-    def _set(
-        self,
-        record: torch.Tensor,
-        shape: tuple[int, ...],
-        pieces: tuple[Piece, ...],
-        casts: tuple[torch.dtype, ...],
-    ) -> None:
-        self.record, self.shape, self.pieces, self.casts = record, shape, pieces, casts
+    def _set(self, record: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, pieces: tuple[Piece, ...]) -> None:
+        self.record, self.shape, self.dtype, self.pieces = record, shape, dtype, pieces
         self._record_size = record.numel()  # A tracer would record the question, if it were asked later.
         self.prefetcher = self._kept = self._part_of = None
 
     @classmethod
     def of_pieces(
-        cls,
-        record: torch.Tensor,
-        shape: tuple[int, ...],
-        pieces: tuple[Piece, ...],
-        casts: tuple[torch.dtype, ...] = (),
+        cls, record: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, pieces: tuple[Piece, ...]
     ) -> CompressedTensor:
         """A tensor of pieces that have been checked."""
         made = cls.__new__(cls)
-        made._set(record, shape, pieces, casts)
+        made._set(record, shape, dtype, pieces)
         return made
 
     @classmethod
     def load(cls, container: Container, name: str, device: str | torch.device = "cuda") -> CompressedTensor:
-        """Read a record of an open container, check its checksums, and copy it to a device."""
+        """Read a record of an open container, check its checksums, and copy it to a device.
+
+        Raises a DeviceError if the device does not decode its dtype.
+        """
         import torch
 
+        from df11.runtime import load
+
         record = container.record(name)
-        data = torch.from_numpy(record.read_whole())
-        made = cls(data.to(device), container.info(name).shape, record.segment_elements)
+        data = torch.from_numpy(record.read_whole()).to(device)
+        made = cls(data, container.info(name).shape, record.segment_elements, load.torch_dtype(container, name))
         return made.from_file(container.path, name)
 
     def from_file(self, file: str, name: str) -> CompressedTensor:
@@ -107,29 +123,22 @@ class CompressedTensor:
     def _with(
         self, record: torch.Tensor, pieces: tuple[Piece, ...], shape: tuple[int, ...] | None = None
     ) -> CompressedTensor:
-        return self.of_pieces(record, self.shape if shape is None else shape, pieces, self.casts)
+        return self.of_pieces(record, self.shape if shape is None else shape, self.dtype, pieces)
 
     def cast(self, dtype: torch.dtype) -> CompressedTensor:
-        """The same record, decoded to another dtype: what :meth:`torch.Tensor.to` makes of the values at each use."""
-        casts = self.casts
-        # A wider dtype holds the values before it exactly.
-        if casts and casts[-1].itemsize > (self.record_dtype, *casts)[-2].itemsize:
-            casts = casts[:-1]
-        if (self.record_dtype, *casts)[-1] != dtype:
-            casts = (*casts, dtype)
-        return self.of_pieces(self.record, self.shape, self.pieces, casts)
+        """The same record as a tensor of another dtype: decoded values are cast as :meth:`torch.Tensor.to` does."""
+        return self.of_pieces(self.record, self.shape, dtype, tuple(piece.cast(dtype) for piece in self.pieces))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the decoded tensor."""
-        return (self.record_dtype, *self.casts)[-1]
+    def is_smaller(self) -> bool:
+        """Whether the record takes fewer bytes than the values."""
+        return self.record.numel() < self.elements * self.dtype.itemsize
 
-    @property
-    def record_dtype(self) -> torch.dtype:
-        """The dtype of what the record holds."""
-        import torch
+    def decodes_on(self, device: torch.device) -> bool:
+        """Whether a device decodes records of its dtypes."""
+        from df11.runtime import operators
 
-        return torch.bfloat16
+        return all(operators.decodes(piece.dtype, device) for piece in self.pieces)
 
     @property
     def segment_elements(self) -> int:
@@ -169,7 +178,7 @@ class CompressedTensor:
         return self._with(record, self.pieces)
 
     def decode(self, out: torch.Tensor | None = None, *, background: bool = False) -> torch.Tensor:
-        """All weights, ``dtype`` of ``shape``; written to ``out`` (contiguous, as many weights) if given.
+        """All weights, of ``shape`` and ``dtype``; written to ``out`` (contiguous, as many of ``dtype``) if given.
 
         ``background`` selects the kernel with few registers and little shared memory, which can run beside others on a
         side stream.
@@ -177,52 +186,48 @@ class CompressedTensor:
         from df11.runtime import operators
 
         if out is None and (record := self._only_record) is not None:
-            return self._cast(operators.decode(record, list(self.shape), self.segment_elements, background))
+            piece = self.pieces[0]
+            return piece.as_cast(
+                operators.decode(record, list(self.shape), piece.segment_elements, background, piece.dtype)
+            )
         if out is None:
-            out = self.record.new_empty(self.shape, dtype=self.record_dtype)
-            self._decode_pieces(out, background)
-            return self._cast(out)
-        if out.dtype != self.dtype or not out.is_contiguous() or out.numel() != self.elements:
+            out = self.record.new_empty(self.shape, dtype=self.dtype)
+        elif out.dtype != self.dtype or not out.is_contiguous() or out.numel() != self.elements:
             raise errors.UsageError(
                 "the output must be contiguous",
                 expected=f"{self.elements} weights, {self.dtype}",
                 found=f"{tuple(out.shape)}, {out.dtype}",
             )
-        if self.casts:
-            return out.view(self.shape).copy_(self.decode(background=background)).view(out.shape)
         self._decode_pieces(out.view(self.shape), background)
         return out
-
-    def _cast(self, values: torch.Tensor) -> torch.Tensor:
-        for dtype in self.casts:
-            values = values.to(dtype)
-        return values
 
     def _decode_pieces(self, out: torch.Tensor, background: bool) -> None:
         from df11.runtime import operators
 
-        into: list[torch.Tensor] = []
-        apart: list[tuple[torch.Tensor, torch.Tensor]] = []
+        into: dict[Piece, torch.Tensor] = {}
+        apart: list[tuple[Piece, torch.Tensor, torch.Tensor]] = []
         for piece in self.pieces:
             box = out
             for dimension, (start, size) in enumerate(zip(piece.start, piece.shape, strict=True)):
                 box = box.narrow(dimension, start, size)
-            if box.is_contiguous():
-                into.append(box)
-            else:
-                into.append(box.new_empty(box.shape))
-                apart.append((box, into[-1]))
+            if not box.is_contiguous() or piece.casts:
+                apart.append((piece, box, box.new_empty(box.shape, dtype=piece.dtype)))
+                box = apart[-1][2]
+            into[piece] = box
         record = _aligned(self.record)
-        operators.decode_into(
-            [record[piece.begin : piece.begin + piece.size] for piece in self.pieces],
-            [piece.elements for piece in self.pieces],
-            [piece.segment_elements for piece in self.pieces],
-            [piece.first for piece in self.pieces],
-            into,
-            background,
-        )
-        for box, values in apart:
-            box.copy_(values)
+        for dtype in dict.fromkeys(piece.dtype for piece in self.pieces):
+            pieces = [piece for piece in self.pieces if piece.dtype == dtype]
+            operators.decode_into(
+                [record[piece.begin : piece.begin + piece.size] for piece in pieces],
+                [piece.elements for piece in pieces],
+                [piece.segment_elements for piece in pieces],
+                [piece.first for piece in pieces],
+                [into[piece] for piece in pieces],
+                background,
+                dtype,
+            )
+        for piece, box, values in apart:
+            box.copy_(piece.as_cast(values))
 
     def kept(self, device: torch.device) -> torch.Tensor:
         """The decoded values at one address, which stay in memory as long as this tensor: for who reads there."""
@@ -234,7 +239,7 @@ class CompressedTensor:
         return self._kept
 
     def decode_ahead(self, out: torch.Tensor) -> None:
-        """Launch decoding into BF16 [elements] on the current stream, which need not be that of the record."""
+        """Launch decoding into ``out``, [elements], on the current stream, which need not be that of the record."""
         import torch
 
         here = self.to(out.device, non_blocking=True)
@@ -266,8 +271,11 @@ class CompressedTensor:
 
         if (record := self._only_record) is None:
             return self.narrow(start, stop).decode(background=background)
-        return self._cast(
-            operators.decode_rows(record, list(self.shape), self.segment_elements, start, stop, background)
+        piece = self.pieces[0]
+        return piece.as_cast(
+            operators.decode_rows(
+                record, list(self.shape), piece.segment_elements, start, stop, background, piece.dtype
+            )
         )
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
@@ -283,7 +291,8 @@ class CompressedTensor:
             wanted, places = torch.unique(ids, return_inverse=True)
             rows = [self.rows(row, row + 1) for row in wanted.tolist()]
             return (torch.cat(rows) if rows else self.rows(0, 0))[places]
-        return self._cast(operators.gather_rows(record, list(self.shape), self.segment_elements, ids))
+        piece = self.pieces[0]
+        return piece.as_cast(operators.gather_rows(record, list(self.shape), piece.segment_elements, ids, piece.dtype))
 
 
 def _aligned(record: torch.Tensor) -> torch.Tensor:
@@ -318,7 +327,7 @@ def joined(tensors: Sequence[CompressedTensor], dimension: int, *, stacked: bool
     else:
         shape[dimension] = position
     record = torch.cat([tensor.record for tensor in tensors])
-    return CompressedTensor.of_pieces(record, tuple(shape), tuple(pieces), tensors[0].casts)
+    return CompressedTensor.of_pieces(record, tuple(shape), tensors[0].dtype, tuple(pieces))
 
 
 def decode_many(
@@ -326,8 +335,8 @@ def decode_many(
 ) -> list[torch.Tensor]:
     """Decode several tensors of one device at once, such as all matrices of a transformer block.
 
-    A launch takes 64 of them, so that small ones keep the GPU busy. ``out``: a contiguous BF16 tensor for each, with as
-    many weights; allocated if not given.
+    A launch takes 64 of them, so that small ones keep the GPU busy. ``out``: a contiguous tensor for each, of its dtype
+    and with as many weights; allocated if not given.
     """
     import torch
 
@@ -340,14 +349,22 @@ def decode_many(
             expected=[t.elements for t in tensors],
             found=[o.numel() for o in outputs],
         )
-    operators.decode_into(
-        [tensor.record for tensor in tensors],
-        [tensor.elements for tensor in tensors],
-        [tensor.segment_elements for tensor in tensors],
-        [0] * len(tensors),
-        outputs,
-        background,
-    )
+    batches: dict[torch.dtype, list[tuple[CompressedTensor, torch.Tensor]]] = {}
+    for tensor, output in zip(tensors, outputs, strict=True):
+        if len(tensor.pieces) == 1 and tensor.is_whole and not tensor.pieces[0].casts:
+            batches.setdefault(tensor.dtype, []).append((tensor, output))
+        else:
+            tensor.decode(output, background=background)
+    for dtype, batch in batches.items():
+        operators.decode_into(
+            [tensor.record for tensor, _ in batch],
+            [tensor.elements for tensor, _ in batch],
+            [tensor.segment_elements for tensor, _ in batch],
+            [0] * len(batch),
+            [output for _, output in batch],
+            background,
+            dtype,
+        )
     return outputs
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from df11.formats import errors, layout
-from df11.formats.record import Bytes, Place, Record, Segment, Weights, open_record
+from df11.formats.record import Bytes, Place, Record, Segment, Weights, open_record, weights_dtype
 from df11.runtime.kernels import Range
 
 _LARGE_PAGE: Final = 2 << 20
@@ -68,7 +68,7 @@ class _Opened:
         if found is None:
             entry = self.record.segments[index]
             data = self.data[entry.offset : entry.offset + entry.size]
-            found = self.segments[index] = Segment(data, entry, self.record.place, trusted=True)
+            found = self.segments[index] = Segment(data, entry, self.record.place, self.record.kind, trusted=True)
         return found
 
 
@@ -106,10 +106,11 @@ class Records:
         with self._lock:
             known = self._kept.get(part.owner, {}).get(place) if part.owner is not None else None
         # Header and directory hold checksums of all the rest: if they are the same, so is the record.
-        if known is not None and data[: len(known[0].front)].tobytes() == known[0].front:
+        is_same = known is not None and data[: len(known[0].front)].tobytes() == known[0].front
+        if known is not None and is_same and known[0].record.kind is part.kind:
             opened = known[0]
         else:
-            opened = _open(data)
+            opened = _open(data, part.kind)
             if part.owner is not None:
                 self._keep(part.owner, place, opened)
         found = (opened.record.element_count, opened.record.segment_elements)
@@ -165,7 +166,7 @@ class Cpu:
             raise errors.UsageError("no such row", expected=f"0 to {rows - 1}", found=int(wrong[0]))
         record, out = (
             self.records.open(matrix),
-            _array(matrix.output, count * row_weights, np.dtype(np.uint16)).reshape(count, row_weights),
+            _array(matrix.output, count * row_weights, weights_dtype(matrix.kind)).reshape(count, row_weights),
         )
         order = np.argsort(numbers, kind="stable")
         # Rows that share tiles are decoded together, so that no tile is decoded twice; one segment at most.
@@ -182,11 +183,11 @@ class Cpu:
         """Nothing is left to raise."""
 
 
-def _open(data: Bytes) -> _Opened:
+def _open(data: Bytes, kind: layout.Kind) -> _Opened:
     def read(offset: int, out: Bytes) -> None:
         out[:] = data[offset : offset + len(out)]
 
-    record = open_record(read, len(data), Place())
+    record = open_record(read, len(data), Place(), kind)
     return _Opened(data, data[: record.segments[0].offset].tobytes(), record, {})
 
 
@@ -199,7 +200,7 @@ def _decode_segment(record: _Opened, index: int, part: Range) -> None:
     segment = record.segment(index)
     low = max(part.first - start, 0)
     high = min(part.last - start, segment.entry.elements)
-    out = _array(part.output + 2 * (start + low - part.first), high - low, np.dtype(np.uint16))
+    out = _array(part.output + part.kind.bytes * (start + low - part.first), high - low, weights_dtype(part.kind))
     if low == 0 and high == segment.entry.elements:
         segment.decode(out)
     else:
@@ -212,7 +213,7 @@ def _gather_run(
     # Decode rows numbers[run], in ascending order, by decoding everything from the first to the last.
     row_weights = out.shape[1]
     first, last = int(numbers[run[0]]), int(numbers[run[-1]]) + 1
-    rows = np.empty((last - first, row_weights), np.uint16)
+    rows = np.empty((last - first, row_weights), weights_dtype(matrix.kind))
     part = dataclasses.replace(matrix, first=first * row_weights, last=last * row_weights, output=rows.ctypes.data)
     for index in _segments(part):
         _decode_segment(record, index, part)

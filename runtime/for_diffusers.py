@@ -10,12 +10,14 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from df11.formats import errors
+from df11.formats.container import Container
 from df11.runtime import hub, loading
 from df11.runtime.foreign import refuse_dfloat11
 from df11.runtime.weight import CompressedWeight
@@ -35,6 +37,7 @@ def install(library: Any) -> None:
     library.load_state_dict = reader.load_state_dict = _reading(library.load_state_dict)  # type: ignore[union-attr]
     model_class = library.ModelMixin
     model_class._load_pretrained_model = classmethod(_loading(model_class._load_pretrained_model.__func__))
+    model_class._apply = loading.decoding_first(model_class._apply)
 
 
 def install_group_offloading(library: Any) -> None:
@@ -182,6 +185,9 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             raise errors.UsageError(
                 "compressed weights cannot be split for tensor parallelism", file=folder, hint="load the original model"
             )
+        with hub.naming_downloads(), ExitStack() as stack:
+            containers = [stack.enter_context(Container(file)) for file in files]
+            loading.cast_for_good(folder, call.get("dtype") or torch.get_default_dtype(), containers)
         devices = call.get("device_map") or {}
         to_disk = "disk" in devices.values()
         if to_disk:  # diffusers would decode them: records stay in their files.

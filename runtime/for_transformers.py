@@ -54,7 +54,6 @@ class _Stored:
 class _Loading:
     # A model between the two steps in which transformers loads it.
     folder: str
-    held: int
     read: set[tuple[str, str]]
     disk_index: dict[str, Any] | None
 
@@ -77,6 +76,7 @@ def install(library: Any) -> None:
     model_class._load_pretrained_model = staticmethod(_loading_records(model_class._load_pretrained_model))
     model_class._finalize_model_loading = staticmethod(_finalizing(library, model_class._finalize_model_loading))
     model_class._resize_token_embeddings = _resizing(model_class._resize_token_embeddings)
+    model_class._apply = loading.decoding_first(model_class._apply)
 
 
 def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,16 +194,17 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
                 refuse_dfloat11(load_config.pretrained_model_name_or_path, model.config)
             return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         folder = str(load_config.pretrained_model_name_or_path)
-        if load_config.hf_quantizer is not None:
-            raise errors.UsageError(
-                "the weights are compressed and cannot be quantized", file=folder, hint="quantize the original model"
-            )
+        quantizer = load_config.hf_quantizer
+        if quantizer is not None and not (quantizer.pre_quantized and _is_fp8(quantizer)):
+            what = "the weights are compressed and cannot be quantized; only checkpoints in FP8 are loaded quantized"
+            raise errors.UsageError(what, file=folder, hint="quantize the original model")
         if load_config.device_mesh is not None:
             raise errors.UsageError(
                 "compressed weights cannot be split for tensor parallelism", file=folder, hint="load the original model"
             )
         with hub.naming_downloads(), ExitStack() as stack:
             containers = [stack.enter_context(Container(file)) for file in checkpoint_files]
+            cast = loading.cast_for_good(folder, load_config.dtype, containers)
             devices = load_config.device_map or {}
             to_disk = "disk" in devices.values()
             if to_disk:  # transformers would decode them: records stay in their files.
@@ -219,10 +220,14 @@ def _loading_records(original: Callable[..., Any]) -> Callable[..., Any]:
             stack.enter_context(joining())  # Experts that transformers merges.
             info, index = original(model, stored, checkpoint_files, load_config, *args, **kwargs)
         index = {} if to_disk else index
-        _loading[model] = _Loading(folder, len(stored), read, index)
+        _loading[model] = _Loading(folder, read - cast, index)
         return info, index
 
     return load
+
+
+def _is_fp8(quantizer: Any) -> bool:
+    return bool(quantizer.quantization_config.quant_method == "fp8")
 
 
 def _finalizing(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:

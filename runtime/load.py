@@ -10,12 +10,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import xxhash
 
-from df11.formats import errors
-from df11.formats.container import Container
-from df11.formats.record import Record, Scratch
+from df11.formats import errors, layout
+from df11.formats.container import Container, TensorInfo
+from df11.formats.record import Record, Scratch, weights_dtype
 from df11.runtime import batches, cpu, gpu, hub
 from df11.runtime.kernels import Range
 
@@ -112,10 +111,13 @@ def torch_dtype(container: Container, name: str) -> torch.dtype:
     return dtype
 
 
+def decodes_on_a_gpu(info: TensorInfo) -> bool:
+    """Whether a tensor is a record that GPUs decode, or no record."""
+    return info.encoding != "df11" or info.dtype == layout.BF16.dtype
+
+
 def load_on_cores(container: Container, tensors: dict[str, torch.Tensor]) -> None:
     """Fill tensors in CPU memory; each segment and each verbatim tensor is a task for a thread."""
-    import torch
-
     scratch = threading.local()
 
     def decode(record: Record, index: int, out: Any) -> None:
@@ -131,7 +133,8 @@ def load_on_cores(container: Container, tensors: dict[str, torch.Tensor]) -> Non
         for name, tensor in tensors.items():
             cpu.use_large_pages(tensor.data_ptr(), tensor.nbytes)
             if container.info(name).encoding == "df11":
-                record, out = container.record(name), tensor.view(-1).view(torch.int16).numpy().view(np.uint16)
+                record = container.record(name)
+                out = _bytes_of(tensor).numpy().view(weights_dtype(record.kind))
                 tasks += [cpu.pool().submit(decode, record, index, out) for index in range(len(record.segments))]
             else:
                 tasks.append(cpu.pool().submit(container.read_verbatim, name, _bytes_of(tensor).numpy()))
@@ -150,7 +153,17 @@ def load_through_ring(
     decoder: Decoder,
     capacity: int = SLOT_BYTES,
 ) -> None:
-    """Fill tensors on a device: threads read and check batches of the file, which are then copied and decoded there."""
+    """Fill tensors on a device: threads read and check batches of the file, which are then copied and decoded there.
+
+    Records of other dtypes than BF16 are decoded on the CPU, one by one, and then copied.
+    """
+    import torch
+
+    slow = [name for name in tensors if not decodes_on_a_gpu(container.info(name))]
+    for name in slow:
+        decoded = torch.empty_like(tensors[name], device="cpu")
+        load_on_cores(container, {name: decoded})
+        tensors[name].copy_(decoded)
     ring = deque(_Slot(device, capacity) for _ in range(SLOTS))
     reading: deque[tuple[batches.Batch, _Slot, Future[None]]] = deque()
     checksums: dict[str, xxhash.xxh3_64] = {}
@@ -170,7 +183,7 @@ def load_through_ring(
 
     with _side_stream(device):
         try:
-            for batch in batches.cut(container, capacity):
+            for batch in batches.cut(container, capacity, [name for name in tensors if name not in slow]):
                 if len(reading) == READING:
                     finish()
                 slot = ring.popleft()

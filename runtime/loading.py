@@ -18,7 +18,7 @@ from df11.formats.record import Scratch
 from df11.runtime import cpu, load
 from df11.runtime import model as models
 from df11.runtime.compressed import CompressedTensor
-from df11.runtime.modules import weights_of
+from df11.runtime.modules import is_compressed, materialize_some, weights_of
 from df11.runtime.weight import CompressedWeight
 
 _CPU: Final = torch.device("cpu")
@@ -45,23 +45,50 @@ def mapped(container: Container, name: str) -> torch.Tensor:
         data = scratch.take(segment.size)
         record.read(segment.offset, data)
         segment.check_stored(data, record.place)
-    return _map(container.path, name, container.info(name).shape, record.segment_elements)
+    dtype = load.torch_dtype(container, name)
+    return _map(container.path, name, container.info(name).shape, record.segment_elements, dtype)
 
 
 def _map(
-    file: str, name: str, shape: Sequence[int], segment_elements: int, casts: Sequence[torch.dtype] = ()
+    file: str,
+    name: str,
+    shape: Sequence[int],
+    segment_elements: int,
+    dtype: torch.dtype,
+    casts: Sequence[torch.dtype] = (),
 ) -> CompressedWeight:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
         record = opened.get_tensor(name)
-    tensor = CompressedTensor(record, shape, segment_elements).from_file(file, name)
+    tensor = CompressedTensor(record, shape, segment_elements, dtype).from_file(file, name)
     return CompressedWeight.of(functools.reduce(CompressedTensor.cast, casts, tensor))
 
 
+def cast_for_good(path: str, dtype: torch.dtype, containers: Sequence[Container]) -> set[tuple[str, str]]:
+    """Which large tensors are held in the dtype of a model, as their records take more; a line of the log says so.
+
+    They are (file, name) pairs.
+    """
+    found = {
+        (container.path, name): load.torch_dtype(container, name)
+        for container in containers
+        for name in container.keys()
+        if models.stays_compressed(container, name) and not models.stays_compressed(container, name, dtype=dtype)
+    }
+    models.log_cast(path, [(held, dtype) for held in found.values()])
+    return set(found)
+
+
 def first_dtype(container: Container) -> torch.dtype:
-    """The dtype of the first floating-point tensor, which libraries take for that of the model."""
-    dtypes = [load.torch_dtype(container, name) for name in container.keys()]
+    """The dtype of the first floating-point tensor of the source, which libraries take for that of the model.
+
+    BF16 if F32 was rounded to it.
+    """
+    infos = [container.info(name) for name in container.keys()]
+    if any(info.exact is False for info in infos):
+        return torch.bfloat16
+    dtypes = [load.torch_dtype(container, info.name) if info.exact is None else torch.float32 for info in infos]
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
 
 
@@ -105,8 +132,9 @@ def disk_index(model: nn.Module, on_disk: Callable[[str], bool], folder: str | N
         pieces = value.compressed.pieces if isinstance(value, CompressedWeight) and value.is_whole else ()
         if len(pieces) == 1 and pieces[0].source is not None:
             file, stored_as = pieces[0].source
+            piece = pieces[0]
             index[name] = {
-                _FILE: (file, stored_as, tuple(value.shape), pieces[0].segment_elements, value.compressed.casts)
+                _FILE: (file, stored_as, tuple(value.shape), piece.segment_elements, piece.dtype, piece.casts)
             }
         elif folder is None:
             raise errors.UsageError(
@@ -149,17 +177,20 @@ def expecting(model: nn.Module, containers: Sequence[Container]) -> Iterator[Non
 
     Tensors that the library renames or merges are taken to shrink as the average.
     """
-    held, coded, decoded = {}, 0, 0
+    held, bytes_held, weights = {}, 0, 0
     for container in containers:
         for name in container.keys():
             if models.stays_compressed(container, name):
-                held[name] = container.info(name).stored_bytes
-                coded += held[name]
-                decoded += container.info(name).elements * load.torch_dtype(container, name).itemsize
-    ratio = coded / decoded if decoded else 1.0
+                held[name] = container, name
+                bytes_held += container.info(name).stored_bytes
+                weights += container.info(name).elements
     for name, parameter in model.named_parameters():
         if parameter.numel() >= models.SMALL:
-            _expected[name] = held.get(name, int(2 * parameter.numel() * ratio))
+            most = parameter.numel() * parameter.element_size()
+            if name in held:
+                _expected[name] = models.loaded_size(*held[name], parameter.dtype, _CPU)
+            else:
+                _expected[name] = min(most, parameter.numel() * bytes_held // weights) if weights else most
     try:
         yield
     finally:
@@ -192,3 +223,16 @@ def _subtract(sizes: dict[str, int], names: Sequence[str], saved: int) -> None:
     for name in names:
         if name in sizes:
             sizes[name] -= saved
+
+
+def decoding_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a model class's ``_apply``, so that weights which the new device does not decode are decoded first."""
+
+    @functools.wraps(original)
+    def apply(self: Any, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if is_compressed(self):
+            device = function(torch.empty(0, dtype=torch.bfloat16)).device
+            materialize_some(self, lambda weight: not weight.compressed.decodes_on(device))
+        return original(self, function, *args, **kwargs)
+
+    return apply

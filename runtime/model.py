@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from df11.storage.paths import read_file
 SMALL: Final = 1 << 16
 """Tensors with fewer weights are decoded on loading: decoding them each time costs more than compression saves."""
 _LISTED: Final = 8
+_CPU: Final = torch.device("cpu")
+log: Final = logging.getLogger("df11")
 
 
 class MismatchError(errors.UsageError):
@@ -55,8 +58,11 @@ def load_model(
     """Load all parameters and persistent buffers of a model from a `.df11` file or a folder of them.
 
     Returns the model, on ``device``; it may come from the meta device. ``path`` may be an address on the Hub,
-    ``hf://owner/name[@revision][/folder or file]``. BF16 tensors of 65,536 or more weights stay compressed and are
-    decoded whenever their module runs; the others become ordinary parameters. Tied parameters are stored once.
+    ``hf://owner/name[@revision][/folder or file]``. Tensors of 65,536 or more weights stay compressed and are decoded
+    whenever their module runs; the others become ordinary parameters, and so do those, on a GPU, that are not BF16.
+    Parameters have the dtypes of the model: they must be those of the container, but for two. What was F32 and is held
+    as BF16 without loss is widened for a model in F32; F32 is rounded for a model in BF16, and then not compressed.
+    Tied parameters are stored once.
     ``rename``: from a name in the container to one in the model. ``cpu_offload``: records stay in CPU memory, pinned,
     and are copied as modules run. ``prefetch``: on a GPU, the next linear layer's weight is decoded on a side stream
     during this one's product, in the order learnt in the first pass; this takes two buffers of the largest weight.
@@ -83,10 +89,13 @@ def load_model(
         places = _places_of(model)
         _compare(model, places, held, os.fspath(path))
         _check_other_buffers(model)
-        needed = sum(container.info(name).stored_bytes for container, name in held.values())
+        wanted = {name: places[name][0].value.dtype for name in held}
+        needed = sum(loaded_size(*held[name], wanted[name], target) for name in held)
+        casts = [(load.torch_dtype(*found), wanted[name]) for name, found in held.items()]
+        log_cast(os.fspath(path), [cast for cast in casts if cast == (torch.float32, torch.bfloat16)])
         with gpu.enough_memory(target, needed):
             records = torch.device("cpu") if cpu_offload else target
-            read = cpu.pool().map(lambda found: load_tensor(found[0], found[1], target, records), held.values())
+            read = cpu.pool().map(lambda name: load_tensor(*held[name], target, records, wanted[name]), held)
             loaded = dict(zip(held, read, strict=True))
     with torch.inference_mode(mode=False):  # What is made in it could not be used outside.
         for name, value in loaded.items():
@@ -174,7 +183,7 @@ def _compare(
             info, value = container.info(stored), places[name][0].value
             if info.shape != tuple(value.shape):
                 shapes.append(f"{name} {info.shape} in the container, {tuple(value.shape)} in the model")
-            elif load.torch_dtype(container, stored) != value.dtype:
+            elif not _fits(container, stored, value.dtype):
                 dtypes.append(f"{name} {info.dtype} in the container, {value.dtype} in the model")
     if shapes:
         lines.append(f"shapes differ: {some(shapes)}")
@@ -215,19 +224,69 @@ def _plain(text: str) -> str:
     return text if quoted == f"'{text}'" else quoted
 
 
-def load_tensor(container: Container, name: str, device: torch.device, records: torch.device) -> torch.Tensor:
-    """A tensor of a container: a compressed weight, its record on ``records``, if it is large, else its values."""
-    if stays_compressed(container, name):
-        return CompressedWeight.of(CompressedTensor.load(container, name, records))
+def load_tensor(
+    container: Container,
+    name: str,
+    device: torch.device,
+    records: torch.device,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A tensor of a container: a compressed weight, its record on ``records``, if it is large, else its values.
+
+    ``dtype``: that of a model, which may be another one than the container's; see :func:`load_model`.
+    """
+    held = load.torch_dtype(container, name)
+    if stays_compressed(container, name, device, dtype):
+        return CompressedWeight.of(CompressedTensor.load(container, name, records).cast(dtype or held))
     array = container.tensor(name)
-    values = torch.from_numpy(array.reshape(-1)).view(load.torch_dtype(container, name))
-    return values.reshape(container.info(name).shape).to(device)
+    values = torch.from_numpy(array.reshape(-1)).view(held)
+    return values.reshape(container.info(name).shape).to(device=device, dtype=dtype)
 
 
-def stays_compressed(container: Container, name: str) -> bool:
-    """Whether a tensor is coded, and large enough to stay so."""
+def stays_compressed(
+    container: Container, name: str, device: torch.device = _CPU, dtype: torch.dtype | None = None
+) -> bool:
+    """Whether a tensor is coded, large enough to stay so, decoded by a device, and smaller than its values in a dtype.
+
+    ``dtype``: by default the container's.
+    """
     info = container.info(name)
-    return info.encoding == "df11" and info.elements >= SMALL
+    is_decoded = device.type == "cpu" or load.decodes_on_a_gpu(info)
+    is_smaller = dtype is None or info.stored_bytes < info.elements * dtype.itemsize
+    return info.encoding == "df11" and info.elements >= SMALL and is_decoded and is_smaller
+
+
+def _fits(container: Container, name: str, wanted: torch.dtype) -> bool:
+    # Whether a model of this dtype takes the tensor. What was F32 and is held as BF16 was not changed.
+    held = load.torch_dtype(container, name)
+    is_widened = wanted == torch.float32 and container.info(name).exact is True
+    return is_widened or held == wanted or (held, wanted) == (torch.float32, torch.bfloat16)
+
+
+def loaded_size(container: Container, name: str, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that a tensor takes on a device once it is loaded into a model of this dtype."""
+    info = container.info(name)
+    return info.stored_bytes if stays_compressed(container, name, device, dtype) else info.elements * dtype.itemsize
+
+
+def log_cast(path: str, casts: Collection[tuple[torch.dtype, torch.dtype]]) -> None:
+    """Say, in a line, that tensors are cast as they are loaded. ``casts``: for each, its dtype and the new one."""
+    if not casts:
+        return
+    held, wanted = max(set(casts), key=list(casts).count)
+    hint = "; df11-convert --cast bf16 would keep them compressed" if wanted == torch.bfloat16 else ""
+    log.warning(
+        "%s: %d of the tensors are %s, cast to %s on loading, and not compressed in memory%s",
+        path,
+        len(casts),
+        _short(held),
+        _short(wanted),
+        hint if held == torch.float32 else "",
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _put(places: list[_Place], value: torch.Tensor, device: torch.device) -> None:

@@ -54,6 +54,7 @@ def load_pipeline(
 ) -> Any:
     """The pipeline of a df11 folder, all BF16: an ``OmniGen2Pipeline``, or with ``chat`` an ``OmniGen2ChatPipeline``.
 
+    Weights that are F32 in the folder are rounded, and not compressed in memory: ``--cast bf16`` does that for good.
     ``path`` may be on the Hub: ``hf://owner/name[@revision][/folder]``, or ``owner/name`` if there is no such folder.
     ``offload``: where weights are between uses. None: on ``device``. Otherwise in CPU memory, and on the device while
     the model ("model"), the layer ("sequential") or two blocks ("group") run. ``classes``: a module or object that has
@@ -217,9 +218,8 @@ def _check_weights(folder: Path) -> None:
     for file in files_of(folder):
         with Container(file) as container:
             for name in container.keys():
-                if (found := container.info(name).dtype) != "BF16":
-                    hint = "OmniGen2 is published in F32: convert it with --cast bf16" if found == "F32" else None
-                    raise errors.UsageError("the weights are not BF16", file=file, tensor=name, found=found, hint=hint)
+                if (found := container.info(name).dtype) not in ("BF16", "F32"):
+                    raise errors.UsageError("the weights are neither BF16 nor F32", file=file, tensor=name, found=found)
 
 
 def _is_df11(folder: Path) -> bool:

@@ -1,7 +1,8 @@
 """The custom operators ``torch.ops.df11.*``: decoding for torch.compile, CUDA graphs and fake tensors.
 
-All take records as u8 tensors, one-dimensional, aligned to 16 bytes, on any device that has a decoder, and return BF16
-tensors there. ``shape`` is that of the matrix; ``segment_elements`` is the record's (weights per segment but the last).
+All take records as u8 tensors, one-dimensional, aligned to 16 bytes, on any device that has a decoder, and return
+tensors there. ``shape`` is that of the matrix; ``segment_elements`` is the record's (weights per segment but the last);
+``dtype`` is that of its weights, which on a GPU must be BF16.
 
 The functions here go past torch's dispatcher, which takes longer than a launch, unless somebody must see the operator:
 a compiler, a tracer, a mode, a tensor of another kind.
@@ -45,7 +46,30 @@ def decoder_of(device: torch.device) -> Decoder:
     raise errors.DeviceError(f"records cannot be decoded on the device {device}", hint="use 'cuda' or 'cpu'")
 
 
-def check_record(record: torch.Tensor, weights: int, segment_elements: int) -> None:
+_KINDS: Final = {
+    torch.bfloat16: layout.BF16,
+    torch.float16: layout.F16,
+    torch.float32: layout.F32,
+    torch.float8_e4m3fn: layout.F8_E4M3,
+    torch.float8_e5m2: layout.F8_E5M2,
+}
+
+
+def decodes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device that has a decoder decodes records of a dtype."""
+    return dtype == torch.bfloat16 or device.type != "cuda"
+
+
+def kind_of(dtype: torch.dtype, device: torch.device) -> layout.Kind:
+    """The kind of records of a dtype. Raises DtypeError for another one, DeviceError where it cannot be decoded."""
+    if dtype not in _KINDS:
+        raise errors.DtypeError("no record has this dtype", expected=", ".join(map(str, _KINDS)), found=dtype)
+    if not decodes(dtype, device):
+        raise errors.DeviceError(f"records of {dtype} are decoded on the CPU alone", hint="decode it there, then copy")
+    return _KINDS[dtype]
+
+
+def check_record(record: torch.Tensor, weights: int, segment_elements: int, kind: layout.Kind = layout.BF16) -> None:
     """Raise a UsageError if a tensor cannot be a record of this many weights."""
     if record.dtype != torch.uint8 or record.dim() != 1 or not record.is_contiguous():
         raise errors.UsageError(
@@ -57,7 +81,8 @@ def check_record(record: torch.Tensor, weights: int, segment_elements: int) -> N
         )
     if not 0 < segment_elements <= layout.MAX_SEGMENT_WEIGHTS or segment_elements % layout.TILE_WEIGHTS:
         raise errors.UsageError("segment_elements", expected="a multiple of 8192 up to 2^24", found=segment_elements)
-    smallest = layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size * -(-weights // segment_elements) + weights
+    smallest = layout.RECORD_HEADER.size + layout.DIRECTORY_ENTRY.size * -(-weights // segment_elements)
+    smallest += kind.least_size(weights)
     if (
         not 1 <= weights <= layout.MAX_RECORD_WEIGHTS
         or record.numel() < smallest
@@ -70,19 +95,42 @@ def check_record(record: torch.Tensor, weights: int, segment_elements: int) -> N
         )
 
 
-def _range(record: torch.Tensor, weights: int, segment_elements: int, first: int, out: torch.Tensor) -> Range:
-    check_record(record, weights, segment_elements)
-    if out.dtype != torch.bfloat16 or not out.is_contiguous() or out.device != record.device:
+def _range(
+    record: torch.Tensor, weights: int, segment_elements: int, first: int, out: torch.Tensor, dtype: torch.dtype
+) -> Range:
+    if out.dtype != dtype or not out.is_contiguous() or out.device != record.device:
         raise errors.UsageError(
-            "the output must be a contiguous BF16 tensor on the record's device",
+            f"the output must be a contiguous tensor of {dtype} on the record's device",
             expected=record.device,
             found=f"{out.dtype} on {out.device}{'' if out.is_contiguous() else ', not contiguous'}",
         )
     last = first + out.numel()
     if not 0 <= first <= last <= weights:
         raise errors.UsageError("no such weights", expected=f"within 0 to {weights}", found=(first, last))
-    owner = record.untyped_storage()
-    return Range(record.data_ptr(), record.numel(), weights, segment_elements, first, last, out.data_ptr(), owner)
+    return _checked(record, weights, segment_elements, first, last, out, kind_of(dtype, record.device))
+
+
+def _checked(
+    record: torch.Tensor,
+    weights: int,
+    segment_elements: int,
+    first: int,
+    last: int,
+    out: torch.Tensor,
+    kind: layout.Kind,
+) -> Range:
+    check_record(record, weights, segment_elements, kind)
+    return Range(
+        record=record.data_ptr(),
+        record_size=record.numel(),
+        element_count=weights,
+        segment_elements=segment_elements,
+        first=first,
+        last=last,
+        output=out.data_ptr(),
+        owner=record.untyped_storage(),
+        kind=kind,
+    )
 
 
 _PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -100,54 +148,86 @@ def _is_watched(tensors: Iterable[torch.Tensor]) -> bool:
     )
 
 
-def decode(record: torch.Tensor, shape: list[int], segment_elements: int, background: bool = False) -> torch.Tensor:
-    """All weights of a record, BF16 of ``shape``. ``background``: use the kernel that can run beside others."""
-    if _is_watched((record,)):
-        decoded: torch.Tensor = _ops.decode(record, shape, segment_elements, background)
-        return decoded
-    return _decode(record, shape, segment_elements, background)
+_BF16: Final = torch.bfloat16
 
 
-def _decode(record: torch.Tensor, shape: list[int], segment_elements: int, background: bool = False) -> torch.Tensor:
-    out = record.new_empty(shape, dtype=torch.bfloat16)
-    decoder_of(record.device).decode([_range(record, out.numel(), segment_elements, 0, out)], background=background)
-    return out
-
-
-def decode_rows(
-    record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False
+def decode(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,
+    background: bool = False,
+    dtype: torch.dtype = _BF16,
 ) -> torch.Tensor:
-    r"""The rows ``start`` to ``stop`` (exclusive) of the first dimension, BF16 [stop - start, \*shape[1:]]."""
+    """All weights of a record, of ``shape``. ``background``: use the kernel that can run beside others."""
     if _is_watched((record,)):
-        decoded: torch.Tensor = _ops.decode_rows(record, shape, segment_elements, start, stop, background)
+        decoded: torch.Tensor = _ops.decode(record, shape, segment_elements, background, dtype)
         return decoded
-    return _decode_rows(record, shape, segment_elements, start, stop, background)
+    return _decode(record, shape, segment_elements, background, dtype)
 
 
-def _decode_rows(
-    record: torch.Tensor, shape: list[int], segment_elements: int, start: int, stop: int, background: bool = False
+def _decode(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,
+    background: bool = False,
+    dtype: torch.dtype = _BF16,
 ) -> torch.Tensor:
-    if not 0 <= start <= stop <= shape[0]:
-        raise errors.UsageError("no such rows", expected=f"within 0 to {shape[0]}", found=(start, stop))
-    out = record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
-    first = start * math.prod(shape[1:])
-    part = _range(record, math.prod(shape), segment_elements, first, out)
+    out = record.new_empty(shape, dtype=dtype)
+    part = _range(record, out.numel(), segment_elements, 0, out, dtype)
     decoder_of(record.device).decode([part], background=background)
     return out
 
 
-def gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:
-    r"""The rows with the indices ``ids`` (i64 or i32, any shape), BF16 [\*ids.shape, \*shape[1:]].
+def decode_rows(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,
+    start: int,
+    stop: int,
+    background: bool = False,
+    dtype: torch.dtype = _BF16,
+) -> torch.Tensor:
+    r"""The rows ``start`` to ``stop`` (exclusive) of the first dimension: [stop - start, \*shape[1:]]."""
+    if _is_watched((record,)):
+        decoded: torch.Tensor = _ops.decode_rows(record, shape, segment_elements, start, stop, background, dtype)
+        return decoded
+    return _decode_rows(record, shape, segment_elements, start, stop, background, dtype)
+
+
+def _decode_rows(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,
+    start: int,
+    stop: int,
+    background: bool = False,
+    dtype: torch.dtype = _BF16,
+) -> torch.Tensor:
+    if not 0 <= start <= stop <= shape[0]:
+        raise errors.UsageError("no such rows", expected=f"within 0 to {shape[0]}", found=(start, stop))
+    out = record.new_empty([stop - start, *shape[1:]], dtype=dtype)
+    first = start * math.prod(shape[1:])
+    part = _range(record, math.prod(shape), segment_elements, first, out, dtype)
+    decoder_of(record.device).decode([part], background=background)
+    return out
+
+
+def gather_rows(
+    record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor, dtype: torch.dtype = _BF16
+) -> torch.Tensor:
+    r"""The rows with the indices ``ids`` (i64 or i32, any shape): [\*ids.shape, \*shape[1:]].
 
     An index outside the matrix raises on the CPU. On a GPU its row becomes NaN, and the next ``check_errors`` raises.
     """
     if _is_watched((record, ids)):
-        gathered: torch.Tensor = _ops.gather_rows(record, shape, segment_elements, ids)
+        gathered: torch.Tensor = _ops.gather_rows(record, shape, segment_elements, ids, dtype)
         return gathered
-    return _gather_rows(record, shape, segment_elements, ids)
+    return _gather_rows(record, shape, segment_elements, ids, dtype)
 
 
-def _gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:
+def _gather_rows(
+    record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor, dtype: torch.dtype = _BF16
+) -> torch.Tensor:
     if ids.dtype not in (torch.int64, torch.int32) or ids.device != record.device:
         raise errors.UsageError(
             "row indices must be i64 or i32 on the record's device",
@@ -155,11 +235,9 @@ def _gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, 
             found=f"{ids.dtype} on {ids.device}",
         )
     numbers = ids.to(torch.int64).contiguous()
-    out = record.new_empty([*ids.shape, *shape[1:]], dtype=torch.bfloat16)
     weights, row_weights = math.prod(shape), math.prod(shape[1:])
-    check_record(record, weights, segment_elements)
-    owner = record.untyped_storage()
-    matrix = Range(record.data_ptr(), record.numel(), weights, segment_elements, 0, weights, out.data_ptr(), owner)
+    out = record.new_empty([*ids.shape, *shape[1:]], dtype=dtype)
+    matrix = _checked(record, weights, segment_elements, 0, weights, out, kind_of(dtype, record.device))
     decoder_of(record.device).gather_rows(matrix, numbers.data_ptr(), numbers.numel(), row_weights, shape[0])
     return out
 
@@ -171,15 +249,16 @@ def decode_into(
     first: list[int],
     out: list[torch.Tensor],
     background: bool = False,
+    dtype: torch.dtype = _BF16,
 ) -> None:
     """Decode from each record (of ``weights`` weights) as many as its output holds, from weight ``first`` on.
 
     A launch takes 64 records.
     """
     if _is_watched((*records, *out)):
-        _ops.decode_into(records, weights, segment_elements, first, out, background)
+        _ops.decode_into(records, weights, segment_elements, first, out, background, dtype)
         return
-    _decode_into(records, weights, segment_elements, first, out, background)
+    _decode_into(records, weights, segment_elements, first, out, background, dtype)
     for tensor in out:
         if not tensor.is_inference():  # As the dispatcher does: nobody may go backward with what was there.
             torch.autograd.graph.increment_version(tensor)
@@ -192,6 +271,7 @@ def _decode_into(
     first: list[int],
     out: list[torch.Tensor],
     background: bool = False,
+    dtype: torch.dtype = _BF16,
 ) -> None:
     if not len(records) == len(weights) == len(segment_elements) == len(first) == len(out):
         raise errors.UsageError("lists of different lengths")
@@ -201,7 +281,8 @@ def _decode_into(
         raise errors.UsageError(
             "records on several devices", found=", ".join(sorted({str(record.device) for record in records}))
         )
-    ranges = [_range(*part) for part in zip(records, weights, segment_elements, first, out, strict=True)]
+    parts = zip(records, weights, segment_elements, first, out, strict=True)
+    ranges = [_range(*part, dtype) for part in parts]
     decoder_of(records[0].device).decode(ranges, background=background)
 
 
@@ -213,8 +294,9 @@ def _fake_decode(
     shape: list[int],
     segment_elements: int,  # noqa: ARG001
     background: bool = False,  # noqa: ARG001
+    dtype: torch.dtype = _BF16,
 ) -> torch.Tensor:
-    return record.new_empty(shape, dtype=torch.bfloat16)
+    return record.new_empty(shape, dtype=dtype)
 
 
 def _fake_decode_rows(
@@ -224,12 +306,19 @@ def _fake_decode_rows(
     start: int,
     stop: int,
     background: bool = False,  # noqa: ARG001
+    dtype: torch.dtype = _BF16,
 ) -> torch.Tensor:
-    return record.new_empty([stop - start, *shape[1:]], dtype=torch.bfloat16)
+    return record.new_empty([stop - start, *shape[1:]], dtype=dtype)
 
 
-def _fake_gather_rows(record: torch.Tensor, shape: list[int], segment_elements: int, ids: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-    return record.new_empty([*ids.shape, *shape[1:]], dtype=torch.bfloat16)
+def _fake_gather_rows(
+    record: torch.Tensor,
+    shape: list[int],
+    segment_elements: int,  # noqa: ARG001
+    ids: torch.Tensor,
+    dtype: torch.dtype = _BF16,
+) -> torch.Tensor:
+    return record.new_empty([*ids.shape, *shape[1:]], dtype=dtype)
 
 
 def _fake_decode_into(*_arguments: object, **_options: object) -> None:

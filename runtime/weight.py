@@ -73,7 +73,7 @@ class _FlattensParameters:
 
 def _flatten(weight: CompressedWeight) -> tuple[list[str], Any]:
     compressed = weight.compressed
-    return ["record"], (compressed.shape, compressed.pieces, compressed.casts)
+    return ["record"], (compressed.shape, compressed.dtype, compressed.pieces)
 
 
 class CompressedWeight(torch.Tensor):
@@ -198,8 +198,8 @@ class CompressedWeight(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> CompressedWeight:
-        shape, pieces, casts = context
-        return CompressedWeight.of(CompressedTensor.of_pieces(inner["record"], shape, pieces, casts))
+        shape, dtype, pieces = context
+        return CompressedWeight.of(CompressedTensor.of_pieces(inner["record"], shape, dtype, pieces))
 
     @classmethod
     def _stable_hash_for_caching(cls) -> str:
@@ -238,6 +238,8 @@ class CompressedWeight(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined] # the device
             self.compressed, self._form, self._memory = value.compressed, None, None
+        elif value.device != self.device and not self.compressed.decodes_on(value.device):
+            raise FrozenWeightError(f"{self.dtype} to {value.device}, which does not decode it")
         elif value.dtype != self.dtype or not self.holds(value):
             raise FrozenWeightError("setting .data" if value.dtype == self.dtype else f"to {value.dtype}")
 
@@ -355,16 +357,22 @@ def _rebuild(compressed: CompressedTensor, device: torch.device, others: dict[st
 
 
 def _decode_again_in_backward() -> None:
-    # A compiler saves what custom operators return for the backward pass, unless they are marked.
+    # A compiler saves what custom operators return for the backward pass, and what it is widened to, unless they are
+    # marked.
     from torch.utils.checkpoint import CheckpointPolicy
 
     tracers = [mode.tracer for mode in _get_current_dispatch_mode_stack() if hasattr(mode, "tracer")]
     for tracer in tracers:
         for node in reversed(tracer.graph.nodes):
-            if node.op == "call_function" and getattr(node.target, "namespace", None) == "df11":
-                if "recompute" in node.meta:
-                    break
+            is_ours = _is_ours(node)
+            if is_ours and "recompute" in node.meta:
+                break
+            if is_ours or any(_is_ours(argument) for argument in node.args):
                 node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": 0}
+
+
+def _is_ours(node: Any) -> bool:
+    return getattr(node, "op", None) == "call_function" and getattr(node.target, "namespace", None) == "df11"
 
 
 @functools.cache

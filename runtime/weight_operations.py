@@ -233,16 +233,19 @@ def _same(matrix: Any) -> Any:
 @_handles(_aten._to_copy.default)
 def _to_copy(matrix: Any, **options: Any) -> Any:
     device, dtype = torch.device(options.get("device") or matrix.device), options.get("dtype") or matrix.dtype
-    if device.type == "meta" and matrix.is_whole:
-        return torch.empty_strided(matrix.shape, matrix.stride(), dtype=dtype, device=device)
     is_moved, is_cast = device != matrix.device, dtype != matrix.dtype
     is_kept = is_moved if not is_cast else weight.is_casting() and dtype.is_floating_point
     if not matrix.is_whole or not is_kept:
         return NotImplemented
-    moved = matrix.compressed.cast(dtype) if is_cast else matrix.compressed
+    if device.type == "meta":
+        return torch.empty_strided(matrix.shape, matrix.stride(), dtype=dtype, device=device)
+    compressed = matrix.compressed.cast(dtype) if is_cast else matrix.compressed
+    # It is decoded here if the device cannot, or if the record takes more than the values.
+    if not compressed.decodes_on(device) or (is_cast and not compressed.is_smaller):
+        return NotImplemented
     if is_moved:
-        moved = moved.to(device, non_blocking=bool(options.get("non_blocking")))
-    return CompressedWeight.of(moved, None if is_moved else matrix.device)
+        compressed = compressed.to(device, non_blocking=bool(options.get("non_blocking")))
+    return CompressedWeight.of(compressed, None if is_moved else matrix.device)
 
 
 @_handles(_aten._pin_memory.default, _aten.pin_memory.default)
@@ -283,7 +286,7 @@ def _cat(parts: Any, dim: int = 0) -> Any:
 def _can_join(parts: Any) -> bool:
     if not weight.is_joining() or not all(isinstance(part, CompressedWeight) and part.is_whole for part in parts):
         return False
-    return len({(part.compressed.device, part.device, part.compressed.casts) for part in parts}) == 1
+    return len({(part.compressed.device, part.device, part.dtype) for part in parts}) == 1
 
 
 # Shapes without values, and writing what it holds already.

@@ -69,7 +69,8 @@ class Checks:
                 unpacked.write_bytes(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
             with Container(unpacked) as container:
                 for name in container.keys():
-                    if container.info(name).encoding == "df11":
+                    info = container.info(name)
+                    if info.encoding == "df11" and info.dtype == "BF16":
                         expected = (
                             torch.from_numpy(container.tensor(name).view(np.int16)).view(torch.bfloat16).to(self.device)
                         )

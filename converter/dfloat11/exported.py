@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from df11.converter.dfloat11 import kernels
 from df11.converter.dfloat11.codes import EXPONENTS, Counts, UnitCode, choose_code
 from df11.converter.dfloat11.layout import CODES, THREAD_BYTES, THREADS, joined
 from df11.converter.kernels import count_exponents
-from df11.converter.restore_file import decoded_blocks
+from df11.converter.restore_file import decoded_blocks, restored_layout
 from df11.converter.source import Progress
 from df11.formats import errors, framing
 from df11.formats.container import Container
@@ -254,8 +254,19 @@ class ExportedFile(File):
         raise self.changed()
 
 
-def plain_tensors(store: Store, file: Entry) -> list[Tensor]:
-    """The tensors of a container, as they are decoded."""
+def held_tensors(store: Store, file: Entry) -> list[Tensor]:
+    """The tensors of a container, as it holds them: what was F32 of BF16 values is BF16."""
     with Container(store.locate(file.name)) as container:
-        infos: list[Any] = [container.info(name) for name in container.keys()]
-    return [Tensor(file, framing.Entry(info.name, info.dtype, info.shape, 0, 0), info.name) for info in infos]
+        infos = [container.info(name) for name in container.keys()]
+    return [_tensor(file, info.name, info.dtype, info.shape) for info in infos]
+
+
+def restored_tensors(store: Store, file: Entry) -> list[Tensor]:
+    """The tensors of a container in the dtypes that ``df11 restore --bf16`` gives them, those of the source."""
+    with Container(store.locate(file.name)) as container:
+        entries = {entry.name: entry for entry in restored_layout(container, bf16=True).entries}
+        return [_tensor(file, name, entries[name].dtype, entries[name].shape) for name in container.keys()]
+
+
+def _tensor(file: Entry, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    return Tensor(file, framing.Entry(name, dtype, shape, 0, 0), name)

@@ -57,7 +57,8 @@ class Range:
     ``record``, ``output``: addresses, of the record's first byte (a multiple of 16) and of the first weight written.
     Whoever makes a Range guarantees its sizes: ``record_size`` bytes can be read, ``last - first`` weights written, and
     ``last <= element_count``. ``owner``: what holds the record's memory, if the record stays there for longer than a
-    call; a decoder may keep what it has learnt of the record for as long.
+    call; a decoder may keep what it has learnt of the record for as long. ``kind``: what the record holds; only the CPU
+    decodes others than BF16.
     """
 
     record: int
@@ -68,6 +69,7 @@ class Range:
     last: int
     output: int
     owner: object = None
+    kind: layout.Kind = layout.BF16
 
 
 def blocks_of(part: Range, tiles_per_block: int) -> int:

@@ -61,6 +61,12 @@ static int require(int condition, const char *what)
     return condition;
 }
 
+/* Whether there is such a dtype, with so many planes that can be left out. */
+static int check_kind(unsigned kind, unsigned left_out)
+{
+    return require(kind >= BF16 && kind < KINDS, "kind") && require(left_out < df11_splits[kind].planes, "left_out");
+}
+
 /* Decoding. */
 
 static const char TABLE[] = "df11.table";
@@ -70,19 +76,21 @@ static void free_table(PyObject *capsule)
     free(PyCapsule_GetPointer(capsule, TABLE));
 }
 
-/* (section, alphabet size) -> a table that cannot be changed from outside, or the status. */
+/* (section, alphabet size, kind) -> a table that cannot be changed from outside, or the status. */
 static PyObject *build_decode_table(PyObject *module, PyObject *arguments)
 {
     PyObject *section, *capsule;
     Py_ssize_t size;
+    unsigned kind;
     Py_buffer buffer;
     (void)module;
 
-    if (!PyArg_ParseTuple(arguments, "On", &section, &size) || !require(size >= 1 && size <= 256, "alphabet size")
+    if (!PyArg_ParseTuple(arguments, "OnI", &section, &size, &kind)
+        || !require(size >= 1 && size <= 256, "alphabet size") || !check_kind(kind, 0)
         || get_buffer(section, &buffer, "section", 1, size + (size * size + 1) / 2, 0) < 0)
         return NULL;
     uint32_t *table = calloc(TABLE_SIZE, sizeof *table);
-    enum df11_status status = table ? df11_build_decode_table(buffer.buf, (unsigned)size, table) : OK;
+    enum df11_status status = table ? df11_build_decode_table(buffer.buf, (unsigned)size, kind, table) : OK;
     PyBuffer_Release(&buffer);
     if (!table)
         return PyErr_NoMemory();
@@ -100,7 +108,11 @@ static PyObject *build_decode_table(PyObject *module, PyObject *arguments)
 static int check_sections(const struct df11_segment *segment, uint64_t end)
 {
     uint64_t tiles = ((uint64_t)segment->elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS;
+    uint64_t planes[MOST_PLANES + 1];
 
+    if (!check_kind(segment->kind, segment->left_out))
+        return 0;
+    place_planes(segment, planes);
     return require(segment->elements >= 1 && segment->elements <= MAX_SEGMENT_WEIGHTS, "elements")
            && require(segment->lane_bytes == 1 || segment->lane_bytes == 2, "lane_bytes")
            && require(end >= STREAM_END && end <= UINT32_MAX && segment->tiles_offset <= end
@@ -109,7 +121,7 @@ static int check_sections(const struct df11_segment *segment, uint64_t end)
                       "an offset lies outside the segment")
            && require(segment->tiles_offset + 8 * tiles <= end
                           && segment->lanes_offset + LANES * segment->lane_bytes * tiles <= end
-                          && segment->sign_mantissa_offset + segment->elements <= end,
+                          && planes[MOST_PLANES] <= end,
                       "a section does not fit the segment");
 }
 
@@ -117,22 +129,27 @@ static int check_sections(const struct df11_segment *segment, uint64_t end)
 static PyObject *each_tile(PyObject *arguments, int compare)
 {
     PyObject *bytes, *capsule, *weights;
+    unsigned kind, left_out;
     unsigned long long elements, lane_bytes, tiles, lanes, sign_mantissa, stream, first, last;
     Py_buffer buffers[2];
 
-    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKKO", &bytes, &capsule, &elements, &lane_bytes, &tiles, &lanes,
-                          &sign_mantissa, &stream, &first, &last, &weights)
+    if (!PyArg_ParseTuple(arguments, "OOIIKKKKKKKKO", &bytes, &capsule, &kind, &left_out, &elements, &lane_bytes,
+                          &tiles, &lanes, &sign_mantissa, &stream, &first, &last, &weights)
+        || !check_kind(kind, left_out)
         || !require(elements <= MAX_SEGMENT_WEIGHTS && lane_bytes <= 2, "elements or lane_bytes")
         || !require(first <= last && last <= (elements + TILE_WEIGHTS - 1) / TILE_WEIGHTS, "tiles"))
         return NULL;
     unsigned long long end = last * TILE_WEIGHTS < elements ? last * TILE_WEIGHTS : elements;
     Py_ssize_t count = first < last ? (Py_ssize_t)(end - first * TILE_WEIGHTS) : 0;
-    struct wanted wanted[] = {{bytes, "segment", 1, 0, 0}, {weights, "weights", 2, count, !compare}};
+    struct wanted wanted[] = {{bytes, "segment", 1, 0, 0},
+                              {weights, "weights", df11_splits[kind].bytes, count, !compare}};
     const uint32_t *table = PyCapsule_GetPointer(capsule, TABLE);
     if (!table || get_buffers(wanted, buffers, 2) < 0)
         return NULL;
     struct df11_segment segment = {buffers[0].buf,
                                    (uint64_t)buffers[0].len,
+                                   kind,
+                                   left_out,
                                    (uint32_t)elements,
                                    (uint32_t)lane_bytes,
                                    tiles,
@@ -214,14 +231,15 @@ static PyObject *build_code(PyObject *module, PyObject *arguments)
     PyObject *capsule, *weights;
     Py_buffer buffer;
     struct df11_code code;
+    unsigned kind;
     (void)module;
 
-    if (!PyArg_ParseTuple(arguments, "OO", &capsule, &weights))
+    if (!PyArg_ParseTuple(arguments, "OOI", &capsule, &weights, &kind) || !check_kind(kind, 0))
         return NULL;
-    if (get_buffer(weights, &buffer, "weights", 2, 2, 0) < 0)
+    if (get_buffer(weights, &buffer, "weights", df11_splits[kind].bytes, 2, 0) < 0)
         return NULL;
     struct owned_encoder *owned = take_encoder(capsule);
-    uint64_t count = (uint64_t)buffer.len / 2;
+    uint64_t count = (uint64_t)buffer.len / df11_splits[kind].bytes;
     int valid = owned && require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment");
     if (valid) {
         struct df11_counts *counts = df11_encoder_counts(owned->encoder);
@@ -230,7 +248,7 @@ static PyObject *build_code(PyObject *module, PyObject *arguments)
             memset(counts, 0, sizeof *counts);
     }
     if (valid) {
-        Py_BEGIN_ALLOW_THREADS df11_build_code(owned->encoder, buffer.buf, count, &code);
+        Py_BEGIN_ALLOW_THREADS df11_build_code(owned->encoder, kind, buffer.buf, count, &code);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&buffer);
@@ -257,24 +275,27 @@ static PyObject *exponents(PyObject *module, PyObject *capsule)
 static PyObject *encode_tiles(PyObject *module, PyObject *arguments)
 {
     PyObject *capsule, *weights, *out;
+    unsigned kind, left_out;
     unsigned long long filler, lane_bytes, tiles, lanes, sign_mantissa, stream, end;
     Py_buffer buffers[2];
     (void)module;
 
-    if (!PyArg_ParseTuple(arguments, "OOKKKKKKKO", &capsule, &weights, &filler, &lane_bytes, &tiles, &lanes,
-                          &sign_mantissa, &stream, &end, &out)
+    if (!PyArg_ParseTuple(arguments, "OOIIKKKKKKKO", &capsule, &weights, &kind, &left_out, &filler, &lane_bytes, &tiles,
+                          &lanes, &sign_mantissa, &stream, &end, &out)
+        || !check_kind(kind, left_out)
         || !require(filler < SYMBOLS && lane_bytes <= 2 && end <= UINT32_MAX, "filler, lane_bytes or end"))
         return NULL;
-    struct wanted wanted[] = {{weights, "weights", 2, 1, 0}, {out, "out", 1, (Py_ssize_t)end + ENCODE_SLACK, 1}};
+    struct wanted wanted[] = {{weights, "weights", df11_splits[kind].bytes, 1, 0},
+                              {out, "out", 1, (Py_ssize_t)end + ENCODE_SLACK, 1}};
     if (get_buffers(wanted, buffers, 2) < 0)
         return NULL;
     struct owned_encoder *owned = take_encoder(capsule);
-    uint64_t count = (uint64_t)buffers[0].len / 2, found = 0;
+    uint64_t count = (uint64_t)buffers[0].len / df11_splits[kind].bytes, found = 0;
     int64_t size = 0;
     int valid = owned && require(count <= MAX_SEGMENT_WEIGHTS, "too many weights for a segment");
     if (valid) {
-        struct df11_segment layout = {NULL,   0,   (uint32_t)count, (uint32_t)lane_bytes, tiles, lanes, sign_mantissa,
-                                      stream, NULL};
+        struct df11_segment layout = {NULL,  0,     kind,          left_out, (uint32_t)count, (uint32_t)lane_bytes,
+                                      tiles, lanes, sign_mantissa, stream,   NULL};
         valid = check_sections(&layout, end);
         if (valid) {
             Py_BEGIN_ALLOW_THREADS size = df11_encode_tiles(owned->encoder, buffers[0].buf, &layout, (unsigned)filler,
@@ -291,35 +312,57 @@ static PyObject *encode_tiles(PyObject *module, PyObject *arguments)
 static PyObject *count_exponents(PyObject *module, PyObject *arguments)
 {
     PyObject *weights, *out;
+    unsigned kind;
     Py_buffer buffers[2];
     (void)module;
 
-    if (!PyArg_ParseTuple(arguments, "OO", &weights, &out))
+    if (!PyArg_ParseTuple(arguments, "OOI", &weights, &out, &kind) || !check_kind(kind, 0))
         return NULL;
-    struct wanted wanted[] = {{weights, "weights", 2, 0, 0}, {out, "counts", 8, 256, 1}};
+    struct wanted wanted[] = {{weights, "weights", df11_splits[kind].bytes, 0, 0}, {out, "counts", 8, 256, 1}};
     if (get_buffers(wanted, buffers, 2) < 0)
         return NULL;
-    Py_BEGIN_ALLOW_THREADS df11_count_exponents(buffers[0].buf, (uint64_t)buffers[0].len / 2, buffers[1].buf);
+    Py_BEGIN_ALLOW_THREADS df11_count_exponents(
+        kind, buffers[0].buf, (uint64_t)buffers[0].len / df11_splits[kind].bytes, buffers[1].buf);
     Py_END_ALLOW_THREADS release_buffers(buffers, 2);
     Py_RETURN_NONE;
 }
 
+/* (source, out, round): round F32 bits to BF16 bits, or take their upper halves; returns whether rounding was exact. */
 static PyObject *cast_f32(PyObject *module, PyObject *arguments)
 {
     PyObject *source, *out;
     Py_buffer buffers[2];
-    int exact;
+    int rounded, exact = 1;
     (void)module;
 
-    if (!PyArg_ParseTuple(arguments, "OO", &source, &out) || get_buffer(source, &buffers[0], "source", 4, 0, 0) < 0)
+    if (!PyArg_ParseTuple(arguments, "OOp", &source, &out, &rounded)
+        || get_buffer(source, &buffers[0], "source", 4, 0, 0) < 0)
         return NULL;
     if (get_buffer(out, &buffers[1], "out", 2, buffers[0].len / 4, 1) < 0) {
         PyBuffer_Release(&buffers[0]);
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS exact = df11_cast_f32(buffers[0].buf, (uint64_t)buffers[0].len / 4, buffers[1].buf);
+    Py_BEGIN_ALLOW_THREADS if (rounded) exact =
+        df11_cast_f32(buffers[0].buf, (uint64_t)buffers[0].len / 4, buffers[1].buf);
+    else df11_narrow_f32(buffers[0].buf, (uint64_t)buffers[0].len / 4, buffers[1].buf);
     Py_END_ALLOW_THREADS release_buffers(buffers, 2);
     return PyBool_FromLong(exact);
+}
+
+static PyObject *any_bits(PyObject *module, PyObject *arguments)
+{
+    PyObject *weights;
+    Py_buffer buffer;
+    unsigned kind;
+    uint32_t bits;
+    (void)module;
+
+    if (!PyArg_ParseTuple(arguments, "OI", &weights, &kind) || !check_kind(kind, 0)
+        || get_buffer(weights, &buffer, "weights", 1, 0, 0) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS bits = df11_any_bits(kind, buffer.buf, (uint64_t)buffer.len / df11_splits[kind].bytes);
+    Py_END_ALLOW_THREADS PyBuffer_Release(&buffer);
+    return PyLong_FromUnsignedLong(bits);
 }
 
 /* DFloat11's layout. */
@@ -561,6 +604,7 @@ static PyMethodDef methods[] = {
     {"encode_tiles", encode_tiles, METH_VARARGS, NULL},
     {"count_exponents", count_exponents, METH_VARARGS, NULL},
     {"cast_f32", cast_f32, METH_VARARGS, NULL},
+    {"any_bits", any_bits, METH_VARARGS, NULL},
     {"dfloat11_table", dfloat11_table, METH_VARARGS, NULL},
     {"dfloat11_decode", dfloat11_decode, METH_VARARGS, NULL},
     {"dfloat11_encode", dfloat11_encode, METH_VARARGS, NULL},

@@ -28,10 +28,12 @@ DFLOAT11_BAD_END: int
 DFLOAT11_SLACK: int
 INSTRUCTIONS: str
 
-def build_decode_table(section: NDArray[Any], alphabet_size: int, /) -> Table | int: ...
+def build_decode_table(section: NDArray[Any], alphabet_size: int, kind: int, /) -> Table | int: ...
 def decode_tiles(
     segment: NDArray[Any],
     table: Table,
+    kind: int,
+    left_out: int,
     elements: int,
     lane_bytes: int,
     tiles_offset: int,
@@ -46,6 +48,8 @@ def decode_tiles(
 def compare_tiles(
     segment: NDArray[Any],
     table: Table,
+    kind: int,
+    left_out: int,
     elements: int,
     lane_bytes: int,
     tiles_offset: int,
@@ -58,11 +62,13 @@ def compare_tiles(
     /,
 ) -> tuple[int, int]: ...
 def new_encoder() -> Encoder: ...
-def build_code(encoder: Encoder, weights: NDArray[Any], /) -> tuple[int, bytes, int, int]: ...
+def build_code(encoder: Encoder, weights: NDArray[Any], kind: int, /) -> tuple[int, bytes, int, int]: ...
 def exponents(encoder: Encoder, /) -> bytes: ...
 def encode_tiles(
     encoder: Encoder,
     weights: NDArray[Any],
+    kind: int,
+    left_out: int,
     filler: int,
     lane_bytes: int,
     tiles_offset: int,
@@ -73,8 +79,9 @@ def encode_tiles(
     out: NDArray[Any],
     /,
 ) -> tuple[int, int]: ...
-def count_exponents(weights: NDArray[Any], counts: NDArray[Any], /) -> None: ...
-def cast_f32(source: NDArray[Any], out: NDArray[Any], /) -> bool: ...
+def count_exponents(weights: NDArray[Any], counts: NDArray[Any], kind: int, /) -> None: ...
+def cast_f32(source: NDArray[Any], out: NDArray[Any], rounded: bool, /) -> bool: ...
+def any_bits(weights: NDArray[Any], kind: int, /) -> int: ...
 def dfloat11_table(luts: NDArray[Any], rows: int, /) -> DFloat11Table | int: ...
 def dfloat11_decode(
     table: DFloat11Table,

@@ -57,6 +57,18 @@ def test_cores_beside_those_of_another_checkout(build: Path, tmp_path: Path) -> 
             assert a / b == pytest.approx(pair, rel=1e-4)
 
 
+def test_dtypes(build: Path, tmp_path: Path) -> None:
+    assert bench.main(["dtypes", *SMALLEST, "--folder", str(tmp_path)]) == 0
+    found = {result.name: result.value for result in written(build)}
+    most = {"BF16": 0.68, "F16": 0.86, "F32": 0.85, "F32 that is BF16": 0.34}
+    most |= {"E4M3, a scale for a row": 0.86, "E5M2, a scale for a row": 0.75}
+    for name, ratio in most.items():
+        assert ratio - 0.06 < found[f"{name}: df11"] < ratio
+    for dtype in ("BF16", "F16", "F32", "F8_E4M3", "F8_E5M2"):
+        assert 0.001 < found[f"encode {dtype}"] < 1000
+        assert 0.001 < found[f"decode {dtype}: speed, {dtype} / BF16"] < 1000
+
+
 def test_omnigen2(build: Path, tmp_path: Path) -> None:
     assert bench.main(["omnigen2", *SMALLEST, "--scale", "0.0001", "--folder", str(tmp_path)]) == 0
     found = {(result.name, result.unit): result.value for result in written(build)}

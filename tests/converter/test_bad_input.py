@@ -437,8 +437,8 @@ def wrong_encoder(monkeypatch):
 
     right = Encoder.encode_tiles
 
-    def encode_tiles(self, weights, code, lane_bytes, sections, end, out):
-        result = right(self, weights, code, lane_bytes, sections, end, out)
+    def encode_tiles(self, weights, kind, left_out, code, lane_bytes, sections, end, out):
+        result = right(self, weights, kind, left_out, code, lane_bytes, sections, end, out)
         out[sections["sign_mantissa_offset"] + 77] ^= 1
         return result
 

@@ -79,7 +79,7 @@ def test_a_container_is_a_safetensors_file_with_the_same_names(kind, tmp_path):
         if value["encoding"] == "df11":
             assert header[name]["data_offsets"][0] % 16 == 0
             assert header[name]["dtype"] == "U8"
-            assert expected[name]["dtype"] == "BF16"
+            assert expected[name]["dtype"] in ("BF16", "F16", "F32", "F8_E4M3", "F8_E5M2")
             assert stored[name][:4] == b"DF11"
         else:
             assert stored[name] == tensors[name]
@@ -228,14 +228,6 @@ def test_one_value_that_changes_makes_a_tensor_inexact(bits, tmp_path):
     source = sources.write(tmp_path / "x.safetensors", [Tensor("a", "F32", values.shape, values.tobytes())])
     (file,) = df11.convert(source, tmp_path / "x.df11", cast="bf16").files
     assert (file.cast_tensors, file.exact_tensors) == (1, 0)
-
-
-def test_without_a_cast_f32_is_kept(tmp_path):
-    source = sources.write(tmp_path / "x.safetensors", [f32("a", (100, 100), 1, exact=True)])
-    (file,) = df11.convert(source, tmp_path / "x.df11").files
-    assert (file.cast_tensors, file.exact_tensors) == (0, 0)
-    with df11.open(tmp_path / "x.df11") as container:
-        assert (container.info("a").dtype, container.info("a").exact) == ("F32", None)
 
 
 # The same bytes under all circumstances.

@@ -9,6 +9,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import df11
@@ -595,3 +596,18 @@ def test_the_client_counts_into_the_bound(hub, tmp_path):
     assert (
         commands.peak_memory("convert", "hf://me/m", tmp_path / "out", "--max-memory", f"{needed}MiB") <= needed << 20
     )
+
+
+def test_f32_that_turns_out_not_to_be_bf16_is_read_again(hub, tmp_path):
+    """Its first segment is fetched twice, while the reader is further ahead; what follows is not disturbed."""
+    values = np.frombuffer(f32("", (2 * sources.SEGMENT,), exact=True).data, "<u4").copy()
+    values[-7] |= 1
+    late = sources.Tensor("late", "F32", values.shape, values.tobytes())
+    tensors = [bf16("a", (300, 200)), late, *(bf16(f"after.{i}", (1000, 999), i) for i in range(5))]
+    path = sources.write(tmp_path / "late" / "x.safetensors", tensors)
+    hub.create("me/late").commit({"x.safetensors": path})
+    df11.convert("hf://me/late/x.safetensors", tmp_path / "x.df11")
+    df11.convert(path, tmp_path / "y.df11")
+    assert (tmp_path / "x.df11").read_bytes() == (tmp_path / "y.df11").read_bytes()
+    with df11.open(tmp_path / "x.df11") as container:
+        assert (container.info("late").dtype, container.info("late").encoding) == ("F32", "df11")

@@ -44,7 +44,7 @@ def lengths_of(section: bytes, size: int) -> dict[int, int]:
 
 def code_of(weights: Weights) -> dict[int, int]:
     """The code that the encoder chooses, even if it would not use it."""
-    code = kernels.Encoder().build_code(weights)
+    code = kernels.Encoder().build_code(weights, layout.BF16)
     return lengths_of(code.section.tobytes(), code.alphabet_size)
 
 
@@ -296,7 +296,7 @@ def table_of(lengths: dict[int, int], edit: tuple[int, int] | None = None) -> tu
     data = np.frombuffer(bytearray(section), np.uint8)
     if edit is not None:
         data[edit[0]] = edit[1]
-    table = build_decode_table(data, size)
+    table = build_decode_table(data, size, layout.BF16)
     if isinstance(table, int):
         return table, np.empty(0, np.uint32)
     return OK, np.frombuffer(ctypes.string_at(POINTER(table, b"df11.table"), 4 * 4096), np.uint32)
@@ -480,7 +480,7 @@ def test_what_is_counted_while_it_is_hashed_gives_the_same_code(weights, before)
     alone, along, digest = kernels.Encoder(), kernels.Encoder(), kernels.Sha256(before)
     digest.update_counting(weights.view(np.uint8), along)
     assert digest.hexdigest() == hashlib.sha256(before + weights.tobytes()).hexdigest()
-    expected, code = alone.build_code(weights), along.build_code(weights)
+    expected, code = alone.build_code(weights, layout.BF16), along.build_code(weights, layout.BF16)
     assert code.section.tobytes() == expected.section.tobytes()
     assert (code.bits, code.filler) == (expected.bits, expected.filler)
     assert np.array_equal(along.exponents(), alone.exponents())
@@ -489,11 +489,12 @@ def test_what_is_counted_while_it_is_hashed_gives_the_same_code(weights, before)
 @pytest.mark.skipif("sha" not in _kernels.INSTRUCTIONS, reason="nothing is counted along on this CPU")
 def test_counts_of_other_weights_are_not_used():
     encoder, digest, weights = kernels.Encoder(), kernels.Sha256(), np.zeros(100, np.uint16)
-    expected = encoder.build_code(weights[:50]).section.tobytes()
+    expected = encoder.build_code(weights[:50], layout.BF16).section.tobytes()
     digest.update_counting(weights.view(np.uint8) + 1, encoder)
     with pytest.raises(ValueError, match="other weights"):
-        encoder.build_code(weights[:50])
-    assert encoder.build_code(weights[:50]).section.tobytes() == expected  # The counts are dropped.
+        encoder.build_code(weights[:50], layout.BF16)
+    assert encoder.build_code(weights[:50], layout.BF16).section.tobytes() == expected  # The counts are dropped.
     for _ in range(2):  # An abandoned segment: the next one counts again.
         digest.update_counting(weights.view(np.uint8), encoder)
-    assert encoder.build_code(weights).section.tobytes() == kernels.Encoder().build_code(weights).section.tobytes()
+    fresh = kernels.Encoder().build_code(weights, layout.BF16)
+    assert encoder.build_code(weights, layout.BF16).section.tobytes() == fresh.section.tobytes()

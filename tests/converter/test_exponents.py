@@ -46,5 +46,6 @@ def test_what_is_kept_of_a_tensor(counts):
 @pytest.mark.parametrize("dtype", sorted(framing.DTYPE_BITS))
 def test_which_tensors_have_exponents(dtype):
     most = layout.MAX_RECORD_WEIGHTS
-    found = [has_exponents(dtype, elements) for elements in (0, 1, most, most + 1)]
+    found = [has_exponents("verbatim", dtype, elements) for elements in (0, 1, most, most + 1)]
     assert found == [False, dtype == "BF16", dtype == "BF16", False]
+    assert has_exponents("df11", dtype, 1)

@@ -40,9 +40,16 @@ def test_the_measure_sees_memory():
         ("BF16", {"uniform": True}, ["--jobs", "16"]),
         ("F32", {}, ["--cast", "bf16"]),
         ("F32", {"uniform": True}, ["--cast", "bf16", "--jobs", "16"]),
+        ("F32", {}, []),
+        ("F32", {"uniform": True}, ["--jobs", "16"]),
         ("F32", {"sparse": True}, []),
+        ("F16", {"uniform": True}, ["--jobs", "16"]),
+        ("I32", {"sparse": True}, []),
     ],
-    ids=["weights", "random bits, many jobs", "cast", "cast of random bits, many jobs", "verbatim"],
+    ids=[
+        *("weights", "random bits, many jobs", "cast", "cast of random bits, many jobs", "F32"),
+        *("F32 of random bits, many jobs", "F32 that is BF16", "F16 of random bits, many jobs", "verbatim"),
+    ],
 )
 def test_a_conversion(dtype, options, arguments, large):
     source, container, _ = large(dtype, **options)

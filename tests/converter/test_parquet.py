@@ -235,7 +235,7 @@ def test_every_column_is_needed_with_its_type(small):
 
 VALUES = {
     "file": ["", "y.df11", "../x.df11", "x" * 100_000],
-    "dtype": ["", "BF17", "F16"],
+    "dtype": ["", "BF17", "I16"],
     "shape": [[], [-1], [2**62] * 64, [1] * 65, [70_001]],
     "encoding": ["", "raw", "verbatim"],
     "stored_bytes": [-1, 0, 2**63 - 1],

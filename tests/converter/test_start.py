@@ -110,9 +110,9 @@ def leaves(group: options.Group, *before: str) -> dict[tuple[str, ...], options.
 
 LEAVES = leaves(cli.COMMANDS)
 SPELLINGS = (
-    "--threads -j --jobs --max-memory --max-disk --cast --verify --no-verify --resume --no-resume --force --dry-run "
-    "--json --quiet -q --debug --against --bf16 --engine --private --public --include --exclude --allow-missing "
-    "--output -o --shapes --to --patterns --file-per-unit --help --version --nonsense --thread "
+    "--threads -j --jobs --max-memory --max-disk --cast --keep-f32 --verify --no-verify --resume --no-resume --force "
+    "--dry-run --json --quiet -q --debug --against --bf16 --engine --private --public --include --exclude "
+    "--allow-missing --output -o --shapes --to --patterns --file-per-unit --help --version --nonsense --thread "
 )
 VALUES = [
     "a",

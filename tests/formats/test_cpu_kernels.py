@@ -107,8 +107,8 @@ def words(count: int, dtype: type = np.uint8) -> np.ndarray:
 
 
 SEGMENT, OUT = words(4096), words(100, np.uint16)
-TABLE = _kernels.build_decode_table(np.frombuffer(bytes([127, 1]), np.uint8), 1)
-SOUND = (SEGMENT, TABLE, 100, 1, 48, 64, 96, 208, 0, 1, OUT)
+TABLE = _kernels.build_decode_table(np.frombuffer(bytes([127, 1]), np.uint8), 1, 1)
+SOUND = (SEGMENT, TABLE, 1, 0, 100, 1, 48, 64, 96, 208, 0, 1, OUT)
 """A segment of 100 weights whose sections fit, with damaged content."""
 
 
@@ -122,15 +122,17 @@ def test_a_damaged_segment_of_sound_sizes_is_taken():
     [
         (0, [SEGMENT[:200], words(4096, np.uint16), SEGMENT[::2]]),
         (1, [words(4096, np.uint32), None, _kernels.new_encoder()]),
-        (2, [0, 101, 4096, (1 << 24) + 1, 1 << 32, -1]),
-        (3, [0, 3, 256]),
-        (4, [4089, 1 << 32, 1 << 63, -1]),
-        (5, [4065, 1 << 63]),
-        (6, [3997, 1 << 63]),
-        (7, [4081, 1 << 63]),
-        (8, [2, 1 << 63]),
-        (9, [2, 1 << 63]),
-        (10, [OUT[:99], OUT[::-1], words(201)[1:].view(np.uint16), words(100, np.uint32)]),
+        (2, [0, 3, 4, 5, 6]),
+        (3, [1, 2]),
+        (4, [0, 101, 4096, (1 << 24) + 1, 1 << 32, -1]),
+        (5, [0, 3, 256]),
+        (6, [4089, 1 << 32, 1 << 63, -1]),
+        (7, [4065, 1 << 63]),
+        (8, [3985, 1 << 63]),
+        (9, [4081, 1 << 63]),
+        (10, [2, 1 << 63]),
+        (11, [2, 1 << 63]),
+        (12, [OUT[:99], OUT[::-1], words(201)[1:].view(np.uint16), words(100, np.uint32)]),
     ],
 )
 def test_what_does_not_fit_is_refused(place, values):
@@ -151,24 +153,24 @@ def test_read_only_memory_is_read_and_not_written():
 @pytest.mark.parametrize("size", [0, -1, 257, 1 << 32])
 def test_an_alphabet_of_no_possible_size_is_refused(size):
     with pytest.raises((ValueError, OverflowError)):
-        _kernels.build_decode_table(words(40_000), size)
+        _kernels.build_decode_table(words(40_000), size, 1)
 
 
 def test_a_section_must_be_whole():
     with pytest.raises(ValueError, match="section"):
-        _kernels.build_decode_table(words(2), 2)
+        _kernels.build_decode_table(words(2), 2, 1)
 
 
 def test_an_encoder_serves_one_thread_at_a_time():
     """Other threads get an error: the interpreter lock, which is released, does not keep them out."""
     encoder, failed = _kernels.new_encoder(), []
     weights = [strategies.make("gaussian", 1 << 21, seed) for seed in range(4)]
-    expected = [_kernels.build_code(_kernels.new_encoder(), part) for part in weights]
+    expected = [_kernels.build_code(_kernels.new_encoder(), part, 1) for part in weights]
 
     def build(number: int) -> None:
         for _ in range(20):
             try:
-                assert _kernels.build_code(encoder, weights[number]) == expected[number]
+                assert _kernels.build_code(encoder, weights[number], 1) == expected[number]
             except ValueError as error:
                 failed.append(str(error))
 
@@ -180,24 +182,25 @@ def test_an_encoder_serves_one_thread_at_a_time():
 def test_encoding_refuses_what_does_not_fit():
     encoder = _kernels.new_encoder()
     weights = np.full(100, 0x3F80, np.uint16)
-    size, section, _, filler = _kernels.build_code(encoder, weights)
+    size, section, _, filler = _kernels.build_code(encoder, weights, 1)
     assert (size, filler, len(section)) == (1, 0x7F7F, 2)
-    sound = (encoder, weights, filler, 1, 48, 64, 96, 208, 232, words(232 + 8192))
+    sound = (encoder, weights, 1, 0, filler, 1, 48, 64, 96, 208, 232, words(232 + 8192))
     assert _kernels.encode_tiles(*sound) == (_kernels.NOT_SMALLER, 0)
-    wrong = {1: weights[:0], 2: 1 << 16, 3: 0, 4: 232, 5: 233, 6: 200, 7: 217, 8: 220, 9: words(232 + 8191)}
+    wrong = {1: weights[:0], 2: 3, 3: 1, 4: 1 << 16, 5: 0, 6: 232, 7: 233, 8: 200, 9: 217, 10: 220}
+    wrong[11] = words(232 + 8191)
     for place, value in wrong.items():
         with pytest.raises((ValueError, OverflowError)):
             _kernels.encode_tiles(*sound[:place], value, *sound[place + 1 :])
     with pytest.raises(ValueError, match="weights"):
-        _kernels.build_code(encoder, weights[:1])
+        _kernels.build_code(encoder, weights[:1], 1)
     with pytest.raises(ValueError, match="too many"):
-        _kernels.build_code(encoder, words((1 << 24) + 2, np.uint16))
+        _kernels.build_code(encoder, words((1 << 24) + 2, np.uint16), 1)
     with pytest.raises(ValueError, match="PyCapsule"):
-        _kernels.build_code(object(), weights)
+        _kernels.build_code(object(), weights, 1)
     with pytest.raises(ValueError, match="out"):
-        _kernels.cast_f32(words(3, np.uint32), words(2, np.uint16))
+        _kernels.cast_f32(words(3, np.uint32), words(2, np.uint16), True)
     with pytest.raises(ValueError, match="counts"):
-        _kernels.count_exponents(weights, words(255, np.int64))
+        _kernels.count_exponents(weights, words(255, np.int64), 1)
 
 
 def test_a_container_is_the_same_with_portable_code(tmp_path):

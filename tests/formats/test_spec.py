@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,55 @@ def test_limits() -> None:
     }
 
 
+@dataclass(frozen=True)
+class Row:
+    """A dtype in the table of section 1."""
+
+    dtype: str
+    code: int
+    bits: int
+    exponent_bits: int
+    mantissa_bits: int
+    planes: tuple[int, ...]
+    feature: str | None
+
+    def plane_sizes(self, n: int) -> list[int]:
+        """Section 5: bytes of each plane of n weights."""
+        return [n if bits == 8 else 32 * bits * -(-n // 256) for bits in self.planes]
+
+
+ROWS = [
+    Row(row[0], *map(int, row[1:5]), tuple(map(int, row[5].split(", "))), row[6] or None)
+    for row in tables(SECTIONS["1"])[0][1:]
+]
+LEFT_OUT = {"F32": 2, "F16": 1}
+
+
+def test_the_dtypes_of_records() -> None:
+    declared = [
+        Row(kind.dtype, kind.code, 8 * kind.bytes, kind.exponent_bits, kind.mantissa_bits, kind.planes, kind.feature)
+        for kind in layout.KINDS.values()
+    ]
+    assert declared == ROWS
+    for row in ROWS:
+        assert row.bits == 1 + row.exponent_bits + row.mantissa_bits
+        assert sum(row.planes) == 1 + row.mantissa_bits
+        assert row.bits == framing.DTYPE_BITS[row.dtype]
+    assert "of F32 one or two, of F16 one, of other dtypes none" in flat(SECTIONS["5"])
+    assert {kind.dtype: kind.most_left_out for kind in layout.KINDS.values() if kind.most_left_out} == LEFT_OUT
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.dtype)
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 8192, 1 << 24])
-def test_sizes_of_a_segment(n: int) -> None:
+def test_sizes_of_a_segment(n: int, row: Row) -> None:
     (cell,) = (row[1] for row in tables(SECTIONS["10"])[0] if row[0].startswith("size of a segment"))
-    sums = re.findall(r"align16\((.*?)\)", cell.replace("2n", "2 * n"))
-    assert tuple(layout.align(eval(text, {"n": n})) for text in sums) == layout.segment_size_range(n)
-    assert "segment_size = align16(32 + 2n)" in flat(SECTIONS["5"])
-    assert layout.raw_segment_size(n) == layout.align(32 + 2 * n)
+    sums = re.findall(r"align16\((.*?)\)", cell.replace(" x ", " * "))
+    p = -(-n * sum(row.planes[: len(row.planes) - LEFT_OUT.get(row.dtype, 0)]) // 8)
+    kind = layout.KINDS[row.dtype]
+    found = tuple(layout.align(int(eval(text, {"n": n, "p": p, "W": row.bits}))) for text in sums)
+    assert found == layout.segment_size_range(n, kind)
+    assert "segment_size = align16(32 + n x W / 8)" in flat(SECTIONS["5"])
+    assert layout.raw_segment_size(n, kind) == layout.align(32 + row.bits // 8 * n)
 
 
 def test_metadata_keys() -> None:
@@ -89,8 +132,8 @@ def test_metadata_keys() -> None:
     assert required == {**dict.fromkeys(layout.METADATA_KEYS, "yes"), layout.METADATA_MADE_FROM: "no"}
     assert [row[0].strip("`") for row in members[1:]] == ["encoding", "dtype", "shape", "exact", "xxh3"]
     assert f'the version of this document, `"{layout.VERSION}"`, exactly' in keys[1][1]
-    assert set() == layout.KNOWN_FEATURES
-    assert '`"[]"` in version 1' in keys[2][1]
+    assert {row.feature for row in ROWS if row.dtype != "BF16"} == layout.KNOWN_FEATURES
+    assert '`"[]"` if all records are BF16' in keys[2][1]
 
 
 @pytest.mark.parametrize(
@@ -114,10 +157,10 @@ def test_metadata_keys() -> None:
         ("2", f"multiple of {layout.RECORD_ALIGNMENT} of the data"),
         ("4", f'`{layout.MAGIC.hex(" ")}` ("{layout.MAGIC.decode()}")'),
         ("4", f"a multiple of {layout.TILE_WEIGHTS}, from {layout.TILE_WEIGHTS} to 2^24"),
-        ("4", f"| {layout.DTYPE_BF16} = BF16 |"),
+        ("4", f"its dtype: 1 to {len(layout.KINDS)}, section 1 |"),
         ("4", f"at offset {layout.RECORD_HEADER.size}: segment_count entries"),
         ("4", f"the first starts at {layout.RECORD_HEADER.size} + {layout.DIRECTORY_ENTRY.size} x segment_count"),
-        ("5", f"| encoding | {layout.ENCODING_RAW} | {layout.ENCODING_CODED} |"),
+        ("5", f"| encoding | {layout.ENCODING_RAW} | {layout.ENCODING_CODED} + L"),
         ("5", f"T = ceil(n / {layout.TILE_WEIGHTS}) tiles"),
         ("5", f"| {layout.TILE_DESCRIPTOR.size} x T |"),
         ("5", f"| {layout.LANES} x lane_bytes x T |"),
@@ -137,15 +180,17 @@ def test_constants(section: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("weights", "alphabet", "lane_bytes"), [(2, 1, 1), (8192, 40, 1), (8193, 3, 2), (1 << 21, 256, 2)]
 )
-def test_sections_of_a_segment(weights: int, alphabet: int, lane_bytes: int) -> None:
+@pytest.mark.parametrize(("row", "left_out"), [(row, n) for row in ROWS for n in range(LEFT_OUT.get(row.dtype, 0) + 1)])
+def test_sections_of_a_segment(weights: int, alphabet: int, lane_bytes: int, row: Row, left_out: int) -> None:
     # The column "starts at", evaluated as Python.
     names = {"K": alphabet, "n": weights, "T": -(-weights // 8192), "lane_bytes": lane_bytes, "align16": layout.align}
+    names["P"] = sum(map(layout.align, row.plane_sizes(weights)[: len(row.planes) - left_out]))
     found = {}
     for _, starts, _ in tables(SECTIONS["5"])[1][2:]:
         name, _, formula = starts.partition(" = ")
         formula = formula.replace("ceil(K x K / 2)", "(K * K + 1) // 2").replace(" x ", " * ")
         found[name] = names[name] = eval(formula, {}, names)
-    assert found == layout.segment_sections(weights, alphabet, lane_bytes)
+    assert found == layout.segment_sections(weights, alphabet, lane_bytes, layout.KINDS[row.dtype], left_out)
 
 
 def test_the_cast_names_the_dtypes_of_a_record() -> None:
@@ -231,4 +276,6 @@ def test_the_worked_container_decodes() -> None:
 
 def test_the_worked_tiles_decode() -> None:
     segment = forge.coded_segment(worked_example.TWO_TILES, worked_example.THREE)
-    assert reference.decode_segment(segment, len(worked_example.TWO_TILES)) == forge.u16s(worked_example.TWO_TILES)
+    assert reference.decode_segment(segment, len(worked_example.TWO_TILES), layout.BF16) == forge.u16s(
+        worked_example.TWO_TILES
+    )

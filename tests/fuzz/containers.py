@@ -19,7 +19,7 @@ import safetensors
 import df11
 from df11.converter.inspect import as_text, describe
 from df11.converter.restore_file import restore_file, restored_layout
-from df11.formats import errors, framing, reference
+from df11.formats import errors, framing, layout, reference
 from df11.formats.container import NUMPY_DTYPES, Container
 from df11.formats.record import Bytes, Place, open_record
 from tests.fuzz.edits import edit_bytes, edit_json, edit_json_text, edit_text, number
@@ -129,11 +129,12 @@ def read_record(data: bytes) -> None:
         record = open_record(read, len(data), Place())
         decoded = record.decode().tobytes()
         middle = record.element_count // 2
-        if record.decode(middle).tobytes() != decoded[2 * middle :]:
+        if record.decode(middle).tobytes() != decoded[record.kind.bytes * middle :]:
             raise Fault("a range of weights differs from the record")
     except errors.Df11Error as error:
         refusal = error
-    _compare(decoded, refusal, lambda: reference.decode_record(data))
+    kind = layout.KINDS_BY_CODE.get(int.from_bytes(data[5:6], "little"), layout.BF16)
+    _compare(decoded, refusal, lambda: reference.decode_record(data, None, kind.dtype))
 
 
 def convert_source(data: bytes) -> None:

@@ -73,13 +73,19 @@ def segment_of(data: bytes) -> cpu_kernels.Segment | None:
         return None
     header = SEGMENT.unpack(stored.tobytes())
     elements, size, lane_bytes = header["element_count"], header["alphabet_size"], header["lane_bytes"]
+    kind = layout.KINDS_BY_CODE.get(data[5])
+    left_out = header["encoding"] - layout.ENCODING_CODED
+    if kind is None or not 0 <= left_out <= kind.most_left_out:
+        return None
     if not 0 < elements <= MOST_WEIGHTS or not 0 < size <= 256 or lane_bytes not in (1, 2):
         return None
-    if layout.segment_sections(elements, size, lane_bytes)["stream_offset"] + layout.STREAM_END > len(stored):
+    sections = layout.segment_sections(elements, size, lane_bytes, kind, left_out)
+    if sections["stream_offset"] + layout.STREAM_END > len(stored):
         return None
     tiles = layout.tile_count(elements)
     first = len(data) % tiles
-    return cpu_kernels.Segment(stored, size, elements, lane_bytes, first, max(first + 1, tiles - len(data) // 16 % 2))
+    last = max(first + 1, tiles - len(data) // 16 % 2)
+    return cpu_kernels.Segment(stored, kind, left_out, size, elements, lane_bytes, first, last)
 
 
 def _decode_in_c(inputs: Sequence[bytes]) -> list[tuple[bytes, str]]:
@@ -134,6 +140,8 @@ def _part(data: bytes) -> cases.Part | None:  # noqa: F821 - what is imported on
         return None
     header = HEADER.unpack(data)
     elements, per_segment = header["element_count"], header["segment_elements"]
+    if header["dtype"] != layout.BF16.code:
+        return None
     if not 0 < elements <= MOST_WEIGHTS or per_segment % layout.TILE_WEIGHTS or not 0 < per_segment <= 1 << 24:
         return None
     return Part(np.frombuffer(data, np.uint8), elements, per_segment, 0, elements)

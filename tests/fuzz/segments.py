@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from df11.formats import errors, layout
-from df11.formats.record import Place, Segment, SegmentPlace
+from df11.formats.record import Place, Segment, SegmentPlace, weights_dtype
 from tests.fuzz.edits import edit_bytes, number
 from tests.support import strategies
 from tests.vectors import forge
@@ -17,14 +17,15 @@ HEADER, ENTRY, SEGMENT = layout.RECORD_HEADER, layout.DIRECTORY_ENTRY, layout.SE
 _SIZES = (1, 2, 3, 8, 9, 255, 256, 257, *(513, 1000, 1500, 2000, 3000) * 3)  # Few weights are seldom worth a code.
 
 
-def new_segment(random: Random, count: int | None = None) -> tuple[bytes, list[int]]:
+def new_segment(random: Random, dtype: layout.Kind, count: int | None = None) -> tuple[bytes, list[int]]:
     """A segment of some weights, in any legal code or raw, and the weights."""
     count = count or random.choice(_SIZES)
     flavour = random.choice(sorted(strategies.FLAVOURS))
-    weights: list[int] = strategies.make(flavour, count, random.getrandbits(32)).tolist()
+    bits = strategies.as_kind(strategies.make(flavour, count, random.getrandbits(32)), dtype, random.getrandbits(32))
+    weights: list[int] = bits.tolist()
     if random.random() < 0.15:
-        return forge.raw_segment(weights), weights
-    exponents = [forge.exponent(weight) for weight in weights]
+        return forge.raw_segment(weights, dtype), weights
+    exponents = [forge.exponent(weight, dtype) for weight in weights]
     pairs = list(zip(exponents[::2], exponents[1::2], strict=False)) or [(exponents[0], exponents[0])]
     symbols = list(
         dict.fromkeys(
@@ -32,18 +33,19 @@ def new_segment(random: Random, count: int | None = None) -> tuple[bytes, list[i
         )
     )
     kind = forge.staircase if len(symbols) in range(2, 14) and random.random() < 0.5 else forge.balanced
-    coded = forge.coded_segment(weights, kind(symbols), lane_bytes=2, pad=random.choice((0, 0, 255)))
-    if len(coded) > layout.raw_segment_size(count):
-        return forge.raw_segment(weights), weights
+    coded = forge.coded_segment(weights, kind(symbols), dtype, lane_bytes=2, pad=random.choice((0, 0, 255)))
+    if len(coded) > layout.raw_segment_size(count, dtype):
+        return forge.raw_segment(weights, dtype), weights
     return coded, weights
 
 
 def new_record(random: Random) -> bytes:
     """A valid record of one segment, rarely of two."""
+    dtype = random.choice([layout.BF16, *layout.KINDS.values()])
     if random.random() < 0.1:
-        parts = [new_segment(random, layout.TILE_WEIGHTS), new_segment(random)]
-        return forge.record(parts, layout.TILE_WEIGHTS)
-    return forge.record([new_segment(random)])
+        parts = [new_segment(random, dtype, layout.TILE_WEIGHTS), new_segment(random, dtype)]
+        return forge.record(parts, layout.TILE_WEIGHTS, dtype)
+    return forge.record([new_segment(random, dtype)], kind=dtype)
 
 
 def edit_record(data: bytes, random: Random) -> bytes:
@@ -124,6 +126,7 @@ def _edit_section(record: bytearray, start: int, header: dict[str, int], random:
 
 def _resized(record: bytearray, at: int, entry: dict[str, Any], random: Random) -> bytes:
     # Some bytes more or less, or another segment; sizes and offsets that follow are made right.
+    kind = layout.KINDS_BY_CODE.get(record[5], layout.BF16)
     start, size = entry["segment_offset"], entry["segment_size"]
     segment = record[start : start + size]
     where = random.choice((SEGMENT.size, size - 16, size, random.randrange(size + 1)))
@@ -134,7 +137,7 @@ def _resized(record: bytearray, at: int, entry: dict[str, Any], random: Random) 
             del segment[where : where + random.choice((16, 16, 32, 256))]
         case _:
             segment = bytearray(
-                new_segment(random, entry["element_count"] if entry["element_count"] < 2000 else None)[0]
+                new_segment(random, kind, entry["element_count"] if entry["element_count"] < 2000 else None)[0]
             )
     if len(segment) < SEGMENT.size:
         return bytes(record)
@@ -173,13 +176,14 @@ def decode(record: bytes | bytearray, entry: dict[str, int]) -> bytes | None:
     """The weights of a segment, whatever its checksums are; None if it is refused."""
     start, size = entry["segment_offset"], entry["segment_size"]
     segment = np.frombuffer(bytes(record[start : start + size]), np.uint8)
-    smallest, largest = layout.segment_size_range(entry["element_count"])
+    kind = layout.KINDS_BY_CODE.get(record[5], layout.BF16)
+    smallest, largest = layout.segment_size_range(entry["element_count"], kind)
     if len(segment) != size or not SEGMENT.size < smallest <= size <= largest or size % layout.RECORD_ALIGNMENT:
         return None
     place = SegmentPlace(start, size, entry["element_count"], 0, 0, 0)
-    out = np.zeros(entry["element_count"], np.uint16)
+    out = np.zeros(entry["element_count"], weights_dtype(kind))
     try:
-        Segment(segment, place, Place(), trusted=True).decode(out)
+        Segment(segment, place, Place(), kind, trusted=True).decode(out)
     except errors.Df11Error:
         return None
     return out.tobytes()

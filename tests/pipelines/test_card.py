@@ -151,7 +151,7 @@ def test_fields_come_first():
 )
 def test_source_card_that_says_nothing(source):
     data, body = parts(render(source=source))
-    assert data == {"base_model": "owner/name", "base_model_relation": "quantized", "tags": list(card.TAGS)}
+    assert data == {"base_model": "owner/name", "base_model_relation": "quantized", "tags": [*card.TAGS, "bfloat16"]}
     link = f"[owner/name](https://huggingface.co/owner/name/tree/{'c' * 40}/sub%20folder)"
     if source is None:
         assert f"The source has no model card here; see its repository, {link}" in body
@@ -170,7 +170,7 @@ def test_values_of_the_wrong_kind_are_left_out(value):
         f"{key}: {value}\n" for key in ("license", "license_link", "pipeline_tag", "library_name", "language", "tags")
     )
     data, _ = parts(render(source=f"---\n{lines}---\n"))
-    assert data == {"base_model": "owner/name", "base_model_relation": "quantized", "tags": list(card.TAGS)}
+    assert data == {"base_model": "owner/name", "base_model_relation": "quantized", "tags": [*card.TAGS, "bfloat16"]}
 
 
 def test_norwegian_and_several_licences():
@@ -261,7 +261,9 @@ def test_changed_values_are_said():
     assert "this **changed values**.\n" in body
     assert "in 1 of 2 files. **Their F32 originals cannot be restored from here**" in body
     assert "$ df11 restore --bf16 name-df11 restored" in body
-    rows = tables(body)[1][1:]
+    dtypes, proofs = tables(body)[1:3]
+    assert [row[0] for row in dtypes] == ["dtype of the source", "BF16", "F32, as BF16", "I64"]
+    rows = proofs[1:]
     manifest = made.model()
     assert [row[0] for row in rows] == ["text/model.safetensors", "vae/part.safetensors"]
     assert [row[2] for row in rows] == [file.source_sha256 for file in manifest.files]
@@ -355,6 +357,25 @@ def test_loading(content, library, line):
     assert "runtime.load_model(" in found
     assert ("import df11.runtime" in found) == ("from_pretrained" in found)
     assert found.count("from_pretrained(") <= 1
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "name"),
+    [
+        (["BF16", "F32"], "bfloat16"),
+        (["F16", "F16", "BF16"], "float16"),
+        (["F32", "I64", "F32", "BF16"], "float32"),
+        (["F8_E4M3", "F8_E4M3", "F16"], "float16"),
+        (["F8_E4M3"], "bfloat16"),
+    ],
+)
+def test_a_model_is_loaded_in_the_dtype_of_its_weights(dtypes, name):
+    """So that they stay compressed, and nothing is rounded."""
+    row = made.tensor("a.df11", "w", (300, 300))
+    rows = [dataclasses.replace(row, name=str(number), dtype=dtype) for number, dtype in enumerate(dtypes)]
+    text = render(made.manifest(*rows), configs=configs(config={"architectures": ["Qwen3ForCausalLM"]}))
+    assert re.findall(r"torch\.b?float\d+", code(text)) == [f"torch.{name}"] * 2
+    assert name in parts(text)[0]["tags"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 5000, '"x"'])
@@ -495,7 +516,7 @@ def test_same_arguments_same_card():
 
 def test_nothing_in_it():
     data, body = parts(render(made.manifest(), None, repository=None))
-    assert data == {"tags": list(card.TAGS)}
+    assert data == {"tags": [*card.TAGS, "bfloat16"]}
     assert "in 0 bytes" in body
 
 

@@ -31,7 +31,7 @@ def model(tmp_path):
 
 FILE_MEMBERS = {"event", "source", "output", "source_bytes", "output_bytes", "source_sha256", "tensors", "status"}
 DONE_MEMBERS = {"event", "files", "source_bytes", "output_bytes", "ratio", "seconds"}
-MORE_FILE_MEMBERS = {"cast_tensors", "exact_tensors"}
+MORE_FILE_MEMBERS = {"cast_tensors", "exact_tensors", "f32_tensors"}
 MORE_DONE_MEMBERS = {"copied"}
 
 
@@ -53,6 +53,7 @@ def test_the_events_of_a_conversion(model, tmp_path):
             "status": "converted",
             "cast_tensors": 0 if name == "a" else 2,
             "exact_tensors": 0 if name == "a" else 1,
+            "f32_tensors": 0,
         }
         assert set(file) == FILE_MEMBERS | MORE_FILE_MEMBERS
     assert set(done) == DONE_MEMBERS | MORE_DONE_MEMBERS
@@ -150,7 +151,7 @@ def test_text_is_for_people_and_goes_to_standard_error(model, tmp_path):
 def test_a_conversion_ends_with_a_summary(model, tmp_path):
     result = commands.run("convert", model, tmp_path / "out", "--cast", "bf16").fine()
     (line,) = result.err.splitlines()
-    assert re.search(r"2 files.*plus 1 copied; 2 tensors cast from F32, 1 of them unchanged", line)
+    assert re.search(r"2 files.*plus 1 copied; 2 F32 tensors stored as BF16, 1 of them without loss", line)
     (line,) = commands.run("convert", model, tmp_path / "out", "--cast", "bf16").fine().err.splitlines()
     assert "2 of them already finished" in line
 

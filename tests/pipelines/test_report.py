@@ -605,3 +605,33 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "**These are not OmniGen2's weights.**" in card
     assert "load_pipeline(" in card
     assert re.findall(r"!\[[^\]]*\]\(([^)]*)\)", card) == [f"{name}.png" for name in plots.NAMES]
+
+
+def test_sizes_by_dtype(tmp_path):
+    """Every dtype of the source with its bytes there and here, and the bound where all of it is coded."""
+    tensors = [
+        sources.bf16("b", (300, 300)),
+        sources.f32("narrowed", (300, 300), exact=True),
+        sources.f32("f", (300, 300)),
+        sources.Tensor("h", "F16", (90_000,), np.float16(np.random.default_rng(0).normal(size=90_000)).tobytes()),
+        sources.random_tensor("i", "I32", (500,)),
+    ]
+    source = sources.write(tmp_path / "model" / "x.safetensors", tensors)
+    df11.convert(source.parent, tmp_path / "out")
+    manifest = parquet.read(tmp_path / "out" / FILE_NAME)
+    found = {row.dtype: row for row in summary.by_dtype(manifest)}
+    assert list(found) == ["F32", "F32, as BF16", "BF16", "F16", "I32"]
+    for name, share, bits in (
+        ("F32", 0.84, 26.55),
+        ("F32, as BF16", 0.34, 10.55),
+        ("BF16", 0.68, 10.55),
+        ("F16", 0.87, 13.5),
+    ):
+        row = found[name]
+        assert (row.tensors, row.elements) == (1, 90_000)
+        assert share - 0.02 < row.ratio < share
+        assert row.bound == pytest.approx(bits, abs=0.1)
+        assert row.bound < row.bits_per_weight < row.bound + 0.25
+    assert (found["I32"].ratio, found["I32"].bits_per_weight, found["I32"].bound) == (1, 32, None)
+    assert "Sizes by dtype" in report.render_report(manifest, "model")
+    assert "Sizes by dtype" not in report.render_report(made.manifest(made.tensor("a.df11", "w", (300, 300))), "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "all bf16": torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16),
         "zeros": torch.zeros(50_000, dtype=torch.bfloat16),
         "f32": torch.randn(1000, 1000, generator=generator),
-        "scalar": torch.tensor(3.5),
+        "scalar": torch.tensor(math.pi),
         "empty": torch.zeros((0, 4), dtype=torch.int64),
         "f8": torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(16, 16),
         "odd": torch.arange(5, dtype=torch.int16),
@@ -115,7 +116,7 @@ def test_through_the_ring(capacity: int, container: Path, tensors: dict[str, tor
 def test_batches_hold_each_byte_once(capacity: int, container: Path) -> None:
     with Container(container) as opened:
         fill, weights, verbatim = 0, dict.fromkeys(opened.keys(), 0), dict.fromkeys(opened.keys(), 0)
-        for batch in batches.cut(opened, capacity):
+        for batch in batches.cut(opened, capacity, opened.keys()):
             assert batch.begin >= fill
             fill = batch.end
             assert batch.size <= capacity or len(batch.segments) == 1

@@ -436,6 +436,22 @@ def test_remote_code_runs_only_if_it_is_allowed_by_name(small: Family, tmp_path:
     assert sorted(ran.read_text().split()) == sorted(allowed)
 
 
+def test_without_a_cast_f32_is_rounded_on_loading(
+    small: Family, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(small.df11, tmp_path / "folder"))
+    shutil.rmtree(folder / "transformer")
+    df11.convert(small.plain / "transformer", folder / "transformer")
+    found, expected = (omnigen2.load_pipeline(path, "cpu", classes=stand_in) for path in (folder, small.df11))
+    for name, value in expected.transformer.state_dict().items():
+        assert torch.equal(found.transformer.state_dict()[name], value)
+    held = [one for one in found.transformer.parameters() if isinstance(one, CompressedWeight)]
+    kept = [one for one in expected.transformer.parameters() if isinstance(one, CompressedWeight)]
+    assert (len(held), bool(kept)) == (0, True)
+    (line,) = (record.message for record in caplog.records if record.name == "df11")
+    assert line.endswith("not compressed in memory; df11-convert --cast bf16 would keep them compressed")
+
+
 # What cannot be loaded.
 
 
@@ -454,9 +470,11 @@ def test_folders_that_cannot_be_loaded(small: Family, tmp_path: Path) -> None:
     ):
         omnigen2.load_pipeline(tmp_path, "cpu", classes=stand_in)
     folder = Path(shutil.copytree(small.df11, tmp_path / "folder"))
-    shutil.rmtree(folder / "vae")
-    df11.convert(small.plain / "vae", folder / "vae")
-    with pytest.raises(errors.UsageError, match=r"the weights are not BF16 .*found F32.*with --cast bf16"):
+    (shard,) = (folder / "vae").glob("*.df11")
+    shard.unlink()
+    save_file({"a": torch.zeros(3, dtype=torch.float16)}, tmp_path / "x.safetensors")
+    df11.convert(tmp_path / "x.safetensors", shard, force=True)
+    with pytest.raises(errors.UsageError, match=r"the weights are neither BF16 nor F32 .*found F16"):
         omnigen2.load_pipeline(folder, "cpu", classes=stand_in)
     with pytest.raises(errors.UsageError, match="offload"):
         omnigen2.load_pipeline(small.df11, "cpu", classes=stand_in, offload="disk")  # type: ignore[arg-type]

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from df11.converter.apply import apply_plan
+from df11.converter.cast import Cast
 from df11.converter.convert import open_target
-from df11.converter.manifest import Cast, FileRow, TensorRow
+from df11.converter.manifest import FileRow, TensorRow
 from df11.converter.plan import Options
 from df11.converter.planning import make_plan
 from df11.converter.settings import Settings
@@ -51,9 +52,15 @@ def tensors_of(data: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     }
 
 
-def numpy_counts(data: bytes) -> np.ndarray:
-    """How often each exponent occurs in BF16 bytes, apart from df11's way."""
-    return np.bincount((np.frombuffer(data, "<u2").astype(np.int64) // 128) % 256, minlength=256)
+SHAPES = {"BF16": (2, 7, 256), "F16": (2, 10, 32), "F32": (4, 23, 256), "F8_E4M3": (1, 3, 16), "F8_E5M2": (1, 2, 32)}
+"""Bytes, bits of the mantissa, number of exponents."""
+
+
+def numpy_counts(data: bytes, dtype: str = "BF16") -> np.ndarray:
+    """How often each exponent occurs in bytes of a dtype, apart from df11's way."""
+    width, mantissa, exponents = SHAPES[dtype]
+    bits = np.frombuffer(data, f"<u{width}").astype(np.int64)
+    return np.bincount(bits // 2**mantissa % exponents, minlength=256)
 
 
 def numpy_entropy(counts: np.ndarray) -> float:

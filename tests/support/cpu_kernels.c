@@ -58,24 +58,28 @@ static void answer(uint64_t value)
     fwrite(&value, sizeof value, 1, stdout);
 }
 
-/* weights -> alphabet size, bits, filler, section; size and exceptions for lanes of one and of two bytes, and after
+/* kind, planes left out, weights -> alphabet size, bits, filler, section; size and exceptions for lanes of one and of two bytes, and after
  * each the bytes from the tile descriptors on, if there are any; exponents. */
 static void encode(struct df11_encoder *encoder)
 {
-    uint64_t count = number(), raw = (32 + 2 * count + 15) / 16 * 16, end = raw - 16;
-    uint16_t *weights = bytes(2 * count);
+    enum df11_kind kind = (enum df11_kind)number();
+    uint64_t left_out = number(), count = number(), width = df11_splits[kind].bytes;
+    uint64_t raw = (32 + width * count + 15) / 16 * 16, end = raw - 16, offsets[MOST_PLANES + 1];
+    void *weights = bytes(width * count);
     struct df11_code code;
 
-    df11_build_code(encoder, weights, count, &code);
+    df11_build_code(encoder, kind, weights, count, &code);
     answer(code.alphabet_size), answer((uint64_t)code.bits), answer(code.filler), answer(code.section_size);
     fwrite(df11_code_section(encoder), 1, code.section_size, stdout);
     for (uint32_t lane_bytes = 1; lane_bytes <= 2; lane_bytes++) {
         uint64_t tiles = (count + TILE_WEIGHTS - 1) / TILE_WEIGHTS, exceptions = 0;
-        struct df11_segment layout = {.elements = (uint32_t)count, .lane_bytes = lane_bytes};
+        struct df11_segment layout = {.kind = kind, .left_out = (uint32_t)left_out};
+        layout.elements = (uint32_t)count, layout.lane_bytes = lane_bytes;
         layout.tiles_offset = (32 + code.section_size + 15) / 16 * 16;
         layout.lanes_offset = (layout.tiles_offset + 8 * tiles + 15) / 16 * 16;
         layout.sign_mantissa_offset = layout.lanes_offset + LANES * lane_bytes * tiles;
-        layout.stream_offset = (layout.sign_mantissa_offset + count + 15) / 16 * 16;
+        place_planes(&layout, offsets);
+        layout.stream_offset = offsets[MOST_PLANES];
         int64_t size = NOT_SMALLER;
         if (layout.stream_offset + STREAM_END <= end) {
             uint8_t *out = guarded(end + ENCODE_SLACK);
@@ -90,7 +94,7 @@ static void encode(struct df11_encoder *encoder)
         }
     }
     fwrite(df11_exponents(encoder), sizeof(int64_t), 256, stdout);
-    discard(weights, 2 * count);
+    discard(weights, width * count);
 }
 
 /* A segment's fields and bytes -> the status of its table; if that is OK, status and tile of decoding, the weights,
@@ -98,7 +102,9 @@ static void encode(struct df11_encoder *encoder)
 static void decode(void)
 {
     uint64_t size = number(), alphabet_size = number();
-    struct df11_segment segment = {.size = size, .elements = (uint32_t)number(), .lane_bytes = (uint32_t)number()};
+    struct df11_segment segment = {.size = size};
+    segment.kind = (enum df11_kind)number(), segment.left_out = (uint32_t)number();
+    segment.elements = (uint32_t)number(), segment.lane_bytes = (uint32_t)number();
     segment.tiles_offset = number(), segment.lanes_offset = number();
     segment.sign_mantissa_offset = number(), segment.stream_offset = number();
     uint64_t first = number(), last = number(), section_size = alphabet_size + (alphabet_size * alphabet_size + 1) / 2,
@@ -109,27 +115,28 @@ static void decode(void)
 
     memcpy(section, stored + 32, section_size);
     segment.bytes = stored, segment.table = table;
-    enum df11_status status = df11_build_decode_table(section, (unsigned)alphabet_size, table);
+    enum df11_status status = df11_build_decode_table(section, (unsigned)alphabet_size, segment.kind, table);
     answer(status);
     if (status == OK) {
         uint64_t end = last * TILE_WEIGHTS < segment.elements ? last * TILE_WEIGHTS : segment.elements,
                  count = end - first * TILE_WEIGHTS;
-        uint16_t *weights = guarded(2 * count);
-        memset(weights, 0, 2 * count);
+        uint64_t width = df11_splits[segment.kind].bytes;
+        uint8_t *weights = guarded(width * count);
+        memset(weights, 0, width * count);
         status = df11_decode_tiles(&segment, first, last, weights, &tile);
         answer(status), answer(tile), answer(count);
-        fwrite(weights, 2, count, stdout);
+        fwrite(weights, width, count, stdout);
         status = df11_compare_tiles(&segment, first, last, weights, &tile);
         answer(status), answer(tile);
-        weights[count / 2] ^= 1;
+        weights[count / 2 * width] ^= 1;
         status = df11_compare_tiles(&segment, first, last, weights, &tile);
         answer(status), answer(tile);
-        discard(weights, 2 * count);
+        discard(weights, width * count);
     }
     discard(stored, size), discard(section, section_size), discard(table, TABLE_SIZE * sizeof *table);
 }
 
-/* F32 values -> whether all are exact, and the BF16 values. */
+/* F32 values -> whether all are exact, the BF16 values, and the upper halves. */
 static void cast(void)
 {
     uint64_t count = number();
@@ -137,18 +144,22 @@ static void cast(void)
     uint16_t *out = guarded(2 * count);
     answer((uint64_t)df11_cast_f32(source, count, out));
     fwrite(out, 2, count, stdout);
+    df11_narrow_f32(source, count, out);
+    fwrite(out, 2, count, stdout);
     discard(source, 4 * count), discard(out, 2 * count);
 }
 
-/* Weights -> how often each exponent occurs. */
+/* Kind and weights -> how often each exponent occurs, and which bits are set at all. */
 static void count(void)
 {
-    uint64_t size = number();
-    uint16_t *weights = bytes(2 * size);
+    enum df11_kind kind = (enum df11_kind)number();
+    uint64_t size = number(), width = df11_splits[kind].bytes;
+    uint8_t *weights = bytes(width * size);
     int64_t *exponents = guarded(256 * sizeof *exponents);
-    df11_count_exponents(weights, size, exponents);
+    df11_count_exponents(kind, weights, size, exponents);
     fwrite(exponents, sizeof *exponents, 256, stdout);
-    discard(weights, 2 * size), discard(exponents, 256 * sizeof *exponents);
+    answer(df11_any_bits(kind, weights, size));
+    discard(weights, width * size), discard(exponents, 256 * sizeof *exponents);
 }
 
 #ifdef HAVE_AVX2
@@ -169,7 +180,7 @@ static void hash(struct df11_encoder *encoder)
     fwrite(digest, 1, sizeof digest, stdout);
     uint16_t *aligned = guarded(2 * count);
     memcpy(aligned, weights, 2 * count);
-    df11_build_code(encoder, aligned, count, &code);
+    df11_build_code(encoder, BF16, aligned, count, &code);
     answer((uint64_t)code.bits);
     fwrite(df11_code_section(encoder), 1, code.section_size, stdout);
     discard(first, before), discard(weights, 2 * count), discard(last, after), discard(aligned, 2 * count);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -14,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from df11.converter.kernels import NOT_SMALLER, Encoder, cast_f32, count_exponents
+from df11.converter.kernels import NOT_SMALLER, Encoder, any_bits, cast_f32, count_exponents, narrow_f32
 from df11.formats import kernels, layout
-from df11.formats.record import Bytes, Weights
+from df11.formats.record import Bytes, Weights, weights_dtype
 from tests.support import records, strategies
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,8 @@ class Segment:
     """A coded segment with valid geometry and arbitrary bytes."""
 
     data: Bytes
+    kind: layout.Kind
+    left_out: int
     alphabet_size: int
     elements: int
     lane_bytes: int
@@ -44,7 +47,7 @@ class Segment:
     @property
     def sections(self) -> dict[str, int]:
         """The offsets of its sections."""
-        return layout.segment_sections(self.elements, self.alphabet_size, self.lane_bytes)
+        return layout.segment_sections(self.elements, self.alphabet_size, self.lane_bytes, self.kind, self.left_out)
 
 
 def tool(name: str, package: str) -> str:
@@ -78,38 +81,41 @@ def numbers(*values: int) -> bytes:
     return b"".join(struct.pack("<q" if value < 0 else "<Q", value) for value in values)
 
 
-def ask_to_encode(weights: Weights) -> tuple[bytes, bytes]:
-    """A question, and this process's answer."""
+def ask_to_encode(weights: Weights, kind: layout.Kind = layout.BF16, left_out: int = 0) -> tuple[bytes, bytes]:
+    """A question, and this process's answer. ``left_out``: planes at the end, whether zero or not."""
     encoder = Encoder()
-    code = encoder.build_code(weights)
+    code = encoder.build_code(weights, kind)
     answer = numbers(code.alphabet_size, code.bits, code.filler, len(code.section)) + code.section.tobytes()
-    end = layout.raw_segment_size(len(weights)) - layout.RECORD_ALIGNMENT
+    end = layout.raw_segment_size(len(weights), kind) - layout.RECORD_ALIGNMENT
     for lane_bytes in (1, 2):
-        sections = layout.segment_sections(len(weights), code.alphabet_size, lane_bytes)
+        sections = layout.segment_sections(len(weights), code.alphabet_size, lane_bytes, kind, left_out)
         if sections["stream_offset"] + layout.STREAM_END > end:
             answer += numbers(NOT_SMALLER, 0)
             continue
         out = np.zeros(end + 8192, np.uint8)
-        size, exceptions = encoder.encode_tiles(weights, code, lane_bytes, sections, end, out)
+        size, exceptions = encoder.encode_tiles(weights, kind, left_out, code, lane_bytes, sections, end, out)
         answer += numbers(size, exceptions) + (out[sections["tiles_offset"] : size].tobytes() if size > 0 else b"")
-    return b"E" + numbers(len(weights)) + weights.tobytes(), answer + encoder.exponents().tobytes()
+    question = b"E" + numbers(kind.code, left_out, len(weights)) + weights.tobytes()
+    return question, answer + encoder.exponents().tobytes()
 
 
 def ask_to_decode(segment: Segment) -> tuple[bytes, bytes]:
     """A question, and this process's answer."""
     sections = segment.sections
-    question = numbers(len(segment.data), segment.alphabet_size, segment.elements, segment.lane_bytes)
+    question = numbers(len(segment.data), segment.alphabet_size, segment.kind.code, segment.left_out)
+    question += numbers(segment.elements, segment.lane_bytes)
     question += numbers(*(sections[name] for name in SECTION_OFFSETS), segment.first, segment.last)
-    table = kernels.build_decode_table(segment.data[layout.SEGMENT_HEADER.size :], segment.alphabet_size)
+    table = kernels.build_decode_table(segment.data[layout.SEGMENT_HEADER.size :], segment.alphabet_size, segment.kind)
     answer = numbers(table if isinstance(table, int) else kernels.OK)
     if not isinstance(table, int):
         count = min(segment.last * layout.TILE_WEIGHTS, segment.elements) - segment.first * layout.TILE_WEIGHTS
-        weights = np.zeros(count, np.uint16)
-        header = {"lane_bytes": segment.lane_bytes, **sections}
+        weights = np.zeros(count, weights_dtype(segment.kind))
+        header = {"encoding": 1 + segment.left_out, "element_count": segment.elements}
+        header |= {"lane_bytes": segment.lane_bytes, **sections}
 
         def pass_over(*, compare: bool) -> tuple[int, int]:
             return kernels.decode_tiles(
-                segment.data, table, segment.elements, header, segment.first, segment.last, weights, compare=compare
+                segment.data, table, segment.kind, header, segment.first, segment.last, weights, compare=compare
             )
 
         answer += numbers(*pass_over(compare=False), count) + weights.tobytes()
@@ -124,12 +130,16 @@ def ask_to_cast(values: Bytes) -> tuple[bytes, bytes]:
     source = values.view(np.uint32)
     out = np.empty(len(source), np.uint16)
     exact = cast_f32(source, out)
-    return b"C" + numbers(len(source)) + source.tobytes(), numbers(exact) + out.tobytes()
+    narrowed = np.empty(len(source), np.uint16)
+    narrow_f32(source, narrowed)
+    question = b"C" + numbers(len(source)) + source.tobytes()
+    return question, numbers(exact) + out.tobytes() + narrowed.tobytes()
 
 
-def ask_to_count(weights: Weights) -> tuple[bytes, bytes]:
+def ask_to_count(weights: Weights, kind: layout.Kind = layout.BF16) -> tuple[bytes, bytes]:
     """A question, and this process's answer."""
-    return b"N" + numbers(len(weights)) + weights.tobytes(), count_exponents(weights).tobytes()
+    answer = count_exponents(weights, kind).tobytes() + numbers(any_bits(weights.view(np.uint8), kind))
+    return b"N" + numbers(kind.code, len(weights)) + weights.tobytes(), answer
 
 
 def ask_to_hash(before: Bytes, weights: Weights, after: Bytes) -> tuple[bytes, bytes]:
@@ -137,17 +147,19 @@ def ask_to_hash(before: Bytes, weights: Weights, after: Bytes) -> tuple[bytes, b
     question = (
         b"H" + numbers(len(before), len(weights), len(after)) + before.tobytes() + weights.tobytes() + after.tobytes()
     )
-    code = Encoder().build_code(weights)
+    code = Encoder().build_code(weights, layout.BF16)
     digest = hashlib.sha256(before.tobytes() + weights.tobytes() + after.tobytes()).digest()
     return question, digest + numbers(code.bits) + code.section.tobytes()
 
 
 def sound_segment(seed: int) -> Segment | None:
     """A segment as encoded, and some of its tiles; None if the weights were stored raw."""
-    if seed % 6:
-        _, _, record = records.generate(seed)
+    kind = list(layout.KINDS.values())[seed // 6 % len(layout.KINDS)] if seed % 2 else layout.BF16
+    if seed % 6 > 1:
+        _, _, record = records.generate(seed, kind=kind)
     else:  # Large enough that rare pairs are exceptions.
-        record = records.encode(strategies.make("rare", 50_000 + seed % 9000, seed))
+        weights = strategies.as_kind(strategies.make("rare", 50_000 + seed % 9000, seed), kind, seed)
+        record = records.encode(weights, kind=kind)
     directory = layout.DIRECTORY_ENTRY.unpack(record.tobytes(), layout.RECORD_HEADER.size)
     start, size, elements = directory["segment_offset"], directory["segment_size"], directory["element_count"]
     data = record[start : start + size].copy()
@@ -157,7 +169,8 @@ def sound_segment(seed: int) -> Segment | None:
     rng = np.random.default_rng(seed)
     first = int(rng.integers(layout.tile_count(elements)))
     last = int(rng.integers(first, layout.tile_count(elements))) + 1
-    return Segment(data, header["alphabet_size"], elements, header["lane_bytes"], first, last)
+    left_out = header["encoding"] - layout.ENCODING_CODED
+    return Segment(data, kind, left_out, header["alphabet_size"], elements, header["lane_bytes"], first, last)
 
 
 def damaged_segment(seed: int) -> Segment | None:
@@ -193,7 +206,7 @@ def damaged_segment(seed: int) -> Segment | None:
                 part[place : place + 8] = rng.integers(256, size=len(part[place : place + 8]))
     if rng.random() < 0.3:
         data = data[: int(rng.integers(sections["stream_offset"] + layout.STREAM_END, len(data) + 1))]
-    return Segment(data, segment.alphabet_size, segment.elements, segment.lane_bytes, segment.first, segment.last)
+    return dataclasses.replace(segment, data=data)
 
 
 def questions(seed: int, scale: int = 1) -> list[tuple[bytes, bytes]]:
@@ -203,13 +216,19 @@ def questions(seed: int, scale: int = 1) -> list[tuple[bytes, bytes]]:
     for flavour in sorted(strategies.FLAVOURS):
         sizes = [*strategies.BOUNDARY_SIZES[1:], *map(int, rng.integers(2, 40_000, size=2 * scale))]
         asked += [ask_to_encode(strategies.make(flavour, size, seed + size)) for size in sizes]
+        for kind in layout.KINDS.values():
+            size = sizes[seed % len(sizes)]
+            weights = strategies.as_kind(strategies.make(flavour, size, seed), kind, seed)
+            asked += [ask_to_encode(weights, kind, left_out) for left_out in range(kind.most_left_out + 1)]
     for number in range(100 * scale):
         for make in (sound_segment, damaged_segment):
             if (segment := make(seed + number)) is not None:
                 asked.append(ask_to_decode(segment))
     for count in (0, 1, 7, 64, 1000):
         asked.append(ask_to_cast(rng.integers(256, size=4 * count, dtype=np.uint8)))
-        asked.append(ask_to_count(rng.integers(65536, size=count, dtype=np.uint16)))
+        for kind in layout.KINDS.values():
+            bits = rng.integers(1 << 8 * kind.bytes, size=count, dtype=np.uint64).astype(weights_dtype(kind))
+            asked.append(ask_to_count(bits, kind))
     asked.append(
         ask_to_cast(
             (np.arange(1 << 16, dtype=np.uint32) << 16 | rng.integers(2, size=1 << 16, dtype=np.uint32)).view(np.uint8)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from df11.formats import framing
+from df11.formats import framing, layout
+from df11.formats.record import weights_dtype
 
 settings.register_profile(
     "df11",
@@ -140,6 +141,16 @@ FLAVOURS: dict[str, Flavour] = {
         stepped,
     )
 }
+
+
+def as_kind(weights: Weights, kind: layout.Kind, seed: int) -> Weights:
+    """BF16 weights as weights of another dtype: the same exponents, as far as they fit, and other bits at random."""
+    if kind is layout.BF16:
+        return weights
+    dtype = weights_dtype(kind)
+    bits = np.random.default_rng(seed).integers(1 << 8 * kind.bytes, size=len(weights), dtype=np.uint64)
+    ones = (1 << kind.exponent_bits) - 1 << kind.mantissa_bits
+    return (bits & ~np.uint64(ones) | (weights.astype(np.uint64) >> 7 << kind.mantissa_bits) & ones).astype(dtype)
 
 
 def make(flavour: str, size: int, seed: int) -> Weights:

@@ -24,9 +24,28 @@ Lengths = Mapping[int, int]
 """Code length in bits of each symbol, e1 << 8 | e0."""
 
 
-def exponent(weight: int) -> int:
-    """Bits 14-7 of a weight."""
-    return (weight >> 7) & 0xFF
+def exponent(weight: int, kind: layout.Kind = layout.BF16) -> int:
+    """The exponent of a weight: of BF16 the bits 14-7."""
+    return weight >> kind.mantissa_bits & (1 << kind.exponent_bits) - 1
+
+
+def planes(weights: Sequence[int], kind: layout.Kind, left_out: int = 0, pad: int = 0) -> list[bytes]:
+    """The planes of weights, without padding; bits of weights that do not exist are those of ``pad``."""
+    sign = 8 * kind.bytes - 1
+    raw = [weight >> sign << kind.mantissa_bits | weight & (1 << kind.mantissa_bits) - 1 for weight in weights]
+    found, shift = [], kind.mantissa_bits + 1
+    for bits in kind.planes[: len(kind.planes) - left_out]:
+        shift -= bits
+        plane = bytearray()
+        for first in range(0, len(raw), 256):
+            chunk = bytearray([pad]) * (32 * bits)
+            for x, value in enumerate(raw[first : first + 256]):
+                at, low = x % (32 * bits), x // (32 * bits) * bits
+                mask = (1 << bits) - 1
+                chunk[at] = chunk[at] & ~(mask << low) | (value >> shift & mask) << low
+            plane += chunk
+        found.append(bytes(plane[: len(raw)] if bits == 8 else plane))
+    return found
 
 
 def symbol(first: int, second: int) -> int:
@@ -34,10 +53,10 @@ def symbol(first: int, second: int) -> int:
     return second << 8 | first
 
 
-def u16s(weights: Iterable[int]) -> bytes:
+def u16s(weights: Iterable[int], kind: layout.Kind = layout.BF16) -> bytes:
     """Weights as bytes."""
     values = list(weights)
-    return struct.pack(f"<{len(values)}H", *values)
+    return struct.pack(f"<{len(values)}{' BH I'[kind.bytes]}", *values)
 
 
 def padded(data: bytes, pad: int = 0, alignment: int = 16) -> bytes:
@@ -122,7 +141,7 @@ def _stand_in(wanted: tuple[int, ...], codes: tuple[tuple[int, int], ...]) -> in
     return min(sharing)[2] if sharing else codes[0][0]
 
 
-def encode_tile(weights: Sequence[int], codes: Mapping[int, str]) -> Tile:
+def encode_tile(weights: Sequence[int], codes: Mapping[int, str], kind: layout.Kind = layout.BF16) -> Tile:
     """The tile of at most 8192 weights."""
     lanes, exceptions = [], []
     listed = tuple((value, len(code)) for value, code in codes.items())
@@ -131,11 +150,13 @@ def encode_tile(weights: Sequence[int], codes: Mapping[int, str]) -> Tile:
         for chunk in range(-(-len(weights) // 256)):
             for at in range(256 * chunk + 8 * lane, 256 * chunk + 8 * lane + 8, 2):
                 pair = weights[at : at + 2]
-                wanted = tuple(exponent(weight) for weight in pair)
+                wanted = tuple(exponent(weight, kind) for weight in pair)
                 coded = symbol(*wanted) if len(pair) == 2 and symbol(*wanted) in codes else _stand_in(wanted, listed)
                 bits.append(codes[coded])
                 exceptions += [
-                    (at + i, weight) for i, weight in enumerate(pair) if exponent(weight) != (coded >> 8 * i) & 255
+                    (at + i, weight >> 16 if kind.bytes == 4 else weight)
+                    for i, weight in enumerate(pair)
+                    if exponent(weight, kind) != (coded >> 8 * i) & 255
                 ]
         lanes.append("".join(bits))
     return Tile(lanes, exceptions)
@@ -144,7 +165,9 @@ def encode_tile(weights: Sequence[int], codes: Mapping[int, str]) -> Tile:
 def coded_segment(
     weights: Sequence[int],
     lengths: Lengths,
+    kind: layout.Kind = layout.BF16,
     *,
+    left_out: int = 0,
     lane_bytes: int = 1,
     pad: int = 0,
     codes: Mapping[int, str] | None = None,
@@ -153,11 +176,11 @@ def coded_segment(
 ) -> bytes:
     """A coded segment.
 
-    ``pad``: value of padding bytes. ``codes``: to use instead of the canonical ones. ``edit`` changes the tiles.
-    ``fields``: of the header.
+    ``left_out``: planes at the end. ``pad``: value of padding bytes. ``codes``: to use instead of the canonical ones.
+    ``edit`` changes the tiles. ``fields``: of the header.
     """
     tiles = [
-        encode_tile(weights[first : first + 8192], codes or canonical_codes(lengths))
+        encode_tile(weights[first : first + 8192], codes or canonical_codes(lengths), kind)
         for first in range(0, len(weights), 8192)
     ]
     edit(tiles)
@@ -173,13 +196,12 @@ def coded_segment(
         stream += tile.stored(pad)
     sections["lanes_offset"] = padded(sections["tiles_offset"] + descriptors, pad)
     sections["sign_mantissa_offset"] = sections["lanes_offset"] + lane_lengths
-    sections["stream_offset"] = padded(
-        sections["sign_mantissa_offset"] + bytes((weight >> 8) & 0x80 | weight & 0x7F for weight in weights), pad
-    )
+    stored = b"".join(padded(plane, pad) for plane in planes(weights, kind, left_out, pad))
+    sections["stream_offset"] = sections["sign_mantissa_offset"] + stored
     segment = sections["stream_offset"] + stream + bytes([pad]) * 16
     header: dict[str, Any] = {name: len(data) for name, data in sections.items()}
     header |= {
-        "encoding": 1,
+        "encoding": 1 + left_out,
         "lane_bytes": lane_bytes,
         "alphabet_size": alphabet_size,
         "element_count": len(weights),
@@ -189,9 +211,9 @@ def coded_segment(
     return layout.SEGMENT_HEADER.pack(**header | fields) + segment[32:]
 
 
-def raw_segment(weights: Sequence[int], *, pad: int = 0, **fields: int) -> bytes:
+def raw_segment(weights: Sequence[int], kind: layout.Kind = layout.BF16, *, pad: int = 0, **fields: int) -> bytes:
     """A raw segment; ``fields`` of the header."""
-    segment = padded(bytes(32) + u16s(weights), pad)
+    segment = padded(bytes(32) + u16s(weights, kind), pad)
     header = dict.fromkeys(layout.SEGMENT_HEADER.fields, 0) | {
         "element_count": len(weights),
         "stream_offset": 32,
@@ -217,6 +239,7 @@ def seal(header: Mapping[str, Any], directory: bytes) -> bytes:
 def record(
     segments: Sequence[tuple[bytes, Sequence[int]]],
     segment_elements: int = layout.DEFAULT_SEGMENT_WEIGHTS,
+    kind: layout.Kind = layout.BF16,
     *,
     entry: Mapping[str, int] | None = None,
     **fields: int | bytes,
@@ -233,7 +256,7 @@ def record(
             "segment_size": len(segment),
             "element_count": len(weights),
             "stored_checksum": xxh3(segment),
-            "decoded_checksum": xxh3(u16s(weights)),
+            "decoded_checksum": xxh3(u16s(weights, kind)),
         }
         last = place == len(segments) - 1
         directory += layout.DIRECTORY_ENTRY.pack(**values | dict(entry or {}) if last else values)
@@ -241,7 +264,7 @@ def record(
     header: dict[str, Any] = {
         "magic": layout.MAGIC,
         "version": 1,
-        "dtype": 1,
+        "dtype": kind.code,
         "reserved_0": 0,
         "element_count": sum(len(weights) for _, weights in segments),
         "record_size": position,
@@ -303,6 +326,11 @@ class Tensor:
 def bf16(name: str, weights: Sequence[int], stored: bytes | None, shape: tuple[int, ...] | None = None) -> Tensor:
     """A BF16 tensor, one-dimensional unless a shape is given; verbatim if ``stored`` is None."""
     return Tensor(name, "BF16", (len(weights),) if shape is None else shape, u16s(weights), stored)
+
+
+def of_kind(name: str, weights: Sequence[int], kind: layout.Kind, stored: bytes | None) -> Tensor:
+    """A one-dimensional tensor of any dtype that has records."""
+    return Tensor(name, kind.dtype, (len(weights),), u16s(weights, kind), stored)
 
 
 def compact(value: object) -> bytes:
@@ -389,9 +417,12 @@ def container(
         }
         data += stored
     cast = "bf16" if any(tensor.exact is not None for tensor in tensors) else None
+    dtypes = {tensor.dtype for tensor in tensors if tensor.stored is not None}
     metadata = {
         "df11.version": "1",
-        "df11.requires": "[]",
+        "df11.requires": compact(
+            [kind.feature for kind in layout.KINDS.values() if kind.dtype in dtypes - {"BF16"}]
+        ).decode(),
         "df11.writer": "df11 test vectors",
         "df11.source": compact(
             {

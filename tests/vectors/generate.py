@@ -10,6 +10,7 @@ from typing import Any, Final
 import zstandard
 
 from df11.formats import reference
+from tests.vectors import make_kinds  # noqa: F401 - adds to the two lists below
 from tests.vectors.make_golden import MAKERS
 from tests.vectors.make_must_fail import CASES
 

@@ -473,7 +473,8 @@ def writer() -> tuple[bytes, Sequence[forge.Tensor]]:
         forge.Tensor("numbers", "F32", (4,), struct.pack("<4f", 1, 2, 3, 4)),
         forge.Tensor("nothing", "BF16", (0,), b""),
     ]
-    return converted(tensors), tensors
+    # As release 0.1 wrote it: today's writer stores these F32 numbers as BF16.
+    return Path(__file__).with_name("golden").joinpath("writer.df11").read_bytes(), tensors
 
 
 @golden

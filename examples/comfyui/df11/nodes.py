@@ -168,7 +168,8 @@ def state_dict(path: str) -> dict[str, torch.Tensor]:
         for name in container.keys():
             value = load_tensor(container, name, _CPU, _CPU)
             if isinstance(value, CompressedWeight):
-                value = torch.nn.Parameter(Df11Weight(value.compressed), requires_grad=False)
+                is_bf16 = value.dtype == torch.bfloat16
+                value = torch.nn.Parameter(Df11Weight(value.compressed), False) if is_bf16 else value.decode()
             tensors[name] = value
     return tensors
 

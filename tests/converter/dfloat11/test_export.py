@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import df11
 from df11.converter.dfloat11.codes import choose_code, limited_lengths
 from df11.converter.export import export
-from df11.formats import errors
+from df11.formats import errors, layout
 from df11.storage.local import LocalStore
-from tests.support import commands, dfloat11, sources
+from tests.support import commands, dfloat11, sources, strategies
 from tests.support.dfloat11 import with_exponents
 from tests.support.sources import Tensor, bf16, gaussian
 
@@ -238,6 +238,61 @@ def test_plain_files(tmp_path):
     assert found == wanted | {"x_embedder.weight": ("BF16", (9, 5), cast)}
     index = json.loads((tmp_path / "out" / "m.safetensors.index.json").read_text())
     assert index["weight_map"] == weights
+
+
+def all_dtypes() -> list[Tensor]:
+    """A large tensor of each dtype that has records, under names of OmniGen2's layers; one F32 tensor holds BF16."""
+    found = []
+    for number, kind in enumerate(layout.KINDS.values()):
+        bits = strategies.as_kind(gaussian(96 * 64, number), kind, number)
+        found.append(Tensor(f"layers.{number}.attn.to_q.weight", kind.dtype, (96, 64), bits.tobytes()))
+    return [*found, sources.f32("layers.9.attn.to_q.weight", (96, 64), 9, exact=True), sources.f32("n", (3,))]
+
+
+def test_plain_files_have_the_dtypes_of_the_source(tmp_path):
+    tensors = all_dtypes()
+    path = model(tmp_path, tensors)
+    with df11.open(path / "model.df11") as container:
+        assert {container.info(one.name).encoding for one in tensors[:-1]} == {"df11"}
+        assert container.info("layers.9.attn.to_q.weight").dtype == "BF16"
+    export(path, tmp_path / "out", "safetensors")
+    assert dfloat11.read_file(tmp_path / "out" / "model.safetensors") == plain_of(tensors)
+
+
+def test_only_bf16_becomes_units(tmp_path):
+    """Also what was F32 of BF16 values; other dtypes stay as they are, and come back as they are."""
+    (tmp_path / "patterns.json").write_text(json.dumps({r"layers\.\d\.attn\.to_q": []}))
+    tensors = all_dtypes()
+    taken = [one for one in tensors if one.name.startswith(("layers.0.", "layers.9."))]
+    rest = [one for one in tensors if one not in taken]
+    path = model(tmp_path, tensors)
+    what = "no matrix in BF16 has the name 'layers.1.attn.to_q.weight'"
+    with pytest.raises(errors.CheckpointError, match=what):
+        export(path, tmp_path / "out", "dfloat11", patterns=tmp_path / "patterns.json")
+    (tmp_path / "patterns.json").write_text(json.dumps({r"layers\.[09]\.attn\.to_q": []}))
+    assert export(path, tmp_path / "out", "dfloat11", patterns=tmp_path / "patterns.json").units == 2
+    narrowed = [Tensor(one.name, "BF16", one.shape, sources.round_to_bf16(one.data)) for one in taken[1:]]
+    check(tmp_path / "out", [taken[0], *narrowed, *rest])
+    df11.convert(tmp_path / "out", tmp_path / "again", shapes=tmp_path / "plain")
+    assert records(tmp_path / "again") == records(path)
+    original = sources.write(tmp_path / "original" / "model.safetensors", [taken[0], *narrowed, *rest])
+    assert df11.verify(tmp_path / "again", original.parent).compared
+
+
+def test_plain_f32_of_a_checkpoint_may_become_bf16(tmp_path):
+    plain = [sources.f32("a", (96, 64), exact=True), sources.f32("b", (96, 64))]
+    weights = gaussian(96 * 64)
+    unit = dfloat11.tensors("w", dfloat11.encode([weights]))
+    dfloat11.write(tmp_path / "in", {"model.safetensors": [*unit, *plain]}, dfloat11.config({"w": []}))
+    wanted = [Tensor("w.weight", "BF16", (96, 64), weights.tobytes()), *plain]
+    original = sources.write(tmp_path / "original" / "model.safetensors", wanted)
+    df11.convert(tmp_path / "in", tmp_path / "out", shapes=original)
+    with df11.open(next((tmp_path / "out").glob("*.df11"))) as container:
+        assert [container.info(name).dtype for name in ("a", "b")] == ["BF16", "F32"]
+    assert df11.verify(tmp_path / "out", original.parent).compared
+    export(tmp_path / "out", tmp_path / "plain", "safetensors")
+    (file,) = (tmp_path / "plain").glob("*.safetensors")
+    assert dfloat11.read_file(file) == plain_of(wanted)
 
 
 @pytest.mark.parametrize("to", ["dfloat11", "safetensors"])
