@@ -23,7 +23,7 @@ from df11.formats.container import Container
 from df11.runtime import model as models
 from df11.runtime import operators
 from df11.runtime.model import MismatchError
-from df11.runtime.weight import CompressedWeight, FrozenWeightError
+from df11.runtime.weight import CompressedWeight
 
 BF16, F16, F32, E4M3, E5M2 = (
     torch.bfloat16,
@@ -135,19 +135,13 @@ def test_a_transformers_model_in_f16(options: dict[str, Any], of_f16: tuple[Path
     assert {name: bits(one) for name, one in saved.items()} == {name: bits(one) for name, one in source.items()}
 
 
-def test_a_model_that_is_cast_is_not_compressed(of_f16: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
-    """As transformers casts it."""
-    for dtype, name in ((F32, "float32"), (BF16, "bfloat16")):
-        caplog.clear()
-        plain, model = load(of_f16[0], dtype=dtype), load(of_f16[1], dtype=dtype)
-        assert not dtypes_of_compressed(model)
-        assert logits(model) == logits(plain)
-        (line,) = lines(caplog)
-        assert line.endswith(f"16 of the tensors are float16, cast to {name} on loading, and not compressed in memory")
-    model = load(of_f16[1])
-    with pytest.raises(FrozenWeightError, match=r"to torch\.bfloat16"):
-        model.to(BF16)
-    assert model.half() is model
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_model_that_is_cast(dtype: torch.dtype, of_f16: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    plain, model = load(of_f16[0], dtype=dtype), load(of_f16[1], dtype=dtype)
+    assert dtypes_of_compressed(model) == {dtype}
+    assert all_large_are_compressed(model)
+    assert logits(model) == logits(plain) == logits(load(of_f16[1]).to(dtype))
+    assert not lines(caplog)
 
 
 def test_an_f32_model(of_f32: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
@@ -185,15 +179,18 @@ def test_f32_that_is_held_as_bf16(on_disk: bool, of_narrowed: tuple[Path, Path],
 
 
 def test_what_was_rounded_is_bf16(of_f32: tuple[Path, Path], tmp_path: Path) -> None:
-    """As its values are not those of the source, nobody gets them as F32 by mistake."""
-    df11.convert(of_f32[0], tmp_path, cast="bf16")
-    for options in ({}, {"dtype": F32}):
-        with pytest.raises(MismatchError, match=r"16 compressed tensors are BF16.*pass dtype=torch\.bfloat16"):
-            load(tmp_path, **options)
-    assert dtypes_of_compressed(load(tmp_path, dtype=BF16)) == {BF16}
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({name: config[name] for name in config if "dtype" not in name}))
-    assert dtypes_of_compressed(load(tmp_path)) == {BF16}
+    df11.convert(of_f32[0], tmp_path / "converted", cast="bf16")
+    for options, dtype in (({}, F32), ({"dtype": F32}, F32), ({"dtype": BF16}, BF16)):
+        model = load(tmp_path / "converted", **options)
+        assert dtypes_of_compressed(model) == {dtype}
+        expected = load(of_f32[0]).to(BF16).to(dtype).state_dict()
+        assert {name: bits(one) for name, one in model.state_dict().items()} == {
+            name: bits(one) for name, one in expected.items()
+        }
+    config = json.loads((tmp_path / "converted" / "config.json").read_text())
+    text = json.dumps({name: config[name] for name in config if "dtype" not in name})
+    (tmp_path / "converted" / "config.json").write_text(text)
+    assert dtypes_of_compressed(load(tmp_path / "converted")) == {BF16}
 
 
 # FP8, with scales.
@@ -345,7 +342,6 @@ def test_a_diffusers_pipeline(
     assert dtypes_of_compressed(pipeline.unet) == {compressed}
     assert all_large_are_compressed(pipeline.unet)
     assert all(type(one.float() + 0) is torch.Tensor for one in pipeline.unet.parameters())
-    assert not any(getattr(one, "may_widen", False) for one in pipeline.unet.parameters())
     assert image(pipeline) == image(plain)
 
 
@@ -425,9 +421,9 @@ def test_joined_weights_may_have_different_records(tmp_path: Path) -> None:
     with Container(tmp_path / "x.df11") as container:
         a, b = (runtime.CompressedTensor.load(container, name, "cpu") for name in "ab")
     for stacked in (False, True):
-        both = runtime.compressed.joined([a, b.widened()], 1, stacked=stacked)
+        both = runtime.compressed.joined([a, b.cast(F32)], 1, stacked=stacked)
         assert bits(both.decode()) == bits((torch.stack if stacked else torch.cat)([tensors["a"], tensors["b"]], 1))
-    found = runtime.decode_many([a, b.widened(), b])
+    found = runtime.decode_many([a, b.cast(F32), b])
     assert [one.dtype for one in found] == [F32, F32, BF16]
     assert [bits(one) for one in found] == [bits(tensors["a"]), bits(tensors["b"]), bits(tensors["b"].to(BF16))]
 
