@@ -34,8 +34,9 @@ def _handles(*functions: Any) -> Callable[[Handler], Handler]:
 # Products.
 
 
-def linear(x: Any, matrix: Any, bias: Any = None) -> Any:
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 - the names that callers may use
     """``F.linear`` if no gradient is wanted: one step where torch takes three, each of which would be dispatched."""
+    x, matrix = input, weight
     if type(matrix) is not CompressedWeight or matrix._views or len(matrix.compressed.shape) != 2:
         return NotImplemented
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
