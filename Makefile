@@ -22,8 +22,9 @@ pick = sed -n '/^$(1)==/,/^ *\# via/p' $(2)
 UV := build/uv/bin/uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --only-binary :all: --upgrade \
 	--custom-compile-command "make lock" --no-emit-package torch
-# The oldest client of the Hub that is supported; the environment has the newest.
-OLDEST_HUB := build/oldest-hub
+# The oldest client of the Hub and the oldest libraries that are supported; the environment has the newest.
+OLDEST := build/oldest-packages
+OLDEST_PACKAGES := huggingface-hub httpx httpcore transformers diffusers peft
 
 # A Python with torch and CuPy, which is often not the one of this checkout; GPU_OPTIONS go to the programs.
 GPU_PYTHON ?= python3
@@ -94,13 +95,12 @@ test-formats test-storage test-converter: test-%: setup
 test-runtime test-pipelines: test-%: test-setup
 	$(PYTEST) tests/$*
 
-suite: test-setup $(OLDEST_HUB)/.ready
+suite: test-setup $(OLDEST)/.ready
 	$(PYTEST)
-	PYTHONPATH=$(CURDIR)/$(OLDEST_HUB) $(PYTEST) -m hub --ignore tests/pipelines/test_kills.py
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) -m "hub or libraries" --ignore tests/pipelines/test_kills.py
 
-$(OLDEST_HUB)/.ready: requirements/oldest.txt $(VENV)/.locked
-	($(foreach name,huggingface-hub httpx httpcore,$(call pick,$(name),$<);)) | \
-		$(INSTALL) --upgrade --target $(OLDEST_HUB) -r /dev/stdin
+$(OLDEST)/.ready: requirements/oldest.txt $(VENV)/.locked
+	($(foreach name,$(OLDEST_PACKAGES),$(call pick,$(name),$<);)) | $(INSTALL) --upgrade --target $(OLDEST) -r /dev/stdin
 	touch $@
 
 crash: test-setup

@@ -23,6 +23,7 @@ from df11.formats import errors
 from df11.runtime import modules
 
 pytestmark = [
+    pytest.mark.libraries,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft requires it
     pytest.mark.filterwarnings("ignore:.*multiple adapters in the model:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks:UserWarning"),  # diffusers passes it

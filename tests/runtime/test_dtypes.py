@@ -25,6 +25,7 @@ from df11.runtime import operators
 from df11.runtime.model import MismatchError
 from df11.runtime.weight import CompressedWeight
 
+pytestmark = pytest.mark.libraries
 BF16, F16, F32, E4M3, E5M2 = (
     torch.bfloat16,
     torch.float16,

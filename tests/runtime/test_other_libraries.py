@@ -29,7 +29,10 @@ from df11.runtime.modules import compressed_modules, is_compressed
 from df11.runtime.weight import CompressedWeight, FrozenWeightError
 from tests.runtime.test_weight import coded, random
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft requires it
+pytestmark = [
+    pytest.mark.libraries,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft requires it
+]
 BF16 = torch.bfloat16
 IDS = torch.tensor([[1, 5, 7, 300]])
 

@@ -24,7 +24,10 @@ from df11.runtime.compressed import CompressedTensor
 from df11.runtime.model import MismatchError
 from df11.runtime.weight import CompressedWeight
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft requires it
+pytestmark = [
+    pytest.mark.libraries,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft requires it
+]
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
 
