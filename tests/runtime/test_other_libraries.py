@@ -152,6 +152,16 @@ def test_an_adapter_is_merged(name: str, safe: bool, plain: nn.Module, loaded: n
     assert not torch.equal(results[0][0], plain(IDS))
 
 
+def test_what_peft_prepares_for_training(plain: nn.Module, loaded: nn.Module) -> None:
+    outputs = []
+    for one in (copy.deepcopy(plain), copy.deepcopy(loaded)):
+        model: Any = peft.prepare_model_for_kbit_training(one, use_gradient_checkpointing=False)
+        outputs.append(model.head(model.linear(model.embedding(IDS))))
+    assert torch.equal(*outputs)
+    assert outputs[0].dtype == model.head.weight.dtype == torch.float32
+    assert is_compressed(model)
+
+
 @pytest.fixture
 def group() -> Iterator[Any]:
     """One process as a group."""
