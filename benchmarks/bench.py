@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks import dfloat11, dtypes, harness, job, measure, omnigen2, peers, results, sections, synthetic
+from benchmarks import dfloat11, dtypes, harness, job, measure, model, omnigen2, peers, results, sections, synthetic
 from benchmarks.harness import Board, Checkout, say
 from benchmarks.sections import Bench
 
@@ -28,6 +28,7 @@ SECTIONS: Final[dict[str, Callable[[Bench], None]]] = {
     "memory": sections.memory,
     "dtypes": dtypes.dtypes,
     "dfloat11": dfloat11.dfloat11,
+    "model": model.model,
     "job": job.job,
     "omnigen2": omnigen2.omnigen2,
 }
@@ -41,6 +42,7 @@ ROOM: Final = {
     "memory": 11e9,
     "dtypes": 4e8,
     "dfloat11": 3e9,
+    "model": 1e9,
     "job": 15e9,
 }
 """Bytes that a section needs in its folder at a time; scaled by --size."""

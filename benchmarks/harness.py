@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +90,29 @@ def run(program: Program) -> Measured:
     if program.output:
         remove(program.output)
     return measure.run(program.command, program.env)
+
+
+@contextmanager
+def asking(program: Program) -> Iterator[Callable[[str], str]]:
+    """A program that answers lines on its standard input with lines. It ends with the context.
+
+    Gives the function that asks; it raises CommandError if the program ends.
+    """
+    pipe = subprocess.PIPE
+    # Without a buffer: what is left in one, because the program has ended, would be an error again at the end.
+    with subprocess.Popen(program.command, bufsize=0, stdin=pipe, stdout=pipe, env=program.env) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def ask(question: str) -> str:
+            with suppress(BrokenPipeError):
+                questions.write(f"{question}\n".encode())
+            if not (answer := answers.readline().decode().strip()):
+                raise measure.CommandError(f"{program.name} ended with exit code {process.wait()}")
+            return answer
+
+        yield ask
 
 
 def remove(path: Path) -> None:

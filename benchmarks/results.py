@@ -100,7 +100,7 @@ def dated(name: str, folder: Path = RESULTS) -> Path:
 def describe() -> dict[str, Any]:
     """Date, commit, CPU, cores, memory, operating system, versions."""
     versions = {"df11": df11.__version__, "python": platform.python_version()}
-    for name in ("numpy", "xxhash", "zstandard"):
+    for name in ("numpy", "torch", "xxhash", "zstandard"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {

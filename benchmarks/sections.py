@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -207,7 +206,9 @@ def cores(bench: Bench) -> None:
             file.write(block)
     size = weights.stat().st_size
     with ExitStack() as stack:
-        children = {checkout.name: stack.enter_context(_child(checkout, weights)) for checkout in bench.checkouts}
+        command = ("-P", str(_KERNELS), str(weights))
+        programs = [Program(each.name, [each.python, *command], env=each.env) for each in bench.checkouts]
+        children = {program.name: stack.enter_context(harness.asking(program)) for program in programs}
         names = children["df11"]("names").split("|")
         for name in names:
             harness.say(f"cores: {name}")
@@ -220,22 +221,3 @@ def cores(bench: Bench) -> None:
             if "against" in seconds:
                 ratios = [b / a for a, b in zip(seconds["df11"], seconds["against"], strict=True)]
                 bench.board.add(f"{name}: speed, df11 / against", "x", "higher", ratios, ratio=True)
-
-
-@contextmanager
-def _child(checkout: Checkout, weights: Path) -> Iterator[Callable[[str], str]]:
-    command = [checkout.python, "-P", str(_KERNELS), str(weights)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=checkout.env) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        questions, answers = process.stdin, process.stdout
-
-        def ask(question: str) -> str:
-            questions.write(f"{question}\n")
-            questions.flush()
-            if not (answer := answers.readline().strip()):
-                raise measure.CommandError(f"the kernels of {checkout.name} ended with exit code {process.wait()}")
-            return answer
-
-        yield ask

@@ -15,6 +15,9 @@ from benchmarks.results import Result
 
 SMALLEST = ("--size", "0.0001", "--rounds", "1", "--no-peers")
 
+AT_REST, PEAK, KEPT = "at rest", "peak of the first forward, above that", "kept for backward"
+BEYOND = f"{KEPT}, beyond the model"
+
 
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -69,6 +72,27 @@ def test_dtypes(build: Path, tmp_path: Path) -> None:
         assert 0.001 < found[f"decode {dtype}: speed, {dtype} / BF16"] < 1000
 
 
+def test_model_beside_that_of_another_checkout(build: Path, tmp_path: Path) -> None:
+    against = f"{results.ROOT}:{sys.executable}"
+    assert bench.main(["model", *SMALLEST, "--folder", str(tmp_path), "--against", against]) == 0
+    found = {result.name: result for result in written(build)}
+    weights = 12 * 256 * 256
+    # Of a tied model, autograd keeps the whole.
+    for case, model, kept in (
+        ("1 x 256, tied", weights + 2000 * 256, weights + 2000 * 256),
+        ("1 x 256, untied", weights + 2 * 2000 * 256, weights + 2000 * 256),
+    ):
+        for name, share in (("BF16", 1), ("df11", 0.68), ("against", 0.68)):
+            value = {what: found[f"{case}, {what}: {name}"].value for what in (AT_REST, PEAK, KEPT, BEYOND)}
+            assert value[AT_REST] < model * 2 / 2**20 + 10
+            assert 0 <= value[PEAK] < 20
+            assert value[KEPT] - value[BEYOND] == pytest.approx(kept * 2 / 2**20 * share, rel=0.04)
+            assert 0 < value[BEYOND] < 0.2
+            assert found[f"{case}, forward: {name}"].value > 0
+        assert found[f"{case}, forward: speed, df11 / BF16"].ratio
+        assert len(found[f"{case}, forward: speed, df11 / against"].samples) == 8
+
+
 def test_omnigen2(build: Path, tmp_path: Path) -> None:
     assert bench.main(["omnigen2", *SMALLEST, "--scale", "0.0001", "--folder", str(tmp_path)]) == 0
     found = {(result.name, result.unit): result.value for result in written(build)}
@@ -104,6 +128,17 @@ def test_what_a_child_took() -> None:
         measure.run([sys.executable, "-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"])
     with pytest.raises(measure.CommandError, match="could not be started"):
         measure.run(["/nowhere/at/all"])
+
+
+def test_a_program_that_no_longer_answers() -> None:
+    code = "print(input(), flush=True); raise SystemExit(3)"
+    with (
+        pytest.raises(measure.CommandError, match="it ended with exit code 3"),
+        harness.asking(Program("it", [sys.executable, "-c", code])) as ask,
+    ):
+        assert ask("one") == "one"
+        for _ in range(2):
+            ask("two")
 
 
 def test_what_fails_does_not_end_the_run(
