@@ -19,7 +19,7 @@ from df11.formats.record import Scratch
 from df11.runtime import cpu, load
 from df11.runtime import model as models
 from df11.runtime.compressed import CompressedTensor
-from df11.runtime.modules import materialize_some, weights_of
+from df11.runtime.modules import weights_of
 from df11.runtime.weight import CompressedWeight, FrozenWeightError
 
 _CPU: Final = torch.device("cpu")
@@ -217,7 +217,7 @@ def expecting(model: nn.Module, containers: Sequence[Container]) -> Iterator[Non
         if parameter.numel() >= models.SMALL:
             most = parameter.numel() * parameter.element_size()
             if name in held:
-                _expected[name] = models.loaded_size(*held[name], parameter.dtype, _CPU)
+                _expected[name] = models.loaded_size(*held[name], parameter.dtype)
             else:
                 _expected[name] = min(most, parameter.numel() * bytes_held // weights) if weights else most
     try:
@@ -257,10 +257,7 @@ def _subtract(sizes: dict[str, int], names: Sequence[str], saved: int) -> None:
 
 
 def keeping_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a model class's ``_apply``, so that a cast raises before anything has changed: records cannot be cast.
-
-    Weights that the new device does not decode are decoded first.
-    """
+    """Wrap a model class's ``_apply``, so that a cast raises before anything has changed: records cannot be cast."""
 
     @functools.wraps(original)
     def apply(self: Any, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -269,7 +266,6 @@ def keeping_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
         for dtype, probe in moved.items():
             if probe.dtype != dtype:
                 raise FrozenWeightError(f"to {probe.dtype}")
-        materialize_some(self, lambda weight: not weight.compressed.decodes_on(moved[weight.dtype].device))
         return original(self, function, *args, **kwargs)
 
     return apply

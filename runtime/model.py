@@ -90,7 +90,7 @@ def load_model(
         _compare(model, places, held, os.fspath(path))
         _check_other_buffers(model)
         wanted = {name: places[name][0].value.dtype for name in held}
-        needed = sum(loaded_size(*held[name], wanted[name], target) for name in held)
+        needed = sum(loaded_size(*held[name], wanted[name]) for name in held)
         rounded = {found for name, found in held.items() if _is_rounded(*found, wanted[name])}
         log_cast(os.fspath(path), [(load.torch_dtype(*found), torch.bfloat16) for found in rounded])
         with gpu.enough_memory(target, needed):
@@ -236,7 +236,7 @@ def load_tensor(
     ``dtype``: that of a model, which may be another one than the container's; see :func:`load_model`.
     """
     held = load.torch_dtype(container, name)
-    if stays_compressed(container, name, device) and _keeps_bits(container, name, dtype or held):
+    if stays_compressed(container, name) and _keeps_bits(container, name, dtype or held):
         compressed = CompressedTensor.load(container, name, records)
         return CompressedWeight.of(compressed if dtype in (None, held) else compressed.widened())
     array = container.tensor(name)
@@ -244,10 +244,10 @@ def load_tensor(
     return values.reshape(container.info(name).shape).to(device=device, dtype=dtype)
 
 
-def stays_compressed(container: Container, name: str, device: torch.device = _CPU) -> bool:
-    """Whether a tensor is coded, large enough to stay so, and decoded by a device."""
+def stays_compressed(container: Container, name: str) -> bool:
+    """Whether a tensor is coded, and large enough to stay so."""
     info = container.info(name)
-    return info.encoding == "df11" and info.elements >= SMALL and (device.type == "cpu" or load.decodes_on_a_gpu(info))
+    return info.encoding == "df11" and info.elements >= SMALL
 
 
 def is_narrowed(container: Container, name: str) -> bool:
@@ -264,10 +264,10 @@ def _keeps_bits(container: Container, name: str, wanted: torch.dtype) -> bool:
     return is_widened or load.torch_dtype(container, name) == wanted
 
 
-def loaded_size(container: Container, name: str, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that a tensor takes on a device once it is loaded into a model of this dtype."""
+def loaded_size(container: Container, name: str, dtype: torch.dtype) -> int:
+    """Bytes that a tensor takes once it is loaded into a model of this dtype."""
     info = container.info(name)
-    is_kept = stays_compressed(container, name, device) and _keeps_bits(container, name, dtype)
+    is_kept = stays_compressed(container, name) and _keeps_bits(container, name, dtype)
     return info.stored_bytes if is_kept else info.elements * dtype.itemsize
 
 

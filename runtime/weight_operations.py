@@ -241,8 +241,6 @@ def _to_copy(matrix: Any, **options: Any) -> Any:
         return NotImplemented
     if device.type == "meta":
         return torch.empty_strided(matrix.shape, matrix.stride(), dtype=dtype, device=device)
-    if not matrix.compressed.decodes_on(device):  # It is decoded here.
-        return NotImplemented
     compressed = matrix.compressed.widened() if is_widened else matrix.compressed
     return CompressedWeight.of(compressed.to(device, non_blocking=bool(options.get("non_blocking"))))
 
