@@ -25,6 +25,7 @@ class RecordPart:
     segment_elements: int
     first_element: int
     """The first weight that is here, within the tensor."""
+    kind: layout.Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,9 @@ def cut(container: Container, capacity: int, names: Collection[str]) -> Iterator
             batch.verbatim.append(VerbatimPart(name, start, end - begin, 0, True))
             continue
         record = container.record(name)
-        batch.records.append(RecordPart(name, start, record.size, record.element_count, record.segment_elements, 0))
+        batch.records.append(
+            RecordPart(name, start, record.size, record.element_count, record.segment_elements, 0, record.kind)
+        )
         batch.segments += [(start + segment.offset, segment, record.place) for segment in record.segments]
     if batch.size:
         yield batch
@@ -120,14 +123,14 @@ def _record_batches(record: Record, name: str, begin: int, capacity: int) -> Ite
             size += layout.DIRECTORY_ENTRY.size + record.segments[last].size
             last += 1
         segments = record.segments[first:last]
-        front = pack_front(segments, record.segment_elements)
+        front = pack_front(segments, record.segment_elements, record.kind)
         elements = sum(segment.elements for segment in segments)
         shift = len(front) - segments[0].offset
         yield Batch(
             begin + segments[0].offset,
             begin + segments[-1].offset + segments[-1].size,
             front,
-            [RecordPart(name, 0, size, elements, record.segment_elements, segments[0].first_element)],
+            [RecordPart(name, 0, size, elements, record.segment_elements, segments[0].first_element, record.kind)],
             segments=[(segment.offset + shift, segment, record.place) for segment in segments],
         )
         first = last

@@ -55,7 +55,7 @@ class CompressedTensor:
     """A tensor held as a record on a device, decoded on request. It is never changed.
 
     ``record``: u8, one-dimensional, the record as it is in the file. ``shape``, ``dtype``: of the decoded tensor.
-    ``dtype`` is the record's, by default BF16, or another that is cast to, see :meth:`cast`. GPUs decode BF16 only.
+    ``dtype`` is the record's, by default BF16, or another that is cast to, see :meth:`cast`.
     ``segment_elements``: weights per segment of the record (the last may have fewer). On a GPU, decoding is launched on
     torch's current stream. Damaged bytes decode to wrong weights but never cause an access out of bounds;
     :func:`check_errors` reports them. Where tensors have been joined, ``record`` holds their records one after another,
@@ -83,7 +83,7 @@ class CompressedTensor:
         from df11.runtime import operators
 
         elements, dtype = math.prod(shape), dtype or torch.bfloat16
-        operators.check_record(record, elements, segment_elements, operators.kind_of(dtype, record.device))
+        operators.check_record(record, elements, segment_elements, operators.kind_of(dtype))
         piece = Piece(0, record.numel(), elements, dtype, segment_elements, 0, (0,) * len(shape), tuple(shape))
         self._set(record, tuple(shape), dtype, (piece,))
 
@@ -103,10 +103,7 @@ class CompressedTensor:
 
     @classmethod
     def load(cls, container: Container, name: str, device: str | torch.device = "cuda") -> CompressedTensor:
-        """Read a record of an open container, check its checksums, and copy it to a device.
-
-        Raises a DeviceError if the device does not decode its dtype.
-        """
+        """Read a record of an open container, check its checksums, and copy it to a device."""
         import torch
 
         from df11.runtime import load
@@ -133,12 +130,6 @@ class CompressedTensor:
     def is_smaller(self) -> bool:
         """Whether the record takes fewer bytes than the values."""
         return self.record.numel() < self.elements * self.dtype.itemsize
-
-    def decodes_on(self, device: torch.device) -> bool:
-        """Whether a device decodes records of its dtypes."""
-        from df11.runtime import operators
-
-        return all(operators.decodes(piece.dtype, device) for piece in self.pieces)
 
     @property
     def segment_elements(self) -> int:
@@ -376,9 +367,16 @@ def check_errors(device: str | torch.device = "cuda") -> None:
     decoder(device).check_errors()
 
 
-def warm_up(device: str | torch.device = "cuda") -> None:
-    """Compile or load the kernels of a device now rather than at first use, which a CUDA graph cannot capture."""
-    decoder(device)
+def warm_up(device: str | torch.device = "cuda", dtype: torch.dtype | None = None) -> None:
+    """Compile or load the kernels of a device now rather than at first use, which a CUDA graph cannot capture.
+
+    ``dtype``: that of the records that will be decoded, by default BF16; each has kernels of its own.
+    """
+    import torch
+
+    from df11.runtime import operators
+
+    decoder(device).prepare(operators.kind_of(dtype or torch.bfloat16))
 
 
 def decoder(device: str | torch.device) -> Decoder:

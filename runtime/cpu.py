@@ -141,6 +141,9 @@ class Cpu:
     def __init__(self) -> None:
         self.records = Records()
 
+    def prepare(self, kind: layout.Kind) -> None:
+        """Nothing is to be made ready."""
+
     def decode(self, ranges: Sequence[Range], *, background: bool = False) -> None:  # noqa: ARG002 - the interface of Gpu
         """Decode ranges; every segment of each is a task."""
         tasks = [

@@ -37,7 +37,6 @@ def install(library: Any) -> None:
     library.load_state_dict = reader.load_state_dict = _reading(library.load_state_dict)  # type: ignore[union-attr]
     model_class = library.ModelMixin
     model_class._load_pretrained_model = classmethod(_loading(model_class._load_pretrained_model.__func__))
-    model_class._apply = loading.decoding_first(model_class._apply)
 
 
 def install_group_offloading(library: Any) -> None:

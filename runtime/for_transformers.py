@@ -76,7 +76,6 @@ def install(library: Any) -> None:
     model_class._load_pretrained_model = staticmethod(_loading_records(model_class._load_pretrained_model))
     model_class._finalize_model_loading = staticmethod(_finalizing(library, model_class._finalize_model_loading))
     model_class._resize_token_embeddings = _resizing(model_class._resize_token_embeddings)
-    model_class._apply = loading.decoding_first(model_class._apply)
 
 
 def _resolving(library: Any, original: Callable[..., Any]) -> Callable[..., Any]:

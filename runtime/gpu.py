@@ -6,6 +6,7 @@ addresses.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,11 +17,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from df11.formats import errors, layout
+from df11.formats.record import weights_dtype
 from df11.runtime import kernels
 from df11.runtime.kernels import Range, worked
 
 if TYPE_CHECKING:
     import torch
+
+_Functions = dict[str, Any]
+"""CuPy's kernels by name."""
 
 _CUPY_BUILDS: Final = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
@@ -32,69 +37,114 @@ class Gpu:
     """
 
     def __init__(self, device: torch.device, source: str | None = None) -> None:
-        """Check the device, compile the kernels or take them from CuPy's cache, and let each decode a record.
+        """Check the device. Nothing is compiled before it is needed: see :meth:`prepare`.
 
-        The driver loads a kernel at its first launch, which must not be within the capture of a graph. ``source``: CUDA
-        source to use instead of the package's, for comparisons. Raises DeviceError or MissingExtraError.
+        ``source``: CUDA source to use instead of the package's, for comparisons. Raises DeviceError or
+        MissingExtraError.
         """
         import torch
 
         self.device = device
         check_device(device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise errors.UsageError(
-                "the kernels cannot be loaded while a CUDA graph is captured", hint="call df11.runtime.warm_up() first"
-            )
+        self._refuse_capture()
         self._cupy = _import_cupy()
         properties = torch.cuda.get_device_properties(device)
         self.multiprocessors: int = properties.multi_processor_count
+        self._name: str = properties.name
+        self._source = source
+        self._functions: dict[int, _Functions] = {}
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def status(self) -> torch.Tensor:
+        """Where kernels note damage: i32 [1]."""
+        import torch
+
+        with torch.inference_mode(False):  # Made in inference mode, it could not be reset outside of it.
+            return torch.zeros(1, dtype=torch.int32, device=self.device)
+
+    def _refuse_capture(self) -> None:
+        import torch
+
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise errors.UsageError(
+                "the kernels cannot be loaded while a CUDA graph is captured",
+                hint="call df11.runtime.warm_up(device, dtype) first",
+            )
+
+    def prepare(self, kind: layout.Kind) -> None:
+        """Compile the kernels for a kind of records or take them from CuPy's cache, and let each decode a record.
+
+        The driver loads a kernel at its first launch, which must not be within the capture of a graph. Each kind is
+        prepared at its first use. Raises DeviceError.
+        """
+        self._prepared(kind)
+
+    def _prepared(self, kind: layout.Kind) -> _Functions:
+        found = self._functions.get(kind.code)
+        if found is None:
+            self._refuse_capture()
+            with self._lock:
+                if kind.code not in self._functions:
+                    self._functions[kind.code] = self._compiled(kind)
+                found = self._functions[kind.code]
+        return found
+
+    def _compiled(self, kind: layout.Kind) -> _Functions:
         module = self._cupy.RawModule(
-            code=source or kernels.SOURCE.read_text(encoding="utf-8"), options=kernels.NVRTC_OPTIONS
+            code=self._source or kernels.SOURCE.read_text(encoding="utf-8"), options=kernels.nvrtc_options(kind)
         )
         try:
-            with self._cupy.cuda.Device(device.index):
+            with self._cupy.cuda.Device(self.device.index):
                 compiled = {name: module.get_function(name) for name in kernels.THREADS}
                 for kernel in compiled.values():
                     kernel.compile()
                 # Give shared memory the largest share of the L1 cache, so that the most blocks of the wide kernel fit.
                 compiled[kernels.DECODE].preferred_shared_memory_carveout = 100
-                self._functions = {name: kernel.kernel for name, kernel in compiled.items()}
-            # Made in inference mode, it could not be reset outside of it.
-            with torch.inference_mode(False):
-                self.status = torch.zeros(1, dtype=torch.int32, device=device)
-                self._prove()
+                functions = {name: kernel.kernel for name, kernel in compiled.items()}
+            self._prove(kind, functions)
         except errors.Df11Error:
             raise
         except Exception as error:  # The exceptions of CuPy, NVRTC and the driver have no common base class.
             raise errors.DeviceError(
-                f"the kernels do not compile or load on {properties.name}: {_first_line(error)}", hint=_remedy(error)
+                f"the kernels do not compile or load on {self._name}: {_first_line(error)}", hint=_remedy(error)
             ) from error
+        return functions
 
-    def _prove(self) -> None:
+    def _prove(self, kind: layout.Kind, functions: _Functions) -> None:
         # Waits for the current stream, so that other streams find a status word of zero.
         import torch
 
-        record = torch.tensor(list(worked.RECORD), dtype=torch.uint8, device=self.device)
-        expected = torch.tensor(worked.WEIGHTS, dtype=torch.int32).to(torch.int16)
-        count = len(expected)
+        record = torch.from_numpy(np.frombuffer(worked.RECORDS[kind.dtype], np.uint8).copy()).to(self.device)
+        weights = worked.weights(kind)
+        expected = torch.from_numpy(np.array(weights, weights_dtype(kind)).view(np.uint8))
+        count = len(weights)
         rows = torch.arange(count, device=self.device)
-        for name in kernels.THREADS:
-            out = torch.zeros(count, dtype=torch.int16, device=self.device)
+        for name in functions:
+            out = torch.zeros(len(expected), dtype=torch.uint8, device=self.device)
             size, segment = len(record), layout.DEFAULT_SEGMENT_WEIGHTS
-            whole = Range(record.data_ptr(), size, count, segment, 0, count, out.data_ptr())
+            whole = Range(record.data_ptr(), size, count, segment, 0, count, out.data_ptr(), kind=kind)
             if name == kernels.GATHER_ROWS:
-                self.gather_rows(whole, rows.data_ptr(), count, 1, count)
+                self._gather_rows(functions, whole, rows.data_ptr(), count, 1, count)
             else:
-                self.decode([whole], background=name == kernels.DECODE_SMALL)
+                self._decode(functions, name, [whole], None)
             if not torch.equal(out.cpu(), expected) or self.status.item():
                 raise errors.DeviceError(
-                    f"{name} decodes wrongly on {torch.cuda.get_device_properties(self.device).name}",
+                    f"{name} decodes {kind.dtype} wrongly on {self._name}",
                     hint="use device='cpu', and report this: python -m benchmarks.gpu.check says more",
                 )
 
     def decode(self, ranges: Sequence[Range], *, background: bool = False, tiles_per_block: int | None = None) -> None:
-        """Decode ranges, 64 per launch. ``background`` selects the kernel that needs little of a multiprocessor."""
+        """Decode ranges, 64 of a kind per launch.
+
+        ``background`` selects the kernel that needs little of a multiprocessor.
+        """
         name = kernels.DECODE_SMALL if background else kernels.DECODE
+        for kind in {part.kind.code: part.kind for part in ranges}.values():
+            same = [part for part in ranges if part.kind is kind]
+            self._decode(self._prepared(kind), name, same, tiles_per_block)
+
+    def _decode(self, functions: _Functions, name: str, ranges: Sequence[Range], tiles_per_block: int | None) -> None:
         if tiles_per_block is None:
             tiles_per_block = kernels.tiles_per_block(
                 name, sum(layout.tile_count(part.last - part.first) for part in ranges), self.multiprocessors
@@ -102,7 +152,7 @@ class Gpu:
         for start in range(0, len(ranges), kernels.MOST_RANGES):
             arguments, blocks = kernels.pack(ranges[start : start + kernels.MOST_RANGES], tiles_per_block)
             if blocks:
-                self._launch(name, blocks, *arguments, np.uint64(self.status.data_ptr()))
+                self._launch(functions, name, blocks, *arguments, np.uint64(self.status.data_ptr()))
 
     def gather_rows(self, matrix: Range, ids: int, count: int, row_weights: int, rows: int) -> None:
         """Decode ``count`` rows of a matrix; ``ids`` is the address of their indices, i64.
@@ -110,17 +160,22 @@ class Gpu:
         ``matrix``: the whole record, with the output of all rows.
         """
         if count and row_weights:
-            arguments = (kernels.pack_one(matrix), np.uint64(ids), np.uint64(row_weights), np.uint64(rows))
-            self._launch(kernels.GATHER_ROWS, count, *arguments, np.uint64(self.status.data_ptr()))
+            self._gather_rows(self._prepared(matrix.kind), matrix, ids, count, row_weights, rows)
 
-    def _launch(self, name: str, blocks: int, *arguments: Any) -> None:
+    def _gather_rows(
+        self, functions: _Functions, matrix: Range, ids: int, count: int, row_weights: int, rows: int
+    ) -> None:
+        arguments = (kernels.pack_one(matrix), np.uint64(ids), np.uint64(row_weights), np.uint64(rows))
+        self._launch(functions, kernels.GATHER_ROWS, count, *arguments, np.uint64(self.status.data_ptr()))
+
+    def _launch(self, functions: _Functions, name: str, blocks: int, *arguments: Any) -> None:
         import torch
 
         # Changing CuPy's device and stream, and back, would cost more than the launch.
         stream = _Stream(torch.cuda.current_stream(self.device).cuda_stream)
         is_current = torch.cuda.current_device() == self.device.index
         with nullcontext() if is_current else self._cupy.cuda.Device(self.device.index):
-            self._functions[name]((blocks,), (kernels.THREADS[name],), arguments, stream=stream)
+            functions[name]((blocks,), (kernels.THREADS[name],), arguments, stream=stream)
 
     def check_errors(self) -> None:
         """Wait for the current stream; raise the error if a kernel has met damaged bytes since the last call."""
@@ -135,7 +190,7 @@ _gpus: Final[dict[int, Gpu]] = {}
 
 
 def of(device: torch.device) -> Gpu:
-    """The kernels on a CUDA device, compiled on first use."""
+    """The kernels on a CUDA device."""
     import torch
 
     index: int | None = device.index

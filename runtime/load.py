@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
-from df11.formats import errors, layout
-from df11.formats.container import Container, TensorInfo
+from df11.formats import errors
+from df11.formats.container import Container
 from df11.formats.record import Record, Scratch, weights_dtype
 from df11.runtime import batches, cpu, gpu, hub
 from df11.runtime.kernels import Range
@@ -111,11 +111,6 @@ def torch_dtype(container: Container, name: str) -> torch.dtype:
     return dtype
 
 
-def decodes_on_a_gpu(info: TensorInfo) -> bool:
-    """Whether a tensor is a record that GPUs decode, or no record."""
-    return info.encoding != "df11" or info.dtype == layout.BF16.dtype
-
-
 def load_on_cores(container: Container, tensors: dict[str, torch.Tensor]) -> None:
     """Fill tensors in CPU memory; each segment and each verbatim tensor is a task for a thread."""
     scratch = threading.local()
@@ -153,17 +148,7 @@ def load_through_ring(
     decoder: Decoder,
     capacity: int = SLOT_BYTES,
 ) -> None:
-    """Fill tensors on a device: threads read and check batches of the file, which are then copied and decoded there.
-
-    Records of other dtypes than BF16 are decoded on the CPU, one by one, and then copied.
-    """
-    import torch
-
-    slow = [name for name in tensors if not decodes_on_a_gpu(container.info(name))]
-    for name in slow:
-        decoded = torch.empty_like(tensors[name], device="cpu")
-        load_on_cores(container, {name: decoded})
-        tensors[name].copy_(decoded)
+    """Fill tensors on a device: threads read and check batches of the file, which are then copied and decoded there."""
     ring = deque(_Slot(device, capacity) for _ in range(SLOTS))
     reading: deque[tuple[batches.Batch, _Slot, Future[None]]] = deque()
     checksums: dict[str, xxhash.xxh3_64] = {}
@@ -183,7 +168,7 @@ def load_through_ring(
 
     with _side_stream(device):
         try:
-            for batch in batches.cut(container, capacity, [name for name in tensors if name not in slow]):
+            for batch in batches.cut(container, capacity, tensors):
                 if len(reading) == READING:
                     finish()
                 slot = ring.popleft()
@@ -240,7 +225,8 @@ class _Slot:
             part.segment_elements,
             0,
             part.elements,
-            tensor.data_ptr() + 2 * part.first_element,
+            tensor.data_ptr() + part.kind.bytes * part.first_element,
+            kind=part.kind,
         )
 
     def used(self) -> None:

@@ -18,7 +18,7 @@ from df11.formats.record import Scratch
 from df11.runtime import cpu, load
 from df11.runtime import model as models
 from df11.runtime.compressed import CompressedTensor
-from df11.runtime.modules import is_compressed, materialize_some, weights_of
+from df11.runtime.modules import weights_of
 from df11.runtime.weight import CompressedWeight
 
 _CPU: Final = torch.device("cpu")
@@ -74,7 +74,7 @@ def cast_for_good(path: str, dtype: torch.dtype, containers: Sequence[Container]
         (container.path, name): load.torch_dtype(container, name)
         for container in containers
         for name in container.keys()
-        if models.stays_compressed(container, name) and not models.stays_compressed(container, name, dtype=dtype)
+        if models.stays_compressed(container, name) and not models.stays_compressed(container, name, dtype)
     }
     models.log_cast(path, [(held, dtype) for held in found.values()])
     return set(found)
@@ -188,7 +188,7 @@ def expecting(model: nn.Module, containers: Sequence[Container]) -> Iterator[Non
         if parameter.numel() >= models.SMALL:
             most = parameter.numel() * parameter.element_size()
             if name in held:
-                _expected[name] = models.loaded_size(*held[name], parameter.dtype, _CPU)
+                _expected[name] = models.loaded_size(*held[name], parameter.dtype)
             else:
                 _expected[name] = min(most, parameter.numel() * bytes_held // weights) if weights else most
     try:
@@ -223,16 +223,3 @@ def _subtract(sizes: dict[str, int], names: Sequence[str], saved: int) -> None:
     for name in names:
         if name in sizes:
             sizes[name] -= saved
-
-
-def decoding_first(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a model class's ``_apply``, so that weights which the new device does not decode are decoded first."""
-
-    @functools.wraps(original)
-    def apply(self: Any, function: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        if is_compressed(self):
-            device = function(torch.empty(0, dtype=torch.bfloat16)).device
-            materialize_some(self, lambda weight: not weight.compressed.decodes_on(device))
-        return original(self, function, *args, **kwargs)
-
-    return apply

@@ -27,7 +27,6 @@ from df11.storage.paths import read_file
 SMALL: Final = 1 << 16
 """Tensors with fewer weights are decoded on loading: decoding them each time costs more than compression saves."""
 _LISTED: Final = 8
-_CPU: Final = torch.device("cpu")
 log: Final = logging.getLogger("df11")
 
 
@@ -90,7 +89,7 @@ def load_model(
         _compare(model, places, held, os.fspath(path))
         _check_other_buffers(model)
         wanted = {name: places[name][0].value.dtype for name in held}
-        needed = sum(loaded_size(*held[name], wanted[name], target) for name in held)
+        needed = sum(loaded_size(*held[name], wanted[name]) for name in held)
         casts = [(load.torch_dtype(*found), wanted[name]) for name, found in held.items()]
         log_cast(os.fspath(path), [cast for cast in casts if cast == (torch.float32, torch.bfloat16)])
         with gpu.enough_memory(target, needed):
@@ -236,24 +235,18 @@ def load_tensor(
     ``dtype``: that of a model, which may be another one than the container's; see :func:`load_model`.
     """
     held = load.torch_dtype(container, name)
-    if stays_compressed(container, name, device, dtype):
+    if stays_compressed(container, name, dtype):
         return CompressedWeight.of(CompressedTensor.load(container, name, records).cast(dtype or held))
     array = container.tensor(name)
     values = torch.from_numpy(array.reshape(-1)).view(held)
     return values.reshape(container.info(name).shape).to(device=device, dtype=dtype)
 
 
-def stays_compressed(
-    container: Container, name: str, device: torch.device = _CPU, dtype: torch.dtype | None = None
-) -> bool:
-    """Whether a tensor is coded, large enough to stay so, decoded by a device, and smaller than its values in a dtype.
-
-    ``dtype``: by default the container's.
-    """
+def stays_compressed(container: Container, name: str, dtype: torch.dtype | None = None) -> bool:
+    """Whether a tensor is coded, large enough to stay so, and smaller than its values in a dtype (its own, if None)."""
     info = container.info(name)
-    is_decoded = device.type == "cpu" or load.decodes_on_a_gpu(info)
     is_smaller = dtype is None or info.stored_bytes < info.elements * dtype.itemsize
-    return info.encoding == "df11" and info.elements >= SMALL and is_decoded and is_smaller
+    return info.encoding == "df11" and info.elements >= SMALL and is_smaller
 
 
 def _fits(container: Container, name: str, wanted: torch.dtype) -> bool:
@@ -263,10 +256,10 @@ def _fits(container: Container, name: str, wanted: torch.dtype) -> bool:
     return is_widened or held == wanted or (held, wanted) == (torch.float32, torch.bfloat16)
 
 
-def loaded_size(container: Container, name: str, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes that a tensor takes on a device once it is loaded into a model of this dtype."""
+def loaded_size(container: Container, name: str, dtype: torch.dtype) -> int:
+    """Bytes that a tensor takes once it is loaded into a model of this dtype."""
     info = container.info(name)
-    return info.stored_bytes if stays_compressed(container, name, device, dtype) else info.elements * dtype.itemsize
+    return info.stored_bytes if stays_compressed(container, name, dtype) else info.elements * dtype.itemsize
 
 
 def log_cast(path: str, casts: Collection[tuple[torch.dtype, torch.dtype]]) -> None:

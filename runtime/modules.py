@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -46,17 +46,10 @@ def materialize(module: nn.Module) -> nn.Module:
 
     Returns the module. Tied weights stay tied, to those of other modules, too. Memory grows to that of the plain model.
     """
-    return materialize_some(module, lambda _: True)
-
-
-def materialize_some(module: nn.Module, is_wanted: Callable[[CompressedWeight], bool]) -> nn.Module:
-    """The same, for some of the weights."""
     done: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, weight in weights_of(part).items():
             if id(weight) not in done:
-                if not is_wanted(weight):
-                    continue
                 done[id(weight)] = _made_plain(weight)
             setattr(part, name, done[id(weight)])
     return module

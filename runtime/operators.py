@@ -2,7 +2,7 @@
 
 All take records as u8 tensors, one-dimensional, aligned to 16 bytes, on any device that has a decoder, and return
 tensors there. ``shape`` is that of the matrix; ``segment_elements`` is the record's (weights per segment but the last);
-``dtype`` is that of its weights, which on a GPU must be BF16.
+``dtype`` is that of its weights.
 
 The functions here go past torch's dispatcher, which takes longer than a launch, unless somebody must see the operator:
 a compiler, a tracer, a mode, a tensor of another kind.
@@ -23,6 +23,9 @@ from df11.runtime.kernels import Range
 
 class Decoder(Protocol):
     """What a decoding device must offer; see :class:`df11.runtime.gpu.Gpu`."""
+
+    def prepare(self, kind: layout.Kind) -> None:
+        """Make ready what decodes records of a kind, which its first use does otherwise."""
 
     def decode(self, ranges: Sequence[Range], *, background: bool = False) -> None:
         """Decode ranges of records."""
@@ -55,17 +58,10 @@ _KINDS: Final = {
 }
 
 
-def decodes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device that has a decoder decodes records of a dtype."""
-    return dtype == torch.bfloat16 or device.type != "cuda"
-
-
-def kind_of(dtype: torch.dtype, device: torch.device) -> layout.Kind:
-    """The kind of records of a dtype. Raises DtypeError for another one, DeviceError where it cannot be decoded."""
+def kind_of(dtype: torch.dtype) -> layout.Kind:
+    """The kind of records of a dtype. Raises DtypeError if there is none."""
     if dtype not in _KINDS:
         raise errors.DtypeError("no record has this dtype", expected=", ".join(map(str, _KINDS)), found=dtype)
-    if not decodes(dtype, device):
-        raise errors.DeviceError(f"records of {dtype} are decoded on the CPU alone", hint="decode it there, then copy")
     return _KINDS[dtype]
 
 
@@ -107,7 +103,7 @@ def _range(
     last = first + out.numel()
     if not 0 <= first <= last <= weights:
         raise errors.UsageError("no such weights", expected=f"within 0 to {weights}", found=(first, last))
-    return _checked(record, weights, segment_elements, first, last, out, kind_of(dtype, record.device))
+    return _checked(record, weights, segment_elements, first, last, out, kind_of(dtype))
 
 
 def _checked(
@@ -237,7 +233,7 @@ def _gather_rows(
     numbers = ids.to(torch.int64).contiguous()
     weights, row_weights = math.prod(shape), math.prod(shape[1:])
     out = record.new_empty([*ids.shape, *shape[1:]], dtype=dtype)
-    matrix = _checked(record, weights, segment_elements, 0, weights, out, kind_of(dtype, record.device))
+    matrix = _checked(record, weights, segment_elements, 0, weights, out, kind_of(dtype))
     decoder_of(record.device).gather_rows(matrix, numbers.data_ptr(), numbers.numel(), row_weights, shape[0])
     return out
 

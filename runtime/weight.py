@@ -238,8 +238,6 @@ class CompressedWeight(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined] # the device
             self.compressed, self._form, self._memory = value.compressed, None, None
-        elif value.device != self.device and not self.compressed.decodes_on(value.device):
-            raise FrozenWeightError(f"{self.dtype} to {value.device}, which does not decode it")
         elif value.dtype != self.dtype or not self.holds(value):
             raise FrozenWeightError("setting .data" if value.dtype == self.dtype else f"to {value.dtype}")
 

@@ -241,8 +241,8 @@ def _to_copy(matrix: Any, **options: Any) -> Any:
     if device.type == "meta":
         return torch.empty_strided(matrix.shape, matrix.stride(), dtype=dtype, device=device)
     compressed = matrix.compressed.cast(dtype) if is_cast else matrix.compressed
-    # It is decoded here if the device cannot, or if the record takes more than the values.
-    if not compressed.decodes_on(device) or (is_cast and not compressed.is_smaller):
+    # What a loader is about to keep is decoded if the record takes more than the values.
+    if is_cast and not compressed.is_smaller and not matrix._is_param:
         return NotImplemented
     if is_moved:
         compressed = compressed.to(device, non_blocking=bool(options.get("non_blocking")))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.results import table
+from df11.formats import layout
 from df11.runtime import kernels
 
 NVRTC_WHEELS: Final = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
@@ -207,12 +208,14 @@ class CompiledCubin:
     kernels: dict[str, KernelReport]
 
 
-def compile_kernels(source: str, architecture: str, nvrtc: Path | None = None) -> CompiledCubin:
-    """Compile CUDA C++ for an architecture ("80") and analyze the result.
+def compile_kernels(
+    source: str, architecture: str, nvrtc: Path | None = None, kind: layout.Kind = layout.BF16
+) -> CompiledCubin:
+    """Compile CUDA C++ for an architecture ("80") and records of a kind, and analyze the result.
 
     ``nvrtc``: the library, as from ``nvrtc_library``; None stands for that of CUDA 12.
     """
-    cubin, log = _compile_in_child(source, architecture, nvrtc or nvrtc_library(12))
+    cubin, log = _compile_in_child(source, architecture, nvrtc or nvrtc_library(12), kind)
     listing = disassemble(cubin)
     functions = parse(listing)
     reports = [_report(part, functions, architecture) for part in log.split("Compiling entry function '")[1:]]
@@ -221,37 +224,39 @@ def compile_kernels(source: str, architecture: str, nvrtc: Path | None = None) -
     return CompiledCubin(architecture, cubin, log, listing, {report.name: report for report in reports})
 
 
-def _compile_in_child(source: str, architecture: str, nvrtc: Path) -> tuple[bytes, str]:
+def _compile_in_child(source: str, architecture: str, nvrtc: Path, kind: layout.Kind) -> tuple[bytes, str]:
     # NVRTC 12.9 crashes on a kernel for sm_120 that runs out of registers, and would take pytest with it.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(compile_cubin, source, architecture, nvrtc).result()
+            return pool.submit(compile_cubin, source, architecture, nvrtc, kind).result()
         except BrokenProcessPool:
             raise CompileError(f"{nvrtc.name} crashes on this source for sm_{architecture}") from None
 
 
-def compile_cubin(source: str, architecture: str, nvrtc: Path) -> tuple[bytes, str]:
+def compile_cubin(source: str, architecture: str, nvrtc: Path, kind: layout.Kind) -> tuple[bytes, str]:
     """The machine code and the log, which holds the output of ptxas -v."""
-    return _compile(source, ("--ptxas-options=-v", f"--gpu-architecture=sm_{architecture}"), nvrtc, "CUBIN")
+    more = ("--ptxas-options=-v", f"--gpu-architecture=sm_{architecture}")
+    return _compile(source, (*kernels.nvrtc_options(kind), *more), nvrtc, "CUBIN")
 
 
-def compile_ptx(source: str, architecture: str, nvrtc: Path) -> str:
+def compile_ptx(source: str, architecture: str, nvrtc: Path, kind: layout.Kind = layout.BF16) -> str:
     """The PTX for a virtual architecture ("80")."""
-    return _compile(source, (f"--gpu-architecture=compute_{architecture}",), nvrtc, "PTX")[0].rstrip(b"\0").decode()
+    options = (*kernels.nvrtc_options(kind), f"--gpu-architecture=compute_{architecture}")
+    return _compile(source, options, nvrtc, "PTX")[0].rstrip(b"\0").decode()
 
 
-def _compile(source: str, more: tuple[str, ...], nvrtc: Path, result: str) -> tuple[bytes, str]:
+def _compile(source: str, options: tuple[str, ...], nvrtc: Path, result: str) -> tuple[bytes, str]:
     for builtins in nvrtc.parent.glob("libnvrtc-builtins.so.*"):
         ctypes.CDLL(str(builtins))  # NVRTC opens it by name; that of CUDA 13.0 does not look in its own folder.
     library = ctypes.CDLL(str(nvrtc))
     program = ctypes.c_void_p()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decode.cu", 0, None, None))
     try:
-        options = [option.encode() for option in (*kernels.NVRTC_OPTIONS, *more)]
-        status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        encoded = [option.encode() for option in options]
+        status = library.nvrtcCompileProgram(program, len(encoded), (ctypes.c_char_p * len(encoded))(*encoded))
         log = _read(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
         if status:
-            raise CompileError(f"NVRTC error {status}, {more[-1]}:\n{log}")
+            raise CompileError(f"NVRTC error {status}, {options[-1]}:\n{log}")
         return _read(library[f"nvrtcGet{result}Size"], library[f"nvrtcGet{result}"], program), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from df11.formats import errors, layout
 
 SOURCE: Final = Path(__file__).with_name("decode.cu")
-NVRTC_OPTIONS: Final = ("--std=c++17",)
 
 DECODE: Final = "df11_decode"
 DECODE_SMALL: Final = "df11_decode_small"
@@ -57,8 +56,7 @@ class Range:
     ``record``, ``output``: addresses, of the record's first byte (a multiple of 16) and of the first weight written.
     Whoever makes a Range guarantees its sizes: ``record_size`` bytes can be read, ``last - first`` weights written, and
     ``last <= element_count``. ``owner``: what holds the record's memory, if the record stays there for longer than a
-    call; a decoder may keep what it has learnt of the record for as long. ``kind``: what the record holds; only the CPU
-    decodes others than BF16.
+    call; a decoder may keep what it has learnt of the record for as long. ``kind``: what the record holds.
     """
 
     record: int
@@ -70,6 +68,11 @@ class Range:
     output: int
     owner: object = None
     kind: layout.Kind = layout.BF16
+
+
+def nvrtc_options(kind: layout.Kind) -> tuple[str, ...]:
+    """The options that compile the kernels for records of a kind."""
+    return ("--std=c++17", f"-DDF11_KIND={kind.code}")
 
 
 def blocks_of(part: Range, tiles_per_block: int) -> int:

@@ -12,12 +12,51 @@
 // Records are not trusted. The host has checked the sizes in Range against its buffers. Everything read from the record
 // is checked or clamped here, so that no record can make a kernel read or write out of bounds. Errors are recorded in
 // *status.
+//
+// The source is compiled for one dtype at a time, DF11_KIND. Only three things differ: what the planes of a segment are,
+// how a lane's 8 bytes of each are joined with the exponents, and the bytes of a weight. What is said above of BF16 and
+// its sign/mantissa bytes holds for the other dtypes and their planes.
 
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
+
+// By the code of a dtype in the record header: the bytes of a weight, its planes, their bits (4 bits for each, those of
+// the first plane lowest), and how many of the last may be left out (section 1).
+struct Split {
+    u32 bytes, planes, bits, left_out;
+};
+
+constexpr u32 BF16 = 1;
+constexpr u32 F16 = 2;
+constexpr u32 F32 = 3;
+constexpr u32 F8_E4M3 = 4;
+constexpr u32 F8_E5M2 = 5;
+constexpr Split SPLITS[] = {{}, {2, 1, 0x8, 0}, {2, 3, 0x821, 1}, {4, 3, 0x888, 2}, {1, 1, 0x4, 0}, {1, 2, 0x21, 0}};
+
+constexpr u32 KIND = DF11_KIND;
+constexpr u32 WEIGHT_BYTES = SPLITS[KIND].bytes;
+constexpr u32 PLANES = SPLITS[KIND].planes;
+constexpr u32 PLANE_BITS = SPLITS[KIND].bits;
+constexpr u32 ALWAYS_STORED = PLANES - SPLITS[KIND].left_out;
+
+template <u32 BYTES>
+struct Unsigned;
+template <>
+struct Unsigned<1> {
+    using Type = u8;
+};
+template <>
+struct Unsigned<2> {
+    using Type = u16;
+};
+template <>
+struct Unsigned<4> {
+    using Type = u32;
+};
+using Weight = Unsigned<WEIGHT_BYTES>::Type;
 
 constexpr u32 LANES = 32;
 constexpr u32 CHUNK_LANE_WEIGHTS = 8;
@@ -48,12 +87,20 @@ constexpr u32 STAGE_TILE = 3792;
 constexpr u32 STAGE_BYTES = STAGE_FRONT + STAGE_TILE + 208;
 constexpr u32 WIDE_THREADS = 256;
 constexpr u32 SMALL_THREADS = 128;
-constexpr u32 SMALL_BLOCKS = 8;  // per multiprocessor, hence at most 64 registers
+constexpr u32 SMALL_BLOCKS = KIND == BF16 ? 8 : 6;  // per multiprocessor, hence at most 64 registers, or 80
+
+// Chunks whose planes a lane loads at once: with more planes fewer, as each takes two registers.
+constexpr u32 WIDE_GROUP = PLANES > 2 ? 2 : 4;
+constexpr u32 SMALL_GROUP = PLANES > 2 ? 1 : 2;
+
+// 8 weights in words, and the alignment that storing them at once takes.
+constexpr u32 CHUNK_LANE_WORDS = CHUNK_LANE_WEIGHTS * WEIGHT_BYTES / 4;
+constexpr u32 STORE_BYTES = WEIGHT_BYTES == 1 ? 8 : 16;
 
 // Weights first to last (exclusive) of a record, and where they go.
 struct Range {
     u64 record;         // address, a multiple of 16
-    u64 output;         // address of weight `first`, a multiple of 2
+    u64 output;         // address of weight `first`, a multiple of the bytes of a weight
     u64 record_size;    // bytes
     u64 element_count;  // weights of the record
     u64 first;
@@ -79,7 +126,7 @@ struct Segment {
     u32 lane_bytes;
     u32 tiles_offset;
     u32 lanes_offset;
-    u32 sign_mantissa_offset;
+    u32 planes[PLANES];  // offsets; 0: left out
     u32 stream_offset;
 };
 
@@ -140,6 +187,14 @@ __device__ __forceinline__ void prefetch(const u8* address) {
 #endif
 }
 
+__device__ __forceinline__ constexpr u32 bits_of(u32 plane) { return PLANE_BITS >> 4 * plane & 15; }
+
+// Bytes of a plane of so many weights: one of less than 8 bits has all of its last chunk.
+__device__ __forceinline__ u32 plane_size(u32 plane, u32 weights) {
+    if (bits_of(plane) == 8) return weights;
+    return (weights + CHUNK_WEIGHTS - 1) / CHUNK_WEIGHTS * (CHUNK_WEIGHTS / 8 * bits_of(plane));
+}
+
 // Segment `index` of a record, from its directory (section 4) and its header (section 5).
 __device__ Segment open_segment(const Range& range, u64 index) {
     Segment segment{};
@@ -155,10 +210,11 @@ __device__ Segment open_segment(const Range& range, u64 index) {
         return segment;
     segment.data = record + offset;
     const u32 head = load<u32>(segment.data);
-    segment.coded = (head & 0xFF) == 1;
+    const u32 left_out = (head & 0xFF) - 1;  // That of a raw segment is the largest number.
+    segment.coded = left_out <= PLANES - ALWAYS_STORED;
     if (!segment.coded) {
         segment.stream_offset = SEGMENT_HEADER_BYTES;
-        segment.sound = head == 0 && SEGMENT_HEADER_BYTES + 2 * segment.elements <= segment.size;
+        segment.sound = head == 0 && SEGMENT_HEADER_BYTES + WEIGHT_BYTES * segment.elements <= segment.size;
         return segment;
     }
     segment.lane_bytes = head >> 8 & 0xFF;
@@ -169,8 +225,13 @@ __device__ Segment open_segment(const Range& range, u64 index) {
     const u32 cells = segment.alphabet_size * segment.alphabet_size;
     segment.tiles_offset = align16(SEGMENT_HEADER_BYTES + segment.alphabet_size + (cells + 1) / 2);
     segment.lanes_offset = align16(segment.tiles_offset + 8 * tiles);
-    segment.sign_mantissa_offset = segment.lanes_offset + LANES * segment.lane_bytes * tiles;
-    segment.stream_offset = align16(segment.sign_mantissa_offset + segment.elements);
+    segment.stream_offset = segment.lanes_offset + LANES * segment.lane_bytes * tiles;
+#pragma unroll
+    for (u32 plane = 0; plane < PLANES; ++plane) {
+        if (plane >= ALWAYS_STORED && plane + left_out >= PLANES) break;
+        segment.planes[plane] = segment.stream_offset;
+        segment.stream_offset = align16(segment.stream_offset + plane_size(plane, segment.elements));
+    }
     segment.sound = segment.stream_offset + STREAM_END <= segment.size;
     return segment;
 }
@@ -349,21 +410,106 @@ __device__ __forceinline__ u32 select_bits(u32 ones, u32 zeros, u32 mask) {
 #endif
 }
 
-__device__ __forceinline__ u32 join(u32 pair, u32 sign_mantissa, u32 selector) {
+// A lane's bytes of a chunk: 8 of every plane. In a plane of less than 8 bits, several lanes have the same ones.
+struct Bytes {
+    uint2 plane[PLANES];
+};
+
+// 8 weights.
+struct Chunk {
+    u32 words[CHUNK_LANE_WORDS];
+};
+
+// The planes of a tile: their addresses, null if a plane is left out.
+struct Planes {
+    const u8* address[PLANES];
+};
+
+__device__ __forceinline__ Planes open_planes(const Segment& segment, u32 tile) {
+    Planes planes;
+#pragma unroll
+    for (u32 plane = 0; plane < PLANES; ++plane) {
+        const u8* address = segment.data + segment.planes[plane] + TILE_WEIGHTS / 8 * bits_of(plane) * tile;
+        planes.address[plane] = plane < ALWAYS_STORED || segment.planes[plane] ? address : nullptr;
+    }
+    return planes;
+}
+
+// This lane's bytes of chunk 0 in a plane.
+__device__ __forceinline__ u32 lane_offset(u32 plane) {
+    return CHUNK_LANE_WEIGHTS * (lane_index() % (4 * bits_of(plane)));
+}
+
+__device__ __forceinline__ u32 join_bf16(u32 pair, u32 sign_mantissa, u32 selector) {
     return select_bits(__byte_perm(sign_mantissa, 0, selector), pair, 0x807F807F);
 }
 
-__device__ __forceinline__ uint4 join_chunk(const u32 (&pairs)[4], uint2 sign_mantissa) {
-    return make_uint4(join(pairs[0], sign_mantissa.x, 0x1100), join(pairs[1], sign_mantissa.x, 0x3322),
-                      join(pairs[2], sign_mantissa.y, 0x1100), join(pairs[3], sign_mantissa.y, 0x3322));
+// Of 4 weights, from a plane of signs and one of two mantissa bits: bytes with the sign on top and the two bits below.
+__device__ __forceinline__ u32 join_narrow(u32 signs, u32 mantissas) {
+    const u32 lane = lane_index();
+    return select_bits(signs << (7 - lane / 4), mantissas >> 2 * (lane / 8), 0x80808080);
+}
+
+// The exponents of two pairs in bytes, above `low` bits of each.
+__device__ __forceinline__ u32 exponent_bytes(u32 pair, u32 next, u32 low) {
+    return __byte_perm(pair >> (7 - low), next >> (7 - low), 0x6420);
+}
+
+__device__ __forceinline__ Chunk join_chunk(const u32 (&pairs)[4], const Bytes& bytes) {
+    Chunk chunk;
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {  // 4 weights
+        const auto word_of = [&](u32 plane) { return half ? bytes.plane[plane].y : bytes.plane[plane].x; };
+        const u32 pair = pairs[2 * half], next = pairs[2 * half + 1];
+        u32* words = chunk.words + half * (CHUNK_LANE_WORDS / 2);
+        if constexpr (KIND == BF16 || KIND == F32) {
+            words[0] = join_bf16(pair, word_of(0), 0x1100);
+            words[1] = join_bf16(next, word_of(0), 0x3322);
+        }
+        if constexpr (KIND == F32) {  // Those are the upper halves.
+            const u32 upper[2] = {words[0], words[1]};
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                const u32 lower = __byte_perm(word_of(2), word_of(1), i ? 0x7362 : 0x5140);
+                words[2 * i] = __byte_perm(lower, upper[i], 0x5410);
+                words[2 * i + 1] = __byte_perm(lower, upper[i], 0x7632);
+            }
+        }
+        if constexpr (KIND == F16) {
+            const u32 upper = join_narrow(word_of(0), word_of(1));
+            words[0] = select_bits(__byte_perm(word_of(2), upper, 0x5140), pair << 3, 0x83FF83FF);
+            words[1] = select_bits(__byte_perm(word_of(2), upper, 0x7362), next << 3, 0x83FF83FF);
+        }
+        if constexpr (KIND == F8_E4M3) {
+            const u32 raw = word_of(0), lower = 4 * (lane_index() / 16);
+            const u32 sign_mantissa = select_bits(raw << (4 - lower), raw >> lower, 0x80808080);
+            words[0] = select_bits(sign_mantissa, exponent_bytes(pair, next, 3), 0x87878787);
+        }
+        if constexpr (KIND == F8_E5M2)
+            words[0] = select_bits(join_narrow(word_of(0), word_of(1)), exponent_bytes(pair, next, 2), 0x83838383);
+    }
+    return chunk;
+}
+
+// 8 weights, to an address that is a multiple of STORE_BYTES.
+__device__ __forceinline__ void store_chunk(Weight* output, const Chunk& chunk) {
+    if constexpr (WEIGHT_BYTES == 1) {
+        *reinterpret_cast<uint2*>(output) = make_uint2(chunk.words[0], chunk.words[1]);
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < CHUNK_LANE_WORDS; i += 4)
+            reinterpret_cast<uint4*>(output)[i / 4] =
+                make_uint4(chunk.words[i], chunk.words[i + 1], chunk.words[i + 2], chunk.words[i + 3]);
+    }
 }
 
 // Store those of 8 weights that lie in low .. high - 1; the first of them is weight j of the tile.
-__device__ __forceinline__ void store_some(u16* tile, u32 j, u32 low, u32 high, uint4 weights) {
-    const u32 words[4] = {weights.x, weights.y, weights.z, weights.w};
+__device__ __forceinline__ void store_some(Weight* tile, u32 j, u32 low, u32 high, const Chunk& chunk) {
+    constexpr u32 IN_WORD = 4 / WEIGHT_BYTES;
 #pragma unroll
     for (u32 i = 0; i < CHUNK_LANE_WEIGHTS; ++i)
-        if (j + i >= low && j + i < high) tile[j + i] = static_cast<u16>(words[i / 2] >> 16 * (i % 2));
+        if (j + i >= low && j + i < high)
+            tile[j + i] = static_cast<Weight>(chunk.words[i / IN_WORD] >> 8 * WEIGHT_BYTES * (i % IN_WORD));
 }
 
 // A tile opened by a warp: its descriptor, and this thread's lane.
@@ -424,77 +570,105 @@ __device__ Tile open_tile(const Segment& segment, u32 index, TileHeader header, 
     return tile;
 }
 
-// All 8192 weights of a tile, to an output aligned to 16 bytes. The sign/mantissa bytes of the next GROUP chunks are
-// loaded while a group is decoded; those of the first, while the stage fills.
-template <u32 GROUP, bool WAIT, class Words>
-__device__ __forceinline__ void decode_whole(const Words& words, u32 table, u32& position, const u8* sign_mantissa,
-                                             u16* output) {
-    const uint2* source = reinterpret_cast<const uint2*>(sign_mantissa) + lane_index();
-    uint4* target = reinterpret_cast<uint4*>(output) + lane_index();
-    uint2 next[GROUP];
+// Load the bytes of a lane from chunks, from addresses that are those of the lane. Nobody will read them again.
+template <u32 GROUP>
+__device__ __forceinline__ void load_chunks(const Planes& planes, Bytes (&bytes)[GROUP]) {
 #pragma unroll
-    for (u32 i = 0; i < GROUP; ++i) next[i] = __ldcs(source + i * LANES);
+    for (u32 i = 0; i < GROUP; ++i)
+#pragma unroll
+        for (u32 plane = 0; plane < PLANES; ++plane) {
+            const uint2* source = reinterpret_cast<const uint2*>(planes.address[plane]);
+            const bool is_stored = plane < ALWAYS_STORED || source;
+            bytes[i].plane[plane] = is_stored ? __ldcs(source + i * 4 * bits_of(plane)) : make_uint2(0, 0);
+        }
+}
+
+// All 8192 weights of a tile, to an output aligned to STORE_BYTES. The planes of the next GROUP chunks are loaded while a
+// group is decoded; those of the first, while the stage fills.
+template <u32 GROUP, bool WAIT, class Words>
+__device__ __forceinline__ void decode_whole(const Words& words, u32 table, u32& position, Planes planes,
+                                             Weight* output) {
+    Weight* target = output + CHUNK_LANE_WEIGHTS * lane_index();
+    Bytes next[GROUP];
+#pragma unroll
+    for (u32 plane = 0; plane < PLANES; ++plane)
+        if (plane < ALWAYS_STORED || planes.address[plane]) planes.address[plane] += lane_offset(plane);
+    load_chunks(planes, next);
     if (WAIT) {
         __syncwarp();  // The assembler moves no load of the above across this; it does move them behind the wait.
         wait_for_stage();
     }
 #pragma unroll 1
     for (u32 chunk = GROUP; chunk <= TILE_CHUNKS; chunk += GROUP) {
-        uint2 now[GROUP];
+        Bytes now[GROUP];
 #pragma unroll
         for (u32 i = 0; i < GROUP; ++i) now[i] = next[i];
-        source += GROUP * LANES;
-        if (chunk < TILE_CHUNKS) {
 #pragma unroll
-            for (u32 i = 0; i < GROUP; ++i) next[i] = __ldcs(source + i * LANES);
-        }
+        for (u32 plane = 0; plane < PLANES; ++plane)
+            if (plane < ALWAYS_STORED || planes.address[plane])
+                planes.address[plane] += GROUP * CHUNK_WEIGHTS / 8 * bits_of(plane);
+        if (chunk < TILE_CHUNKS) load_chunks(planes, next);
 #pragma unroll
         for (u32 i = 0; i < GROUP; ++i) {
             u32 pairs[4];
             decode_codes(words, table, position, pairs);
-            target[i * LANES] = join_chunk(pairs, now[i]);
+            store_chunk(target + i * CHUNK_WEIGHTS, join_chunk(pairs, now[i]));
         }
-        target += GROUP * LANES;
+        target += GROUP * CHUNK_WEIGHTS;
     }
 }
 
 // The weights low .. high - 1 of a tile, to any address: for the last tile of a tensor, and the first and last of some
 // rows.
 template <class Words>
-__device__ __forceinline__ void decode_part(const Words& words, u32 table, u32& position, const u8* sign_mantissa,
-                                            u16* output, u32 low, u32 high) {
-    const bool aligned = reinterpret_cast<u64>(output) % 16 == 0;
+__device__ __forceinline__ void decode_part(const Words& words, u32 table, u32& position, const Planes& planes,
+                                            Weight* output, u32 low, u32 high) {
+    const bool aligned = reinterpret_cast<u64>(output) % STORE_BYTES == 0;
 #pragma unroll 1
     for (u32 chunk = 0; chunk * CHUNK_WEIGHTS < high; ++chunk) {
         u32 pairs[4];
         decode_codes(words, table, position, pairs);
         const u32 j = chunk * CHUNK_WEIGHTS + CHUNK_LANE_WEIGHTS * lane_index();
         if (j + CHUNK_LANE_WEIGHTS <= low || j >= high) continue;
-        const uint4 weights = join_chunk(pairs, load<uint2>(sign_mantissa + j));
-        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high) *reinterpret_cast<uint4*>(output + j) = weights;
+        Bytes bytes;
+#pragma unroll
+        for (u32 plane = 0; plane < PLANES; ++plane) {
+            const u32 bits = bits_of(plane);
+            const u32 at = bits == 8 ? j : CHUNK_WEIGHTS / 8 * bits * chunk + lane_offset(plane);
+            const bool is_stored = plane < ALWAYS_STORED || planes.address[plane];
+            bytes.plane[plane] = is_stored ? load<uint2>(planes.address[plane] + at) : make_uint2(0, 0);
+        }
+        const Chunk weights = join_chunk(pairs, bytes);
+        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high) store_chunk(output + j, weights);
         else store_some(output, j, low, high, weights);
     }
+}
+
+// What an exception has of a weight; of F32 the upper half.
+__device__ __forceinline__ void replace(Weight* weight, u32 value) {
+    if constexpr (KIND == F32) reinterpret_cast<u16*>(weight)[1] = static_cast<u16>(value);
+    else *weight = static_cast<Weight>(value);
 }
 
 // Decode the weights low .. high - 1 of an opened tile. `output` is the address that weight 0 of the tile has, or would
 // have.
 template <bool STAGED>
-__device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& tile, u32 low, u32 high, u16* output,
-                                            u32 table, const u8* stage, u32* status) {
-    const u8* sign_mantissa = segment.data + segment.sign_mantissa_offset + TILE_WEIGHTS * tile.index;
-    const bool whole = low == 0 && high == TILE_WEIGHTS && reinterpret_cast<u64>(output) % 16 == 0;
+__device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& tile, u32 low, u32 high,
+                                            Weight* output, u32 table, const u8* stage, u32* status) {
+    const Planes planes = open_planes(segment, tile.index);
+    const bool whole = low == 0 && high == TILE_WEIGHTS && reinterpret_cast<u64>(output) % STORE_BYTES == 0;
     const u8* exceptions = segment.data + tile.begin + tile.code_bytes;
     const SegmentWords segment_words{segment.data, segment.size / 4 - 3};
     u32 start = 8 * tile.begin + tile.lane_start - 2;
     u32 position = start;
     if (STAGED && tile.staged && whole) {
         start = position = 8 * (shared_address(stage) + STAGE_FRONT) + tile.lane_start - 2;
-        decode_whole<4, true>(StagedWords{}, table, position, sign_mantissa, output);
+        decode_whole<WIDE_GROUP, true>(StagedWords{}, table, position, planes, output);
     } else if (!STAGED && whole) {
-        decode_whole<2, false>(segment_words, table, position, sign_mantissa, output);
+        decode_whole<SMALL_GROUP, false>(segment_words, table, position, planes, output);
     } else {
         if (STAGED) wait_for_stage();  // It may soon be filled again.
-        decode_part(segment_words, table, position, sign_mantissa, output, low, high);
+        decode_part(segment_words, table, position, planes, output, low, high);
     }
     const bool to_the_end =
         high + CHUNK_WEIGHTS > tile.weights + (CHUNK_WEIGHTS - 1 - (tile.weights - 1) % CHUNK_WEIGHTS);
@@ -504,19 +678,33 @@ __device__ __forceinline__ void decode_tile(const Segment& segment, const Tile& 
     for (u32 i = lane_index(); i < tile.exceptions; i += LANES) {
         const u32 exception = load<u32>(exceptions + 4 * i);
         const u32 j = exception & 0xFFFF;
-        if (j >= low && j < high) output[j] = static_cast<u16>(exception >> 16);
-        if (j >= tile.weights) note(status, BAD_EXCEPTION);
+        if (j >= low && j < high) replace(output + j, exception >> 16);
+        if (j >= tile.weights || (WEIGHT_BYTES == 1 && exception >> 24)) note(status, BAD_EXCEPTION);
     }
 }
 
 // Weights low .. high - 1 of a tile of a raw segment; without a source, NaN.
-__device__ void copy_tile(const u8* source, u32 low, u32 high, u16* output) {
-    const bool aligned = reinterpret_cast<u64>(output) % 16 == 0;
+__device__ void copy_tile(const u8* source, u32 low, u32 high, Weight* output) {
+    constexpr u32 WORDS = STORE_BYTES / 4;
+    const bool aligned = reinterpret_cast<u64>(output) % STORE_BYTES == 0;
     for (u32 j = CHUNK_LANE_WEIGHTS * lane_index(); j < high; j += CHUNK_WEIGHTS) {
         if (j + CHUNK_LANE_WEIGHTS <= low) continue;
-        const uint4 weights =
-            source ? load<uint4>(source + 2 * j) : make_uint4(EVERY_LANE, EVERY_LANE, EVERY_LANE, EVERY_LANE);
-        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high) *reinterpret_cast<uint4*>(output + j) = weights;
+        Chunk weights;
+#pragma unroll
+        for (u32 i = 0; i < CHUNK_LANE_WORDS; i += WORDS) {
+            const bool exists = j + 4 * i / WEIGHT_BYTES < high;  // A segment ends with the 16 bytes of its last weight.
+            const u8* from = source + WEIGHT_BYTES * j + 4 * i;
+            uint4 words = make_uint4(EVERY_LANE, EVERY_LANE, EVERY_LANE, EVERY_LANE);
+            if constexpr (WORDS == 4) {
+                if (source && exists) words = load<uint4>(from);
+                weights.words[i + 2] = words.z, weights.words[i + 3] = words.w;
+            } else if (source) {
+                const uint2 two = load<uint2>(from);
+                words.x = two.x, words.y = two.y;
+            }
+            weights.words[i] = words.x, weights.words[i + 1] = words.y;
+        }
+        if (aligned && j >= low && j + CHUNK_LANE_WEIGHTS <= high) store_chunk(output + j, weights);
         else store_some(output, j, low, high, weights);
     }
 }
@@ -525,7 +713,7 @@ __device__ void copy_tile(const u8* source, u32 low, u32 high, u16* output) {
 // 1. `output`: the address that weight 0 of the segment has, or would have. `stage`: that of this warp, or null.
 template <u32 THREADS, bool STAGED>
 __device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_tile, u32 last_tile, u32 low, u32 high,
-                                             u16* output, u32* table, CodeScratch<THREADS>& scratch, u8* stage,
+                                             Weight* output, u32* table, CodeScratch<THREADS>& scratch, u8* stage,
                                              u32* status) {
     constexpr u32 WARPS = THREADS / LANES;
     u32 index = first_tile + threadIdx.x / LANES;
@@ -535,17 +723,20 @@ __device__ __forceinline__ void decode_tiles(const Segment& segment, u32 first_t
         if (!segment.sound && threadIdx.x == 0) note(status, BAD_SEGMENT);
         const u8* source = segment.sound ? segment.data + segment.stream_offset : nullptr;
         for (; index < last_tile; index += WARPS)
-            copy_tile(source ? source + 2 * TILE_WEIGHTS * index : nullptr, low_of(index), high_of(index),
+            copy_tile(source ? source + WEIGHT_BYTES * TILE_WEIGHTS * index : nullptr, low_of(index), high_of(index),
                       output + TILE_WEIGHTS * index);
         return;
     }
     Tile tile{};
     if (index < last_tile) {
-        // In flight while the table is expanded: the tile's codes, and its sign/mantissa bytes into the second-level
-        // cache.
+        // In flight while the table is expanded: the tile's codes, and its planes into the second-level cache.
         tile = open_tile(segment, index, read_header(segment, index), stage, status);
-        const u8* bytes = segment.data + segment.sign_mantissa_offset + TILE_WEIGHTS * index;
-        for (u32 i = 128 * lane_index(); i < tile.weights; i += 128 * LANES) prefetch(bytes + i);
+#pragma unroll
+        for (u32 plane = 0; plane < PLANES; ++plane) {
+            if (plane >= ALWAYS_STORED && !segment.planes[plane]) continue;
+            const u8* bytes = segment.data + segment.planes[plane] + TILE_WEIGHTS / 8 * bits_of(plane) * index;
+            for (u32 i = 128 * lane_index(); i < plane_size(plane, tile.weights); i += 128 * LANES) prefetch(bytes + i);
+        }
     }
     expand_code_table<THREADS>(segment, table, scratch, status);
     const u32 address = opaque(shared_address(table));
@@ -581,7 +772,7 @@ __device__ __forceinline__ void decode_ranges(const Ranges& ranges, u32 range_co
     const u32 first_tile = block % blocks_per_segment * tiles_per_block;
     const u32 last_tile = min(first_tile + tiles_per_block, (high + TILE_WEIGHTS - 1) / TILE_WEIGHTS);
     if (max(first_tile, low / TILE_WEIGHTS) >= last_tile) return;
-    u16* output = reinterpret_cast<u16*>(range.output) + static_cast<i64>(segment_first - range.first);
+    Weight* output = reinterpret_cast<Weight*>(range.output) + static_cast<i64>(segment_first - range.first);
     decode_tiles<THREADS, STAGED>(open_segment(range, index), max(first_tile, low / TILE_WEIGHTS), last_tile, low, high,
                                   output, table, scratch, stage, status);
 }
@@ -611,9 +802,9 @@ extern "C" __global__ void __launch_bounds__(SMALL_THREADS, SMALL_BLOCKS)
     __shared__ alignas(16) u32 table[TABLE_ENTRIES];
     __shared__ CodeScratch<SMALL_THREADS> scratch;
     const i64 id = ids[blockIdx.x];
-    u16* output = reinterpret_cast<u16*>(range.output) + blockIdx.x * row_weights;
+    Weight* output = reinterpret_cast<Weight*>(range.output) + blockIdx.x * row_weights;
     if (static_cast<u64>(id) >= rows) {  // negative ones included
-        for (u64 j = threadIdx.x; j < row_weights; j += SMALL_THREADS) output[j] = 0xFFFF;
+        for (u64 j = threadIdx.x; j < row_weights; j += SMALL_THREADS) output[j] = static_cast<Weight>(EVERY_LANE);
         if (threadIdx.x == 0) note(status, BAD_ROW);
         return;
     }

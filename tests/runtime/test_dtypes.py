@@ -18,12 +18,12 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import df11
 from df11 import runtime
-from df11.formats import errors
 from df11.formats.container import Container
+from df11.runtime import kernels
 from df11.runtime import model as models
-from df11.runtime import operators
 from df11.runtime.model import MismatchError
 from df11.runtime.weight import CompressedWeight
+from tests.support.cuda.device import emulate
 
 pytestmark = pytest.mark.libraries
 BF16, F16, F32, E4M3, E5M2 = (
@@ -177,6 +177,12 @@ def test_f32_that_is_held_as_bf16(on_disk: bool, of_narrowed: tuple[Path, Path],
     assert all_large_are_compressed(model)
     assert logits(model) == logits(plain)
     assert type(model.lm_head.weight.float()) is torch.Tensor  # Only loaders get another weight.
+
+
+def test_a_model_in_f32_that_is_cast_later(of_f32: tuple[Path, Path]) -> None:
+    plain, model = (load(path).to(BF16) for path in of_f32)
+    assert dtypes_of_compressed(model) == {BF16}  # In records of F32.
+    assert logits(model) == logits(plain)
 
 
 def test_what_was_rounded_is_bf16(of_f32: tuple[Path, Path], tmp_path: Path) -> None:
@@ -429,22 +435,9 @@ def test_joined_weights_may_have_different_records(tmp_path: Path) -> None:
     assert [bits(one) for one in found] == [bits(tensors["a"]), bits(tensors["b"]), bits(tensors["b"].to(BF16))]
 
 
-def test_what_a_device_does_not_decode_is_decoded_before_it_gets_there(
-    of_f16: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GPU decodes BF16 only. Here, the CPU forgets the rest once the model is loaded."""
-    with Container(of_f16[1] / "model.df11") as container:
-        name = "model.embed_tokens.weight"
-        assert models.stays_compressed(container, name)
-        assert not models.stays_compressed(container, name, torch.device("cuda"))
-        assert models.loaded_size(container, name, F16, torch.device("cuda")) == 2 * 320 * 256
+def test_a_gpu_decodes_a_model_in_f16(of_f16: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     plain, model = load(of_f16[0]), load(of_f16[1])
-    weight = model.lm_head.weight
-    monkeypatch.setattr(operators, "decodes", lambda dtype, _: dtype == BF16)
-    with pytest.raises(errors.DeviceError, match=r"records of torch\.float16 are decoded on the CPU alone"):
-        weight.compressed.decode()
-    monkeypatch.undo()
-    monkeypatch.setattr(type(weight.compressed), "decodes_on", lambda *_: False)
-    model.to("cpu")
-    assert not dtypes_of_compressed(model)
+    _, cupy = emulate(monkeypatch)
     assert logits(model) == logits(plain)
+    assert {dtype for dtype, _ in cupy.compiled} == {"BF16", "F16"}  # BF16 by the test's own setting.
+    assert {kernels.DECODE, kernels.GATHER_ROWS} <= {name for name, _, _ in cupy.launches}

@@ -8,16 +8,17 @@ from importlib import metadata
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from df11 import runtime
-from df11.formats import errors, layout
+from df11.formats import errors, layout, reference
 from df11.runtime import gpu, kernels
 from df11.runtime.kernels import DECODE, DECODE_SMALL, Range, worked
 from tests.support.cuda.device import STREAM, emulate
 from tests.support.cuda.emulator import Library
-from tests.vectors import worked_example
+from tests.vectors import forge, make_kinds, worked_example
 
 CUDA = torch.device("cuda", 0)
 
@@ -137,7 +138,7 @@ def test_kernels_that_do_not_compile(a_gpu: SimpleNamespace, log: str, said: str
 @pytest.mark.usefixtures("a_gpu")
 def test_first_use_within_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "warm_up() first" in str(refused())
+    assert "warm_up(device, dtype) first" in str(refused())
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,25 +174,57 @@ def test_installed_builds_are_found_by_their_metadata() -> None:
 
 
 def test_each_kernel_decodes_the_worked_record_of_the_specification() -> None:
-    assert worked.RECORD == worked_example.RECORD
-    assert list(worked.WEIGHTS) == worked_example.WEIGHTS
-    assert len(worked.RECORD) == 512
+    assert worked.RECORDS["BF16"] == worked_example.RECORD
+    assert worked.weights(layout.BF16) == worked_example.WEIGHTS
+    assert len(worked_example.RECORD) == 512
 
 
+@pytest.mark.parametrize("kind", make_kinds.KINDS, ids=lambda kind: kind.dtype)
+def test_the_worked_record_of_each_other_kind(kind: layout.Kind) -> None:
+    weights, record = worked.weights(kind), worked.RECORDS[kind.dtype]
+    assert (weights, record) == (worked_example.other_weights(kind), worked_example.other_record(kind))
+    assert reference.decode_record(record, 511, kind.dtype) == forge.u16s(weights, kind)
+    assert len(record) < 2000
+
+
+def test_kernels_are_compiled_and_proven_at_the_first_use_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated, cupy = emulate(monkeypatch)
+    record = torch.tensor(list(worked.RECORDS["F32"]), dtype=torch.uint8)
+    out = torch.zeros(511, dtype=torch.int32)
+    whole = Range(record.data_ptr(), len(record), 511, 1 << 21, 0, 511, out.data_ptr(), kind=layout.F32)
+    for _ in range(2):
+        emulated.decode([whole])
+    assert cupy.compiled == {(dtype, name) for dtype in ("BF16", "F32") for name in kernels.THREADS}
+    assert [name for name, _, _ in cupy.launches] == [*kernels.THREADS, DECODE, DECODE]
+    assert out.numpy().view(np.uint32).tolist() == worked.weights(layout.F32)
+    monkeypatch.setattr(emulated, "device", CUDA)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    emulated.prepare(layout.F32)
+    with pytest.raises(errors.UsageError, match=r"warm_up\(device, dtype\) first"):
+        emulated.prepare(layout.F16)
+
+
+@pytest.mark.parametrize("kind", layout.KINDS.values(), ids=lambda kind: kind.dtype)
 @pytest.mark.parametrize("kernel", kernels.THREADS)
 @pytest.mark.parametrize("wrong", ["weights", "status"])
-def test_a_device_that_decodes_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch, kernel: str, wrong: str) -> None:
+def test_a_device_that_decodes_wrongly_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: layout.Kind, kernel: str, wrong: str
+) -> None:
+    emulated, _ = emulate(monkeypatch)
+    emulated._functions.clear()
     launch = Library.launch
 
     def spoil(self: Library, name: str, grid: int, block: int, *arguments: Any, **options: Any) -> None:
         launch(self, name, grid, block, *arguments, **options)
         output = arguments[0]["range"]["output"][0, 0] if name != kernels.GATHER_ROWS else arguments[0]["output"][0]
         if name == kernel:
-            ctypes.c_uint8.from_address(int(output) + 300 if wrong == "weights" else int(arguments[-1])).value ^= 1
+            ctypes.c_uint8.from_address(int(output) + 200 if wrong == "weights" else int(arguments[-1])).value ^= 1
 
     monkeypatch.setattr(Library, "launch", spoil)
-    with pytest.raises(errors.DeviceError, match=rf"{kernel} decodes wrongly on none; use device='cpu'"):
-        emulate(monkeypatch)
+    for _ in range(2):
+        with pytest.raises(errors.DeviceError, match=rf"{kernel} decodes {kind.dtype} wrongly on none; use device='cp"):
+            emulated.prepare(kind)
+        emulated.status.zero_()
 
 
 def test_a_device_first_used_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +238,7 @@ def test_a_device_first_used_in_inference_mode(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_launch_is_on_torchs_stream_and_on_the_device_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     emulated, cupy = emulate(monkeypatch)
-    record, out = torch.tensor(list(worked.RECORD), dtype=torch.uint8), torch.zeros(257, dtype=torch.int16)
+    record, out = torch.tensor(list(worked.RECORDS["BF16"]), dtype=torch.uint8), torch.zeros(257, dtype=torch.int16)
     whole = Range(record.data_ptr(), 512, 257, 1 << 21, 0, 257, out.data_ptr())
     for current in (0, 1):
         cupy.devices[0] = current

@@ -17,6 +17,23 @@ RECORD: Final = forge.record([(SEGMENT, WEIGHTS)])
 START: Final = len(RECORD) - len(SEGMENT)
 """Where the segment starts."""
 
+
+def other_weights(kind: layout.Kind) -> list[int]:
+    """The same for another dtype: two exponents, an exception with the highest one, and any other bits."""
+    ones = (1 << kind.exponent_bits) - 1 << kind.mantissa_bits
+    others = [0x9E3779B1 * i & (1 << 8 * kind.bytes) - 1 & ~ones for i in range(511)]
+    weights = [(9 if i % 5 else 8) << kind.mantissa_bits | other for i, other in enumerate(others)]
+    weights[EXCEPTION] |= ones
+    return weights
+
+
+def other_record(kind: layout.Kind) -> bytes:
+    """A record of those weights."""
+    weights = other_weights(kind)
+    lengths = {forge.symbol(9, 9): 1, forge.symbol(8, 9): 2, forge.symbol(9, 8): 2}
+    return forge.record([(forge.coded_segment(weights, lengths, kind), weights)], kind=kind)
+
+
 _WIDTH: Final = 47
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from df11.formats.record import Bytes, Weights
+from df11.formats import layout
+from df11.formats.record import Bytes, Weights, weights_dtype
 from df11.runtime import kernels
 from df11.runtime.kernels import Range
 from tests.support.cuda.emulator import Address, Buffer, Case, Struct, run_batch
@@ -29,6 +30,7 @@ class Part:
     first: int
     last: int
     misalign: int = 0
+    kind: layout.Kind = layout.BF16
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,16 @@ class Outcome:
     status: int
 
 
+def unwritten(count: int, kind: layout.Kind = layout.BF16) -> Weights:
+    """What the memory of so many weights holds before a launch."""
+    pattern = np.full(4, UNWRITTEN, np.uint16).view(weights_dtype(kind))
+    return np.full(count, pattern[0])
+
+
 def decode_case(parts: Sequence[Part], *, kernel: str = kernels.DECODE, tiles: int = 8, seed: int = 0) -> Case:
     """A decoding launch. Outputs: the status word, then the memory of each part."""
     status = Buffer(np.zeros(1, np.uint32))
-    outputs = [Buffer(np.full(part.misalign + part.last - part.first, UNWRITTEN, np.uint16)) for part in parts]
+    outputs = [Buffer(unwritten(part.misalign + part.last - part.first, part.kind)) for part in parts]
     ranges = [
         Range(0, len(part.record), part.elements, part.segment_elements, part.first, part.last, 0) for part in parts
     ]
@@ -50,7 +58,7 @@ def decode_case(parts: Sequence[Part], *, kernel: str = kernels.DECODE, tiles: i
     addresses = {}
     for i, (part, output) in enumerate(zip(parts, outputs, strict=True)):
         addresses[i * kernels.RANGE.itemsize] = Address(Buffer(part.record))
-        addresses[i * kernels.RANGE.itemsize + 8] = Address(output, 2 * part.misalign)
+        addresses[i * kernels.RANGE.itemsize + 8] = Address(output, part.kind.bytes * part.misalign)
     assert len(parts) <= kernels.MOST_RANGES and all(part.first < part.last for part in parts)
     return Case(
         kernel,
@@ -64,7 +72,7 @@ def decode_case(parts: Sequence[Part], *, kernel: str = kernels.DECODE, tiles: i
 
 def gather_case(part: Part, row_weights: int, rows: int, ids: npt.NDArray[np.int64], *, seed: int = 0) -> Case:
     """A gathering launch. Outputs: the status word, then the rows."""
-    status, output = Buffer(np.zeros(1, np.uint32)), Buffer(np.full(len(ids) * row_weights, UNWRITTEN, np.uint16))
+    status, output = Buffer(np.zeros(1, np.uint32)), Buffer(unwritten(len(ids) * row_weights, part.kind))
     matrix = kernels.pack_one(Range(0, len(part.record), part.elements, part.segment_elements, 0, part.elements, 0))
     addresses = {0: Address(Buffer(part.record)), 8: Address(output)}
     arguments: list[Any] = [
@@ -78,10 +86,16 @@ def gather_case(part: Part, row_weights: int, rows: int, ids: npt.NDArray[np.int
 
 
 def run(
-    cases: Sequence[Case], timeout: float = 250, files: tuple[Path, Path] = (kernels.SOURCE, KERNEL_TABLE)
+    cases: Sequence[Case],
+    timeout: float = 250,
+    files: tuple[Path, Path] = (kernels.SOURCE, KERNEL_TABLE),
+    kind: layout.Kind = layout.BF16,
 ) -> list[Outcome]:
-    """Run under the sanitizers. ``files``: what to run, and its list of kernels; the CUDA source if not given."""
+    """Run under the sanitizers. ``files``: what to run, and its list of kernels; the CUDA source if not given.
+
+    ``kind``: what all records hold.
+    """
     return [
-        Outcome([np.asarray(memory, np.uint16) for memory in outputs], int(status[0]))
-        for status, *outputs in run_batch(*files, cases, timeout)
+        Outcome([np.asarray(memory, weights_dtype(kind)) for memory in outputs], int(status[0]))
+        for status, *outputs in run_batch(*files, cases, timeout, [f"-DDF11_KIND={kind.code}"])
     ]

@@ -106,8 +106,8 @@ class Case:
 class Library:
     """The kernels of a source, callable in this process, unguarded: accesses out of bounds and endless loops happen."""
 
-    def __init__(self, source: Path, kernels: Path) -> None:
-        self._library = ctypes.CDLL(str(_build(source, kernels, LIBRARY_FLAGS)))
+    def __init__(self, source: Path, kernels: Path, options: Sequence[str] = ()) -> None:
+        self._library = ctypes.CDLL(str(_build(source, kernels, (*LIBRARY_FLAGS, *options))))
         self._library.cuda_on_cpu_error.restype = ctypes.c_char_p
         self._lock = threading.Lock()  # there is only one set of threads, warps and shared memory
 
@@ -147,9 +147,14 @@ class Library:
         return [_like(buffer, memory[buffer]) for buffer in case.outputs]
 
 
-def run_batch(source: Path, kernels: Path, cases: Sequence[Case], timeout: float = 60) -> list[list[Array]]:
-    """The outputs of each case, run under ASan and UBSan with a heap block per buffer. ``timeout``: seconds for all."""
-    program = _build(source, kernels, GUARDED_FLAGS)
+def run_batch(
+    source: Path, kernels: Path, cases: Sequence[Case], timeout: float = 60, options: Sequence[str] = ()
+) -> list[list[Array]]:
+    """The outputs of each case, run under ASan and UBSan with a heap block per buffer.
+
+    ``timeout``: seconds for all. ``options``: more of the compiler's.
+    """
+    program = _build(source, kernels, (*GUARDED_FLAGS, *options))
     with tempfile.TemporaryDirectory() as folder:
         batch, outputs, report = (Path(folder) / name for name in ("cases", "outputs", "report"))
         with batch.open("wb") as file:

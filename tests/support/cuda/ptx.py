@@ -94,7 +94,10 @@ def translate(ptx: str) -> tuple[str, list[str]]:
     kernels = [_Kernel(match, ptx) for match in re.finditer(r"^\.visible \.entry (\w+)\((.*?)^\)", ptx, re.M | re.S)]
     if not kernels:
         raise PtxError("no kernel")
-    return f'#include "{HEADER}"\n' + "\n".join(kernel.code for kernel in kernels), [kernel.name for kernel in kernels]
+    # Threads store neighbouring bytes in any order: no race may be seen in that.
+    unit = 1 if re.search(r"st\.global\.[bsu]8", ptx) else 2
+    head = f'#define PTX_UNIT {unit}\n#include "{HEADER}"\n'
+    return head + "\n".join(kernel.code for kernel in kernels), [kernel.name for kernel in kernels]
 
 
 class _Kernel:

@@ -1,7 +1,7 @@
 // What translated PTX (ptx.py) calls on the CPU. Included by the translation, which driver.cpp includes.
 //
 // A GPU does not order what its threads do to memory unless a barrier does; here every access is compared with the last
-// ones to the same two bytes. Two of different threads, at least one of them a write, are a race, whatever the order in
+// ones to the same bytes, or pairs of bytes where no single byte is stored. Two of different threads, at least one of them a write, are a race, whatever the order in
 // which this machine happens to run them, unless a bar.sync or, within a warp, a bar.warp.sync lies between. Shuffles and
 // matches order nothing. A cp.async arrives at once or when it is waited for; until then its bytes belong to nobody.
 // Bounds of global memory are ASan's affair, those of shared memory are checked here.
@@ -25,7 +25,7 @@ namespace ptx {
 using cuda_on_cpu::fail;
 using cuda_on_cpu::machine;
 
-constexpr u32 unit = 2;  // bytes per shadow
+constexpr u32 unit = PTX_UNIT;  // bytes per shadow
 constexpr u32 shared_base = 0x400, shared_bytes = 64 << 10, most_warps = 8;
 constexpr u64 shared_window = 1ull << 40;  // where shared memory begins among generic addresses
 
