@@ -76,6 +76,7 @@ def test_model_beside_that_of_another_checkout(build: Path, tmp_path: Path) -> N
     against = f"{results.ROOT}:{sys.executable}"
     assert bench.main(["model", *SMALLEST, "--folder", str(tmp_path), "--against", against]) == 0
     found = {result.name: result for result in written(build)}
+    assert len([name for name in found if name.startswith("a layer of 256 x 256, ")]) == 2
     weights = 12 * 256 * 256
     # Of a tied model, autograd keeps the whole.
     for case, model, kept in (
