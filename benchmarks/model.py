@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from benchmarks import harness, measure, safetensors_file, synthetic
-from benchmarks.harness import Program
+from benchmarks.harness import Ask, Program
 from benchmarks.safetensors_file import Tensor
 from benchmarks.sections import Bench
 
@@ -25,8 +23,6 @@ compressed."""
 TURNS: Final = 8
 """Forwards of each process: they are short."""
 PLAIN: Final = "BF16"
-Children = dict[str, Callable[[str], str]]
-"""Functions that ask the programs, by their names."""
 _PROCESS: Final = Path(__file__).with_name("transformer.py")
 
 
@@ -43,7 +39,7 @@ def model(bench: Bench) -> None:
     programs = _programs(bench, transformer.Shape(1, *SMALL, tied=True))[1:]
     overheads: dict[str, list[float]] = {program.name: [] for program in programs}
     for _ in range(bench.rounds):
-        with _asking(programs) as children:
+        with harness.asking(programs) as children:
             _take_turns(children, "overhead", overheads)
     for name, found in overheads.items():
         what = f"a layer of {SMALL[0]} x {SMALL[0]}, a call besides decoding and product"
@@ -57,7 +53,7 @@ def _case(bench: Bench, shape: Shape) -> None:
     times: dict[str, list[float]] = {program.name: [] for program in programs}
     for number in range(bench.rounds):
         harness.say(f"model: {case}: {number + 1} of {bench.rounds}")
-        with _asking(programs) as children:
+        with harness.asking(programs) as children:
             for name, ask in children.items():
                 for what, size in json.loads(ask("memory")).items():
                     memory.setdefault(what, {}).setdefault(name, []).append(size / 2**20)
@@ -94,13 +90,7 @@ def _programs(bench: Bench, shape: Shape) -> list[Program]:
     return programs
 
 
-@contextmanager
-def _asking(programs: list[Program]) -> Iterator[Children]:
-    with ExitStack() as stack:
-        yield {program.name: stack.enter_context(harness.asking(program)) for program in programs}
-
-
-def _take_turns(children: Children, question: str, taken: dict[str, list[float]]) -> None:
+def _take_turns(children: dict[str, Ask], question: str, taken: dict[str, list[float]]) -> None:
     for _ in range(TURNS):
         for name, ask in children.items():
             taken[name].append(float(ask(question)))

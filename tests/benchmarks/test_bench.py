@@ -135,11 +135,11 @@ def test_a_program_that_no_longer_answers() -> None:
     code = "print(input(), flush=True); raise SystemExit(3)"
     with (
         pytest.raises(measure.CommandError, match="it ended with exit code 3"),
-        harness.asking(Program("it", [sys.executable, "-c", code])) as ask,
+        harness.asking([Program("it", [sys.executable, "-c", code])]) as programs,
     ):
-        assert ask("one") == "one"
+        assert programs["it"]("one") == "one"
         for _ in range(2):
-            ask("two")
+            programs["it"]("two")
 
 
 def test_what_fails_does_not_end_the_run(
