@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,8 @@ Pair = tuple[str, str]
 """Names of two programs."""
 Taken = dict[str, list[Measured]]
 """What the runs of each program took."""
+Ask = Callable[[str], str]
+"""Asks a program a line, and gives the line that it answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +95,17 @@ def run(program: Program) -> Measured:
 
 
 @contextmanager
-def asking(program: Program) -> Iterator[Callable[[str], str]]:
-    """A program that answers lines on its standard input with lines. It ends with the context.
+def asking(programs: Sequence[Program]) -> Iterator[dict[str, Ask]]:
+    """Programs that answer lines on their standard input with lines. They end with the context.
 
-    Gives the function that asks; it raises CommandError if the program ends.
+    Gives the functions that ask them, by name; these raise CommandError if the program has ended.
     """
+    with ExitStack() as stack:
+        yield {program.name: stack.enter_context(_asking(program)) for program in programs}
+
+
+@contextmanager
+def _asking(program: Program) -> Iterator[Ask]:
     pipe = subprocess.PIPE
     # Without a buffer: what is left in one, because the program has ended, would be an error again at the end.
     with subprocess.Popen(program.command, bufsize=0, stdin=pipe, stdout=pipe, env=program.env) as process:

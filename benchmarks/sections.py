@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -205,10 +204,9 @@ def cores(bench: Bench) -> None:
         for block in synthetic.gaussian(Tensor("core", "BF16", (rows, 4096))):
             file.write(block)
     size = weights.stat().st_size
-    with ExitStack() as stack:
-        command = ("-P", str(_KERNELS), str(weights))
-        programs = [Program(each.name, [each.python, *command], env=each.env) for each in bench.checkouts]
-        children = {program.name: stack.enter_context(harness.asking(program)) for program in programs}
+    command = ("-P", str(_KERNELS), str(weights))
+    programs = [Program(each.name, [each.python, *command], env=each.env) for each in bench.checkouts]
+    with harness.asking(programs) as children:
         names = children["df11"]("names").split("|")
         for name in names:
             harness.say(f"cores: {name}")

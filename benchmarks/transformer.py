@@ -24,7 +24,7 @@ from torch import nn
 HEAD = 64
 """Width of an attention head."""
 TOKENS = 16
-LAYER_CALLS = 20
+LAYER_CALLS = 50
 """Calls of one layer for a sample of its overhead: what is looked for is a small difference."""
 
 

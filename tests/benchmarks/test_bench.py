@@ -76,6 +76,7 @@ def test_model_beside_that_of_another_checkout(build: Path, tmp_path: Path) -> N
     against = f"{results.ROOT}:{sys.executable}"
     assert bench.main(["model", *SMALLEST, "--folder", str(tmp_path), "--against", against]) == 0
     found = {result.name: result for result in written(build)}
+    assert len([name for name in found if name.startswith("a layer of 256 x 256, ")]) == 2
     weights = 12 * 256 * 256
     # Of a tied model, autograd keeps the whole.
     for case, model, kept in (
@@ -134,11 +135,11 @@ def test_a_program_that_no_longer_answers() -> None:
     code = "print(input(), flush=True); raise SystemExit(3)"
     with (
         pytest.raises(measure.CommandError, match="it ended with exit code 3"),
-        harness.asking(Program("it", [sys.executable, "-c", code])) as ask,
+        harness.asking([Program("it", [sys.executable, "-c", code])]) as programs,
     ):
-        assert ask("one") == "one"
+        assert programs["it"]("one") == "one"
         for _ in range(2):
-            ask("two")
+            programs["it"]("two")
 
 
 def test_what_fails_does_not_end_the_run(
