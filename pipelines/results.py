@@ -19,7 +19,7 @@ _COLUMNS: Final = {
     "seconds": "time",
     "tokens_per_second": "tokens per second",
     "of_bf16": "of BF16's time",
-    "bytes_per_second": "GB/s of BF16",
+    "bytes_per_second": "GB/s of weights",
     "of_floor": "of a plain copy's speed",
     "held_bytes": "model, GB",
     "peak_bytes": "peak, GB",

@@ -58,10 +58,9 @@ def load_model(
 
     Returns the model, on ``device``; it may come from the meta device. ``path`` may be an address on the Hub,
     ``hf://owner/name[@revision][/folder or file]``. Tensors of 65,536 or more weights stay compressed and are decoded
-    whenever their module runs; the others become ordinary parameters, and so do those, on a GPU, that are not BF16.
-    Parameters have the dtypes of the model: they must be those of the container, but for two. What was F32 and is held
-    as BF16 without loss is widened for a model in F32; F32 is rounded for a model in BF16, and then not compressed.
-    Tied parameters are stored once.
+    whenever their module runs; the others become ordinary parameters. Parameters have the dtypes of the model: they
+    must be those of the container, but for two. What was F32 and is held as BF16 without loss is widened for a model in
+    F32; F32 is rounded for a model in BF16, and then not compressed. Tied parameters are stored once.
     ``rename``: from a name in the container to one in the model. ``cpu_offload``: records stay in CPU memory, pinned,
     and are copied as modules run. ``prefetch``: on a GPU, the next linear layer's weight is decoded on a side stream
     during this one's product, in the order learnt in the first pass; this takes two buffers of the largest weight.

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 import df11
 from benchmarks import harness, results, safetensors_file
@@ -27,6 +28,7 @@ from benchmarks.gpu.report import Column, Row
 from benchmarks.gpu.timing import Call, MissingPeerError, Timing
 from benchmarks.safetensors_file import Tensor
 from df11 import runtime
+from df11.formats.container import Container
 from df11.runtime import gpu, kernels
 from df11.runtime.kernels import Range
 
@@ -110,8 +112,8 @@ class Bench:
         return min(timings.values(), key=lambda found: found.median)
 
     def _rows(self, what: str, original: torch.Tensor, stored: torch.Tensor, calls: dict[str, Call]) -> list[Row]:
-        out_bytes = 2 * original.numel()
-        floor = self._floor(stored, torch.empty_like(original))
+        out_bytes = original.element_size() * original.numel()
+        floor = self._floor(stored, torch.empty_like(original).view(-1).view(torch.bfloat16))
         rows = [self._row(what, "floor: a copy of the same bytes", floor, out_bytes)] if floor else []
         rows += [self._row(what, name, self._time(call), out_bytes) for name, call in calls.items()]
         for row in rows:
@@ -169,6 +171,32 @@ class Bench:
             original, tensor = self._matrix(10240 * 2520, make)
             calls = {name: call for name, call in self._decoders(original, tensor).items() if name.startswith("df11")}
             rows += self._rows(name, original, tensor.record, calls)
+        return rows
+
+    def dtypes(self) -> list[Row]:
+        """A Gaussian matrix of each dtype that records hold, as the converter writes it."""
+        rows = []
+        generator = torch.Generator(self.device).manual_seed(3)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2):
+            shape = (max(300, 10240 // self.scale), 2520)
+            values = torch.randn(shape, generator=generator, device=self.device)
+            original = (values * (weights.SIGMA if dtype.itemsize > 1 else 30)).to(dtype)
+            source = self.folder / f"{dtype}.safetensors"
+            save_file({"weight": original.cpu()}, source)
+            df11.convert(source, source.with_suffix(".df11"))
+            with Container(source.with_suffix(".df11")) as container:
+                tensor = runtime.CompressedTensor.load(container, "weight", self.device)
+            out = torch.zeros_like(original)
+            calls: dict[str, Call] = {
+                "df11": partial(tensor.decode, out),
+                "df11 background": partial(tensor.decode, out, background=True),
+            }
+            for name, call in calls.items():
+                out.zero_()
+                call()
+                if not torch.equal(out.view(torch.uint8), original.view(torch.uint8)):
+                    raise AssertionError(f"{name} decodes {dtype} wrongly")
+            rows += self._rows(str(dtype), original, tensor.record, calls)
         return rows
 
     def block(self) -> list[Row]:
@@ -359,13 +387,15 @@ def _range(tensor: runtime.CompressedTensor, out: torch.Tensor) -> Range:
     return Range(record.data_ptr(), record.numel(), elements, tensor.segment_elements, 0, elements, out.data_ptr())
 
 
-SECTIONS: Final = ("empty", "sizes", "outliers", "block", "tiles", "variants", "embedding", "overlap", "loading")
+SECTIONS: Final = (
+    *("empty", "sizes", "outliers", "dtypes", "block", "tiles", "variants", "embedding", "overlap", "loading"),
+)
 _COLUMNS: Final = {
     "what": Column("what"),
     "name": Column("by"),
     "bits": Column("bits per weight"),
     "seconds": Column("us", 1e6, ",.1f"),
-    "bytes_per_second": Column("GB/s of BF16", 1e-9, ",.1f"),
+    "bytes_per_second": Column("GB/s of weights", 1e-9, ",.1f"),
     "of_floor": Column("of the floor"),
     "times_dfloat11": Column("x DFloat11"),
     "of_products_alone": Column("of the products alone"),
@@ -375,8 +405,8 @@ _REPORT: Final = report.Report(
     name="gpu",
     title="Decoding on a GPU",
     about="Medians of 50 calls between two events; the second-level cache was overwritten before each. "
-    "GB/s: 10^9 bytes of BF16 per second. Floor: the fastest of 32 shapes of a kernel that reads the stored bytes "
-    "and writes those of the BF16 weights.",
+    "GB/s: 10^9 bytes of weights per second. Floor: the fastest of 32 shapes of a kernel that reads the stored bytes "
+    "and writes those of the weights.",
     columns=_COLUMNS,
 )
 

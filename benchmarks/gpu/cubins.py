@@ -84,7 +84,10 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """Instructions counted in the body of a loop. A lane writes 8 BF16 weights with a store of 128 bits.
+    """Instructions counted in the body of a loop.
+
+    ``wide_stores``: of 8 weights of FP8, in 64 bits, or of 128 bits, which are 8 weights of BF16 and F16, or 4 of F32;
+    ``weights``: how many they are.
 
     The body is all that can be executed between two arrivals at the loop's head, rare branches included. So
     ``instructions`` is an upper bound, if ``calls`` is 0 and every branch stores as often.
@@ -95,13 +98,14 @@ class Loop:
     global_loads: int
     global_stores: int
     wide_stores: int
+    weights: int
     calls: int
     listing: tuple[str, ...]
 
     @property
     def instructions_per_weight(self) -> float:
         """Instructions that a lane executes per weight."""
-        return self.instructions / (8 * self.wide_stores)
+        return self.instructions / self.weights
 
 
 @dataclass(slots=True)
@@ -120,12 +124,12 @@ class Function:
         """Loads and stores of local memory, which holds spilled registers and arrays."""
         return _count(self.code, "LDL", "STL")
 
-    def hot_loop(self) -> Loop | None:
-        """The decoding loop: the innermost loop with look-ups in shared memory that has the most 128-bit stores."""
-        loops = [(body, _measure([self.code[i] for i in sorted(body)])) for body in self.loops()]
+    def hot_loop(self, kind: layout.Kind = layout.BF16) -> Loop | None:
+        """The decoding loop: the innermost loop with look-ups in shared memory that has the most wide stores."""
+        loops = [(body, _measure([self.code[i] for i in sorted(body)], kind)) for body in self.loops()]
         candidates = [(body, loop) for body, loop in loops if loop.wide_stores and loop.shared_loads]
         innermost = [loop for body, loop in candidates if not any(other < body for other, _ in candidates)]
-        return max(innermost, key=lambda loop: (loop.wide_stores, loop.instructions), default=None)
+        return max(innermost, key=lambda loop: (loop.wide_stores, -loop.global_stores, loop.instructions), default=None)
 
     def loops(self) -> list[set[int]]:
         """The indices of the instructions of each natural loop; loops with the same head count as one.
@@ -218,7 +222,7 @@ def compile_kernels(
     cubin, log = _compile_in_child(source, architecture, nvrtc or nvrtc_library(12), kind)
     listing = disassemble(cubin)
     functions = parse(listing)
-    reports = [_report(part, functions, architecture) for part in log.split("Compiling entry function '")[1:]]
+    reports = [_report(part, functions, architecture, kind) for part in log.split("Compiling entry function '")[1:]]
     if not reports:
         raise CompileError(f"no kernel in the log:\n{log}")
     return CompiledCubin(architecture, cubin, log, listing, {report.name: report for report in reports})
@@ -303,7 +307,7 @@ def _wheel_file(wheel: str, pattern: str) -> Path:
     return found
 
 
-def _report(log: str, functions: dict[str, Function], architecture: str) -> KernelReport:
+def _report(log: str, functions: dict[str, Function], architecture: str, kind: layout.Kind) -> KernelReport:
     """The report of one kernel, from the disassembly and its part of the log, which begins with the name."""
     name = log.split("'", 1)[0]
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -325,7 +329,7 @@ def _report(log: str, functions: dict[str, Function], architecture: str) -> Kern
         shared_bytes=shared_bytes,
         threads=threads,
         local_accesses=function.local_accesses,
-        loop=function.hot_loop(),
+        loop=function.hot_loop(kind),
         blocks_per_sm=blocks,
         warps_per_sm=blocks * -(-threads // 32),
     )
@@ -393,15 +397,18 @@ def _dominators(reached: list[int], predecessors: list[list[int]]) -> dict[int, 
     return dominators
 
 
-def _measure(code: list[Instruction]) -> Loop:
+def _measure(code: list[Instruction], kind: layout.Kind) -> Loop:
+    width = min(64 * kind.bytes, 128)
+    wide_stores = sum(
+        instruction.name in {"STG", "ST"} and str(width) in instruction.opcode.split(".") for instruction in code
+    )
     return Loop(
         instructions=len(code),
         shared_loads=_count(code, "LDS"),
         global_loads=_count(code, "LDG", "LD", "LDGSTS"),
         global_stores=_count(code, "STG", "ST"),
-        wide_stores=sum(
-            instruction.name in {"STG", "ST"} and "128" in instruction.opcode.split(".") for instruction in code
-        ),
+        wide_stores=wide_stores,
+        weights=wide_stores * width // (8 * kind.bytes),
         calls=_count(code, "CALL"),
         listing=tuple(map(str, code)),
     )
@@ -413,7 +420,7 @@ def _count(code: list[Instruction], *names: str) -> int:
 
 _HEAD: Final = (
     *("kernel", "sm", "registers", "spilled", "stack", "local", "shared", "threads", "blocks/SM", "warps/SM"),
-    *("loop", "LDS", "LDG", "STG", "STG.128", "calls", "per weight"),
+    *("loop", "LDS", "LDG", "STG", "wide", "calls", "per weight"),
 )
 
 
@@ -448,6 +455,7 @@ def main() -> None:
     parser.add_argument(
         "--sm", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="architectures; default: all"
     )
+    parser.add_argument("--dtype", choices=layout.KINDS, default="BF16", help="of the records; default: BF16")
     parser.add_argument("--loops", action="store_true", help="also print the instructions of the loops")
     chosen = parser.parse_args()
     source = kernels.SOURCE.read_text(encoding="utf-8")
@@ -455,7 +463,7 @@ def main() -> None:
     errors = []
     for architecture in chosen.sm:
         try:
-            cubin = compile_kernels(source, architecture, nvrtc_library(chosen.nvrtc))
+            cubin = compile_kernels(source, architecture, nvrtc_library(chosen.nvrtc), layout.KINDS[chosen.dtype])
             reports += [(architecture, kernel) for kernel in cubin.kernels.values()]
         except MissingWheelError as error:
             sys.exit(str(error))

@@ -10,15 +10,18 @@ from df11.runtime import kernels
 CHANGES: Final[dict[str, list[tuple[str, str]]]] = {
     "as it is": [],
     "no prefetching while the table is expanded": [(r"\n[^\n]*prefetch\(bytes \+ i\);", "")],
-    "sign/mantissa bytes loaded 2 chunks ahead": [(r"decode_whole<4,", "decode_whole<2,")],
-    "sign/mantissa bytes loaded 8 chunks ahead": [(r"decode_whole<4,", "decode_whole<8,")],
+    "sign/mantissa bytes loaded 2 chunks ahead": [(r"decode_whole<WIDE_GROUP,", "decode_whole<2,")],
+    "sign/mantissa bytes loaded 8 chunks ahead": [(r"decode_whole<WIDE_GROUP,", "decode_whole<8,")],
     "sign/mantissa bytes that may be loaded behind the wait": [(r"__syncwarp\(\);  // The assembler[^\n]*\n", "")],
     "two logic operations to join exponents and the rest": [
         (r"select_bits\((__byte_perm\([^)]*\)), pair, (0x807F807F)\)", r"(\1 & \2) | (pair & ~\2)")
     ],
     "loads without a hint": [(r"__ldcs\(source", "__ldg(source")],
     "stores with the hint that nothing is reused": [
-        (r"target\[i \* LANES\] = (join_chunk\(pairs, now\[i\]\));", r"__stcs(target + i * LANES, \1);")
+        (
+            r"(reinterpret_cast<uint4\*>\(output\))\[i / 4\] =\s*(make_uint4\([^;]*\));",
+            r"__stcs(\1 + i / 4, \2);",
+        )
     ],
     "at least 4 blocks per multiprocessor": [
         (r"__launch_bounds__\(WIDE_THREADS\)", "__launch_bounds__(WIDE_THREADS, 4)")

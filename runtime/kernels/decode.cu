@@ -90,7 +90,7 @@ constexpr u32 SMALL_THREADS = 128;
 constexpr u32 SMALL_BLOCKS = KIND == BF16 ? 8 : 6;  // per multiprocessor, hence at most 64 registers, or 80
 
 // Chunks whose planes a lane loads at once: with more planes fewer, as each takes two registers.
-constexpr u32 WIDE_GROUP = PLANES > 2 ? 2 : 4;
+constexpr u32 WIDE_GROUP = PLANES > 1 ? 2 : 4;
 constexpr u32 SMALL_GROUP = PLANES > 2 ? 1 : 2;
 
 // 8 weights in words, and the alignment that storing them at once takes.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.gpu import cubins
+from df11.formats import layout
 from df11.runtime import kernels
 
 
@@ -27,6 +28,10 @@ BOUNDS = {
     kernels.GATHER_ROWS: Bounds(64, 17 << 10, 5.5, SMALL_BLOCKS),
 }
 
+# Of the other dtypes, on two architectures: the oldest, and the one with the fewest registers per thread to be had.
+OTHER_BLOCKS = {"80": 3, "120": 2}
+OTHER_LOOPS = {layout.F16: 8, layout.F32: 9, layout.F8_E4M3: 5.5, layout.F8_E5M2: 6.5}
+
 ON_ALL = pytest.mark.parametrize("architecture", cubins.ARCHITECTURES)
 
 
@@ -34,6 +39,24 @@ ON_ALL = pytest.mark.parametrize("architecture", cubins.ARCHITECTURES)
 def compile_runtime(architecture: str, cuda: int) -> cubins.CompiledCubin:
     source = kernels.SOURCE.read_text(encoding="utf-8")
     return cubins.compile_kernels(source, architecture, cubins.nvrtc_library(cuda))
+
+
+@pytest.mark.parametrize("architecture", OTHER_BLOCKS)
+@pytest.mark.parametrize("kind", OTHER_LOOPS, ids=lambda kind: kind.dtype)
+def test_kernels_of_other_dtypes_keep_their_bounds(kind, architecture):
+    source = kernels.SOURCE.read_text(encoding="utf-8")
+    compiled = cubins.compile_kernels(source, architecture, kind=kind).kernels
+    assert compiled.keys() == BOUNDS.keys()
+    for name, kernel in compiled.items():
+        is_wide = name == kernels.DECODE
+        assert (kernel.spill_stores, kernel.spill_loads, kernel.stack_bytes, kernel.local_accesses) == (0, 0, 0, 0)
+        assert kernel.registers <= (96 if is_wide else 80)
+        assert kernel.shared_bytes <= BOUNDS[name].shared_bytes
+        assert kernel.threads == kernels.THREADS[name]
+        assert kernel.blocks_per_sm >= (OTHER_BLOCKS[architecture] if is_wide else 5)
+        assert kernel.loop is not None
+        assert kernel.loop.calls == 0
+        assert kernel.loop.instructions_per_weight <= OTHER_LOOPS[kind] + (0 if is_wide else 1.5)
 
 
 @functools.cache

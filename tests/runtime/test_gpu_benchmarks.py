@@ -43,8 +43,10 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sections = json.loads(written.read_text())["sections"]
     assert sections.keys() == set(bench.SECTIONS)
     assert all(section["error"] is None for section in sections.values())
-    assert all(sections[name]["rows"] for name in ("empty", "sizes", "outliers", "block", "embedding", "loading"))
-    assert "GB/s of BF16" in capsys.readouterr().out
+    assert all(
+        sections[name]["rows"] for name in ("empty", "sizes", "outliers", "dtypes", "block", "embedding", "loading")
+    )
+    assert "GB/s of weights" in capsys.readouterr().out
 
 
 def test_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
