@@ -172,7 +172,9 @@ class CompressedWeight(torch.Tensor):
                 return result
         is_cast = function in _CASTS and _name(sys._getframe(1)) in CASTING
         with torch._C.DisableTorchFunctionSubclass(), _keeping_casts() if is_cast else nullcontext():
-            return function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
+            # A module swaps what it gets for its parameter, which fails while autograd holds it, unless it is none.
+            return result.detach() if is_cast and result is args[0] else result
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -471,6 +473,8 @@ _CASTS: Final = frozenset(
         torch.Tensor.bfloat16,
         torch.Tensor.float,
         torch.Tensor.double,
+        torch.Tensor.cpu,
+        torch.Tensor.cuda,
     }
 )
 _casting: Final = ContextVar("df11_casting", default=False)

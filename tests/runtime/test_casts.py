@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -79,6 +79,18 @@ def test_every_way_to_cast_a_module(method: str) -> None:
     model, plain = (getattr(one, method)() for one in pair())
     assert type(model.linear.weight) is CompressedWeight
     assert_same(model.linear.weight.decode(), plain.linear.weight)
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.to("cpu"), lambda m: m.cpu(), lambda m: m.bfloat16(), nn.Module.half])
+def test_a_model_is_converted_while_autograd_holds_its_weights(convert: Callable[[nn.Module], nn.Module]) -> None:
+    model, plain = pair()
+    held = [one.linear(random(2, 64).requires_grad_()) for one in (model, plain)]
+    weight = model.linear.weight
+    convert(model)
+    convert(plain)
+    assert model.linear.weight is model.embedding.weight is weight
+    assert_same(weight.decode(), plain.linear.weight)
+    assert held[0].requires_grad
 
 
 def test_other_code_gets_values_that_it_may_change() -> None:
