@@ -60,6 +60,7 @@ _EXTENDED = {
     "diffusers.hooks.group_offloading": ("df11.runtime.for_diffusers", "install_group_offloading"),
     "accelerate.utils.modeling": ("df11.runtime.for_others", "install_sizes"),
     "accelerate.utils.offload": ("df11.runtime.for_others", "install_disk"),
+    "peft.tuners.lora.layer": ("df11.runtime.for_others", "install_lora"),
     "peft.tuners.tuners_utils": ("df11.runtime.for_others", "install_merging"),
     "peft.utils.other": ("df11.runtime.for_others", "install_peft"),
     "safetensors.torch": ("df11.runtime.for_others", "install_safetensors"),

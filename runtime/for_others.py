@@ -81,14 +81,35 @@ def _decoding_merged(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def check(module: Any, *args: Any, **kwargs: Any) -> Any:
         names = original(module, *args, **kwargs)
-        layer = module.get_base_layer() if names else None
         # An attention layer is merged into in every pass, and puts other parameters in the place of its own.
-        if layer is not None and not isinstance(layer, nn.MultiheadAttention) and is_compressed(layer):
-            warnings.warn("layers that an adapter is merged into are decoded, and stay so", stacklevel=3)
-            materialize(layer)
+        if names and not isinstance(module.get_base_layer(), nn.MultiheadAttention):
+            _decode_base(module)
         return names
 
     return check
+
+
+def install_lora(library: Any) -> None:
+    """``peft.tuners.lora.layer``: weights that an adapter takes a part of, as it is initialized, are decoded."""
+    for name in ("corda_init", "loftq_init", "lora_ga_init", "olora_init", "pissa_init"):
+        if hasattr(library.LoraLayer, name):
+            setattr(library.LoraLayer, name, _decoding_base(getattr(library.LoraLayer, name)))
+
+
+def _decoding_base(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _decode_base(self)
+        return original(self, *args, **kwargs)
+
+    return initialize
+
+
+def _decode_base(module: Any) -> None:
+    layer = module.get_base_layer()
+    if is_compressed(layer):
+        warnings.warn("layers that an adapter changes are decoded, and stay so", stacklevel=4)
+        materialize(layer)
 
 
 def install_fsdp(library: Any) -> None:

@@ -170,11 +170,11 @@ class CompressedWeight(torch.Tensor):
             result = weight_operations.linear(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        is_cast = function in _CASTS and _name(sys._getframe(1)) in CASTING
-        with torch._C.DisableTorchFunctionSubclass(), _keeping_casts() if is_cast else nullcontext():
+        caller = _name(sys._getframe(1)) if function in _CASTS else ""
+        with torch._C.DisableTorchFunctionSubclass(), _keeping_casts() if caller in CASTING else nullcontext():
             result = function(*args, **(kwargs or {}))
-            # A module swaps what it gets for its parameter, which fails while autograd holds it, unless it is none.
-            return result.detach() if is_cast and result is args[0] else result
+            # A module swaps a parameter that it gets for its own, which fails while autograd holds that.
+            return result.detach() if caller == _MODULE and result is args[0] else result
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -457,11 +457,12 @@ def is_joining() -> bool:
     return _joining.get()
 
 
+_MODULE: Final = "torch.nn.modules.module"
 CASTING: Final = {
     "accelerate.utils.modeling",
     "diffusers.models.model_loading_utils",
     "peft.utils.other",
-    "torch.nn.modules.module",
+    _MODULE,
     "transformers.core_model_loading",
 }
 """Modules that cast weights in order to keep them so: these stay compressed. Anybody else gets values to work with."""

@@ -125,12 +125,18 @@ def test_a_layer_that_peft_trains_as_a_whole_is_decoded(loaded: nn.Module) -> No
     assert wrapper.modules_to_save["default"].weight.requires_grad
 
 
-def test_what_peft_would_write_is_refused(plain: nn.Module, loaded: nn.Module) -> None:
-    config = Lora(r=4, target_modules=["linear"], init_lora_weights="pissa")
-    with pytest.raises(FrozenWeightError, match="materialize"):
-        peft.get_peft_model(copy.deepcopy(loaded), config)
-    assert torch.equal(loaded(IDS), plain(IDS))
-    peft.get_peft_model(runtime.materialize(copy.deepcopy(loaded)), config)  # type: ignore[arg-type]
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_an_adapter_is_initialized_from_weights(how: str, plain: nn.Module, loaded: nn.Module) -> None:
+    outputs = []
+    for one in (copy.deepcopy(plain), copy.deepcopy(loaded)):
+        torch.manual_seed(0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapted = peft.get_peft_model(one, Lora(r=4, target_modules=["linear"], init_lora_weights=how))
+        outputs.append(adapted(IDS))
+    assert "that an adapter changes are decoded" in str([str(one.message) for one in caught])
+    assert is_compressed(adapted)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("name", ["LoRA, linear", "LoRA, embedding", "OFT", "parameters"])
@@ -146,7 +152,7 @@ def test_an_adapter_is_merged(name: str, safe: bool, plain: nn.Module, loaded: n
         merged = adapted(IDS)
         adapted.unmerge_adapter()
         results.append((merged, adapted(IDS)))
-    assert "an adapter is merged into are decoded" in str([str(one.message) for one in caught])
+    assert "that an adapter changes are decoded" in str([str(one.message) for one in caught])
     assert is_compressed(adapted)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert not torch.equal(results[0][0], plain(IDS))

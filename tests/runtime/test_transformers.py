@@ -496,7 +496,7 @@ def test_lora(how: str, model: Any, folders: tuple[Path, Path], original: Any, t
         tmp_path / "b" / "adapter_model.safetensors"
     ).read_bytes()
     if how == "peft":
-        with pytest.warns(UserWarning, match="an adapter is merged into are decoded"):
+        with pytest.warns(UserWarning, match="that an adapter changes are decoded"):
             merged = adapted[0].merge_and_unload()
         assert modules.is_compressed(merged)
         assert torch.equal(logits(merged), logits(adapted[1].merge_and_unload()))
