@@ -170,7 +170,7 @@ class CompressedWeight(torch.Tensor):
             result = weight_operations.linear(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        caller = _name(sys._getframe(1)) if function in _CASTS else ""
+        caller = _name(sys._getframe(1)) if function in _CONVERSIONS else ""
         with torch._C.DisableTorchFunctionSubclass(), _keeping_casts() if caller in CASTING else nullcontext():
             result = function(*args, **(kwargs or {}))
             # A module swaps a parameter that it gets for its own, which fails while autograd holds that.
@@ -466,7 +466,7 @@ CASTING: Final = {
     "transformers.core_model_loading",
 }
 """Modules that cast weights in order to keep them so: these stay compressed. Anybody else gets values to work with."""
-_CASTS: Final = frozenset(
+_CONVERSIONS: Final = frozenset(
     {
         torch.Tensor.to,
         torch.Tensor.type,

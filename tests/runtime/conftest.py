@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -30,3 +31,19 @@ def no_compiled_code() -> Iterator[None]:
     yield
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def quiet_libraries() -> Iterator[None]:
+    """Neither log lines nor progress bars of transformers and diffusers."""
+    import diffusers
+    import transformers
+
+    before = [(library, library.logging.get_verbosity()) for library in (diffusers, transformers)]
+    for library, _ in before:
+        library.logging.set_verbosity(logging.CRITICAL)
+        library.logging.disable_progress_bar()
+    yield
+    for library, verbosity in before:
+        library.logging.set_verbosity(verbosity)
+        library.logging.enable_progress_bar()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from df11.runtime import modules
 
 pytestmark = [
     pytest.mark.libraries,
+    pytest.mark.usefixtures("quiet_libraries"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft requires it
     pytest.mark.filterwarnings("ignore:.*multiple adapters in the model:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks:UserWarning"),  # diffusers passes it
@@ -31,18 +31,6 @@ pytestmark = [
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
 NAME = "diffusion_pytorch_model"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    before = [(library, library.logging.get_verbosity()) for library in (diffusers, transformers)]
-    for library, _ in before:
-        library.logging.set_verbosity(logging.CRITICAL)
-        library.logging.disable_progress_bar()
-    yield
-    for library, verbosity in before:
-        library.logging.set_verbosity(verbosity)
-        library.logging.enable_progress_bar()
 
 
 def randomized(model: nn.Module) -> nn.Module:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from df11.runtime.model import MismatchError
 from df11.runtime.weight import CompressedWeight
 from tests.support.cuda.device import emulate
 
-pytestmark = pytest.mark.libraries
+pytestmark = [pytest.mark.libraries, pytest.mark.usefixtures("quiet_libraries")]
 BF16, F16, F32, E4M3, E5M2 = (
     torch.bfloat16,
     torch.float16,
@@ -34,18 +32,6 @@ BF16, F16, F32, E4M3, E5M2 = (
     torch.float8_e5m2,
 )
 ROUNDED = "float32, cast to bfloat16 on loading, and not compressed in memory; df11-convert --cast bf16 would keep"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    before = [(library, library.logging.get_verbosity()) for library in (diffusers, transformers)]
-    for library, _ in before:
-        library.logging.set_verbosity(logging.CRITICAL)
-        library.logging.disable_progress_bar()
-    yield
-    for library, verbosity in before:
-        library.logging.set_verbosity(verbosity)
-        library.logging.enable_progress_bar()
 
 
 def bits(tensor: torch.Tensor) -> bytes:
